@@ -1,0 +1,429 @@
+"""The program behind run_all.sh: runs the notebooks, resumes, reports, checks."""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from . import paths, tables
+from .notebook import PROFILE
+from .runtime import PROGRESS_FILE, atomic_file
+
+# Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
+PROFILES: dict[str, dict[str, dict]] = {
+    "smoke": {
+        "00_start_here": {},
+        "01_stage_discovery": {"asked_per_relation": 12, "kept_per_relation": 4, "knockout_draws": 2},
+    },
+    "paper": {},
+    "full": {"01_stage_discovery": {"asked_per_relation": 160, "kept_per_relation": 100, "knockout_draws": 20}},
+}
+VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
+PARAMETERS_TAG = "parameters"
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def select(found: list[Path], only: str | None, start: str | None, stop: str | None) -> list[Path]:
+    """Notebooks chosen by --only 01[,03], --from 01, --to 03; raises SystemExit when nothing fits."""
+    wanted = only.split(",") if only else None
+    chosen = [
+        path
+        for path in found
+        if (wanted is None or any(path.stem.startswith(w) for w in wanted))
+        and (start is None or path.stem[:2] >= start[:2])
+        and (stop is None or path.stem[:2] <= stop[:2])
+    ]
+    if not chosen:
+        raise SystemExit(f"No notebook fits. There are: {', '.join(path.stem for path in found)}.")
+    return chosen
+
+
+def key_of(path: Path, profile: str, parameters: dict) -> str:
+    """Hash of all that decides a notebook's outcome: its cells, the library, the data, the profile, the versions."""
+    digest = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        for part in parts:
+            digest.update(repr(part).encode())
+
+    cells = nbformat.read(path, as_version=4).cells
+    add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()))
+    inputs = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
+    for file in inputs:
+        if file.name != "cli.py":  # how it is run does not change what comes out
+            add(file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+    add([(name, metadata.version(name)) for name in VERSIONED])
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- running one notebook
+
+
+@dataclass
+class Outcome:
+    """How one notebook ended."""
+
+    seconds: float
+    peak_megabytes: int
+    written: list[str]
+    error: str | None = None
+
+
+@dataclass
+class Watch:
+    """Polls a running notebook: the peak memory of its kernel, and the progress line to show."""
+
+    progress_file: Path
+    show: Callable[[str], None]
+    peak: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Watch"]:
+        thread = threading.Thread(target=self._poll, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _poll(self) -> None:
+        shown, shown_at, interval = "", time.monotonic(), 0.2 if sys.stdout.isatty() else 20.0
+        while not self._stop.wait(0.2):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    total += child.memory_info().rss
+            self.peak = max(self.peak, total)
+            line = _last_progress(self.progress_file)
+            if line and line != shown and time.monotonic() - shown_at >= interval:
+                self.show(line)
+                shown, shown_at = line, time.monotonic()
+
+
+def _last_progress(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
+    return ""
+
+
+def execute(path: Path, target: Path, profile: str, parameters: dict, say: Callable[[str], None] = print) -> Outcome:
+    """Run a notebook from its clean source into `target`, which appears only when all cells succeeded.
+
+    A failed run leaves its partial notebook as `<name>.partial.ipynb` beside it. The report names the failing cell,
+    a short traceback and the command to resume; a dead kernel is called that.
+    """
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    if parameters:
+        notebook = parameterize_notebook(notebook, parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial.ipynb")
+    bar = target.with_suffix(".progress")
+    folder = paths.run_folder(profile)
+    before = _files(folder)
+    headings: dict[int, str] = _headings(notebook)
+    position = {"cell": 0}
+
+    def starting(cell, cell_index: int) -> None:
+        position["cell"] = cell_index
+        if cell_index in headings:
+            say(f"      {headings[cell_index]}")
+
+    def finished(cell, cell_index: int, **_) -> None:
+        with atomic_file(partial) as temporary:
+            nbformat.write(notebook, temporary)
+
+    client = NotebookClient(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(paths.NOTEBOOKS)}},
+        on_cell_start=starting,
+        on_cell_executed=finished,
+    )
+    environment = {**os.environ, PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
+    environment.pop("MPLBACKEND", None)  # Agg would silently remove every inline figure
+    watch, error, begin = Watch(bar, lambda line: say(f"        {line}")), None, time.monotonic()
+    try:
+        with watch.running():
+            client.execute(env=environment)
+    except DeadKernelError:
+        error = _report(path, notebook, position["cell"], partial, profile, _dead_kernel(watch.peak))
+    except CellExecutionError as failure:
+        error = _report(path, notebook, position["cell"], partial, profile, _short(str(failure.traceback)))
+    finally:
+        bar.unlink(missing_ok=True)
+    if error:
+        nbformat.write(notebook, partial)
+    else:
+        _clean(notebook)
+        with atomic_file(target) as temporary:
+            nbformat.write(notebook, temporary)
+        partial.unlink(missing_ok=True)
+    after = _files(folder)
+    written = sorted(str(p.relative_to(folder)) for p, stamp in after.items() if before.get(p) != stamp)
+    return Outcome(time.monotonic() - begin, watch.peak // 2**20, [w for w in written if ".partial" not in w], error)
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.parent.name != "stamps"}
+
+
+def _headings(notebook) -> dict[int, str]:
+    """Code cell index → the Markdown heading above it, first code cell of each section only."""
+    found, waiting = {}, None
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
+            waiting = titles[-1] if titles else waiting
+        elif waiting:
+            found[index], waiting = waiting, None
+    return found
+
+
+def _clean(notebook) -> None:
+    """Keep sources, outputs, counts, ids and tags; drop everything that differs between two equal runs."""
+    language = notebook.metadata.get("language_info", {}).get("name", "python")
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": language},
+        }
+    )
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        for output in cell.get("outputs", []):
+            output.pop("metadata", None) if output["output_type"] == "stream" else None
+            if "metadata" in output:
+                output["metadata"] = nbformat.from_dict({})
+
+
+def _short(text: str, lines: int = 12) -> str:
+    import re
+
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return "\n".join(plain.strip().splitlines()[-lines:])
+
+
+def _dead_kernel(peak: int) -> str:
+    return (
+        f"The kernel died (peak memory {peak // 2**20} MB). Most often the machine ran out of memory: close other "
+        "programs, or use --profile smoke or a smaller model."
+    )
+
+
+def _report(path: Path, notebook, index: int, partial: Path, profile: str, reason: str) -> str:
+    source = "\n".join(f"    | {line}" for line in notebook.cells[index].source.splitlines())
+    return (
+        f"FAILED {path.name}, cell {index}:\n{source}\n\n"
+        + "\n".join(f"    {line}" for line in reason.splitlines())
+        + f"\n\n    partial notebook: {partial}\n    resume with:      "
+        f"./run_all.sh --profile {profile} --from {path.stem[:2]}"
+    )
+
+
+# ---------------------------------------------------------------- running all
+
+
+def _manifest() -> dict:
+    path = paths.DATA / "MANIFEST.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the chosen notebooks of a profile; returns the exit status."""
+    profile, folder = arguments.profile, paths.run_folder(arguments.profile)
+    chosen = select(notebooks(), arguments.only, arguments.start, arguments.stop)
+    failed, began = [], time.monotonic()
+    for number, path in enumerate(chosen, 1):
+        parameters = dict(PROFILES[profile].get(path.stem, {}))
+        for name, value in (("model_name", arguments.model), ("device", arguments.device)):
+            if value:
+                parameters[name] = value
+        key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
+        stamp = _read_stamp(stamp_path)
+        label = f"[{number}/{len(chosen)}] {path.stem}"
+        if not arguments.force and stamp.get("key") == key and all((folder / f).exists() for f in stamp["written"]):
+            print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
+            continue
+        estimate = stamp.get("seconds") or _manifest().get("runs", {}).get(profile, {}).get(path.stem, {}).get(
+            "seconds"
+        )
+        print(f"{label}  {f'est {estimate:.0f} s' if estimate else 'no estimate yet'}", flush=True)
+        target = folder / "notebooks" / path.name
+        outcome = execute(path, target, profile, parameters, say=lambda line: print(line, flush=True))
+        if outcome.error:
+            failed.append(path.stem)
+            print(f"\n{outcome.error}\n", flush=True)
+            if not arguments.keep_going:
+                break
+            continue
+        values = {"seconds": round(outcome.seconds, 1), "peak_megabytes": outcome.peak_megabytes}
+        with atomic_file(stamp_path) as temporary:
+            temporary.write_text(json.dumps({"key": key, "written": outcome.written, **values}, indent=1))
+        print(
+            f"      took {outcome.seconds:.0f} s, peak memory {outcome.peak_megabytes} MB, "
+            f"wrote {len(outcome.written)} files below {folder}",
+            flush=True,
+        )
+        if arguments.update:
+            _update(path, target, folder, profile, values, outcome.written)
+    print(
+        f"{'FAILED: ' + ', '.join(failed) if failed else 'All done'} after {time.monotonic() - began:.0f} s.",
+        flush=True,
+    )
+    return 1 if failed else 0
+
+
+def _read_stamp(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _update(path: Path, target: Path, folder: Path, profile: str, values: dict, written: list[str]) -> None:
+    """Replace the committed notebook, figures and tables by this run's, and note what the run took."""
+    if profile != "paper":
+        raise SystemExit("--update replaces committed results: it goes with --profile paper only.")
+    shutil.copyfile(target, path)
+    for name in written:
+        if name.startswith("figures/"):
+            goal = paths.FIGURES / Path(name).relative_to("figures")
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, goal)
+    manifest = _manifest()
+    manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**values, "hardware": hardware()}
+    with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def hardware() -> str:
+    """One line on this machine, for the MANIFEST."""
+    import platform
+
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = os.environ.get("BACKATTN_THREADS", "1")
+    return f"{name}, {threads} of {os.cpu_count()} threads, {psutil.virtual_memory().total // 2**30} GiB{gpu}"
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check() -> int:
+    """Lint, unit tests and guards, the committed notebooks re-run cell by cell, and their numbers compared."""
+    folder = paths.run_folder("check")
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
+    environment.pop("MPLBACKEND", None)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    nbval = [*pytest, "--nbval-lax", "--nbval-cell-timeout=1200", *map(str, notebooks())]
+    steps: list[tuple[str, list[str]]] = [
+        ("lint", [sys.executable, "-m", "ruff", "check", "."]),
+        ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
+        ("unit tests and guards", [*pytest, "tests"]),
+        ("committed notebooks", nbval),
+    ]
+    results = {}
+    for name, command in steps:
+        print(f"== {name}", flush=True)
+        begin = time.monotonic()
+        passed = subprocess.run(command, cwd=paths.ROOT, env=environment).returncode == 0
+        results[name] = (passed, time.monotonic() - begin)
+    print("== numbers", flush=True)
+    begin, problems = time.monotonic(), tables.compare(folder / "figures", paths.FIGURES)
+    for problem in problems:
+        print(f"changed: {problem}", flush=True)
+    results["numbers"] = (not problems, time.monotonic() - begin)
+    print("== summary")
+    for name, (passed, seconds) in results.items():
+        print(f"{'passed' if passed else 'FAILED':7} {name} ({seconds:.0f} s)")
+    return 0 if all(passed for passed, _ in results.values()) else 1
+
+
+# ---------------------------------------------------------------- command line
+
+
+def list_notebooks() -> int:
+    runs = _manifest().get("runs", {}).get("paper", {})
+    for path in notebooks():
+        took = runs.get(path.stem, {})
+        note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB" if took else "not timed yet"
+        print(f"{path.stem:28} paper profile: {note}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="run_all.sh", description="Run every notebook: figures, tables and verdicts again."
+    )
+    p.add_argument("--check", action="store_true", help="run all tests and compare the committed results")
+    p.add_argument("--profile", choices=PROFILES, default="paper", help="sizes: smoke, paper (default) or full")
+    p.add_argument("--only", metavar="01,03", help="only these notebooks")
+    p.add_argument("--from", dest="start", metavar="NN", help="from this notebook on")
+    p.add_argument("--to", dest="stop", metavar="NN", help="up to this notebook")
+    p.add_argument("--list", action="store_true", help="list the notebooks and what each takes")
+    p.add_argument("--force", action="store_true", help="run again what is done already")
+    p.add_argument("--keep-going", action="store_true", help="go on after a failed notebook")
+    p.add_argument("--update", action="store_true", help="replace the committed notebooks, figures and tables")
+    p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
+    p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.check:
+        return check()
+    if arguments.list:
+        return list_notebooks()
+    if arguments.update and (arguments.model or arguments.device or arguments.profile != "paper"):
+        raise SystemExit("--update replaces committed results: use it with the paper profile and the default model.")
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("\nStopped. Finished notebooks are kept; run the same command again to go on.")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

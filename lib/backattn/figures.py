@@ -1,0 +1,194 @@
+"""What the reader sees: plots that return their Axes, and saving with the plotted numbers beside the picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .runtime import atomic_file
+
+PALETTE = sns.color_palette("colorblind")
+COLOURS = {"embedding": PALETTE[7], "attention": PALETTE[0], "ffn": PALETTE[1]}
+STAGE_COLOURS = dict(zip("ABCD", (PALETTE[2], PALETTE[0], PALETTE[4], PALETTE[3]), strict=True))
+POSITION_COLOURS = {"entity": PALETTE[2], "relation": PALETTE[4], "last": PALETTE[3], "context": PALETTE[7]}
+MARKERS = {"entity": "o", "relation": "s", "last": "^", "context": "x"}
+WIDTH = 7.0  # inches, two columns
+
+
+def style() -> None:
+    """The house style: colour-blind-safe, byte-stable files, fonts that every machine has."""
+    sns.set_theme(style="ticks", context="paper", palette="colorblind")
+    mpl.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "savefig.bbox": "tight",
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "backattn",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame) -> list[Path]:
+    """Write `name`.pdf, .png and .csv (the plotted numbers) into `folder`; return the paths.
+
+    The files carry no dates and no software tags, so that the same numbers give the same bytes.
+    """
+    paths = [folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "csv")]
+    metadata = {".pdf": {"CreationDate": None, "Producer": None, "Creator": None}, ".png": {"Software": None}}
+    for path in paths[:2]:
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, metadata=metadata[path.suffix])
+    with atomic_file(paths[2]) as temporary:
+        data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return paths
+
+
+def _axes(ax: Axes | None, width: float = WIDTH, height: float = 2.8) -> Axes:
+    return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
+
+
+def layer_importance(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Bars of the layer importances of one prompt (rows of `LogitFlow.layers`), attention beside FFN."""
+    ax = _axes(ax)
+    for offset, kind in ((-0.2, "attention"), (0.2, "ffn")):
+        part = layers[layers["kind"] == kind]
+        ax.bar(part["layer"] + offset, part["increase"], width=0.4, color=COLOURS[kind], label=kind)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="layer", ylabel="increase of log p(answer), nats")
+    ax.legend()
+    return ax
+
+
+def flow_heatmap(
+    frame: pd.DataFrame, kind: str, ax: Axes | None = None, first: int = 0, top: float | None = None
+) -> Axes:
+    """Tokens × layers picture of one prompt's flow through one kind of sub-layer.
+
+    frame: rows of `FlowBack.frame` of one prompt; first: the first position shown; top: the colour scale's end.
+    """
+    part = frame[(frame["kind"] == kind) & (frame["position"] >= first)]
+    grid = part.pivot_table(index="position", columns="layer", values="flow", observed=True)
+    tokens = part.drop_duplicates("position").set_index("position")["token"].astype(str)
+    ax = _axes(ax, height=0.6 + 0.25 * len(grid))
+    top = top or np.abs(grid.to_numpy()).max()
+    labels = [repr(tokens[p])[1:-1] for p in grid.index]
+    sns.heatmap(
+        grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, yticklabels=labels, cbar_kws={"label": "flow, nats"}
+    )
+    ax.set(xlabel="layer", ylabel="", title=kind)
+    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(axis="x", rotation=0)
+    return ax
+
+
+def grouped_heatmap(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Position group × layer picture; table: group, layer, mean."""
+    grid = table.pivot(index="group", columns="layer", values="mean")
+    grid = grid.reindex([group for group in ("entity", "relation", "last", "context") if group in grid.index])
+    ax = _axes(ax, height=1.6)
+    top = np.abs(grid.to_numpy()).max()
+    sns.heatmap(grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, cbar_kws={"label": "flow, nats"})
+    ax.set(xlabel="layer", ylabel="", title=title)
+    ax.tick_params(axis="y", rotation=0)
+    ax.tick_params(axis="x", rotation=0)
+    return ax
+
+
+def stage_bands(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Share of each stage's flow by layer with its interval; table: stage, layer, share, low, high."""
+    ax = _axes(ax)
+    for stage, part in table.groupby("stage"):
+        colour = STAGE_COLOURS[stage]
+        ax.plot(part["layer"], part["share"], color=colour, label=stage, marker=".", linewidth=1.2)
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="layer", ylabel="share of the stage's flow")
+    ax.legend(title="stage", ncols=4)
+    return ax
+
+
+def stage_spans(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Begin, middle and end of each stage with intervals; table: as `stages.stage_table`, first row on top."""
+    ax = _axes(ax, height=0.5 + 0.36 * len(table))
+    for y, row in enumerate(table[::-1].to_dict("records")):
+        colour = STAGE_COLOURS[row["stage"][0]]
+        ax.plot([row["begin"], row["end"]], [y, y], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
+        for name, marker in (("begin", "|"), ("middle", "D"), ("end", "|")):
+            ax.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=colour, linewidth=2)
+            ax.plot(row[name], y, marker=marker, color=colour, markersize=6)
+        ax.plot(row["peak"], y, marker="*", color="black", markersize=7)
+    ax.set(xlabel="layer", yticks=range(len(table)), yticklabels=table["stage"][::-1], ylim=(-0.6, len(table) - 0.4))
+    return ax
+
+
+def knockout_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Drop of the answer's log-probability, stage against random layers.
+
+    table: stage, drop, drop_low, drop_high, random, random_min, random_max.
+    """
+    ax = _axes(ax)
+    x = np.arange(len(table))
+    error = [table["drop"] - table["drop_low"], table["drop_high"] - table["drop"]]
+    colours = [STAGE_COLOURS[stage[0]] for stage in table["stage"]]
+    ax.bar(x - 0.2, table["drop"], 0.38, yerr=error, color=colours, label="the stage's own layers", capsize=2)
+    error = [table["random"] - table["random_min"], table["random_max"] - table["random"]]
+    ax.bar(x + 0.2, table["random"], 0.38, yerr=error, color="0.75", label="equally many other layers", capsize=2)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xticks=x, xticklabels=table["stage"], ylabel="drop of log p(answer), nats")
+    ax.legend()
+    return ax
+
+
+def contest_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Logit of correct − conflicting answer by layer, a line per position; table: position, layer, mean, low, high."""
+    ax = _axes(ax)
+    for position, part in table.groupby("position", sort=False):
+        colour = POSITION_COLOURS[position]
+        ax.plot(part["layer"], part["mean"], color=colour, marker=MARKERS[position], markersize=3, label=position)
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="state entering layer", ylabel="logit, correct − conflicting", title=title)
+    ax.legend(title="read at")
+    return ax
+
+
+def agreement_scatter(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean flow per (layer, kind, group) by one route against the other; table: kind, parts, linear."""
+    ax = _axes(ax, width=3.4, height=3.0)
+    for kind, part in table.groupby("kind", sort=True):
+        ax.scatter(part["parts"], part["linear"], s=12, color=COLOURS[kind], label=kind, alpha=0.8)
+    ax.set(xlabel="route “parts”, nats", ylabel="route “linear”, logits")
+    ax.set_xscale("symlog", linthresh=0.1)
+    ax.set_yscale("symlog", linthresh=0.1)
+    ax.legend()
+    return ax
+
+
+def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How far shares are amplified where the normaliser is small; table: normaliser, amplification."""
+    ax = _axes(ax, width=3.4, height=3.0)
+    ax.scatter(table["normaliser"], table["amplification"], s=2, alpha=0.3, color=PALETTE[0], rasterized=True)
+    ax.set(xscale="log", yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
+    return ax
+
+
+def band(values: np.ndarray, names: Sequence[str], interval) -> pd.DataFrame:
+    """Tidy table (position, layer, mean, low, high) of values [prompts, positions, layers]."""
+    mean, low, high = interval(values)
+    layers = np.arange(values.shape[-1])
+    parts = [
+        pd.DataFrame({"position": name, "layer": layers, "mean": mean[i], "low": low[i], "high": high[i]})
+        for i, name in enumerate(names)
+    ]
+    return pd.concat(parts, ignore_index=True)

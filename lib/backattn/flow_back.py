@@ -1,0 +1,334 @@
+"""Flow back: from the value neurons at the last position to the positions and layers that switched them on.
+
+Two independent routes to one picture:
+
+"parts"   Each value neuron's importance I (from `logit_flow`) is handed to the parts of its residual input in
+          proportion to each part's inner product with the neuron's input weights, norms frozen, and from those parts
+          on to theirs, down to the embedding. An attention neuron with coefficient v = w·x gives part k the
+          share w·x_k / v. A gated FFN neuron m = act(g)·u has two input rows; half its importance goes by g_k / g
+          and half by u_k / u. The normalisers v, g, u may come near zero; `hand_back` shows what happens there.
+
+"linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in its residual
+          parts, and one backward pass from the answer's logit less the vocabulary's mean logit (before any soft
+          cap) gives every neuron's flow. Nothing is divided by anything, and the total is conserved exactly. The
+          gradient of the log-probability itself would not do: it vanishes where the model is sure.
+
+Both are one sweep from the top layer down with a covector per position; they differ in what enters and in how a
+gate shares. What is not handed to the embedding ends in biases, so that what enters equals what leaves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .lens import Lens
+from .logit_flow import LogitFlow
+from .residual import Batch, Stream, capture, encode
+from .runtime import progress
+
+ROUTES = ("parts", "linear")
+FLOOR = 1e-4  # neurons whose coefficient is below this share of the sub-layer's largest are withheld, and counted
+
+
+@dataclass
+class FlowBack:
+    """Result of `flow_back`.
+
+    frame: prompt, layer, kind (embedding, attention, ffn), position (source position for attention), token,
+        flow (all that passes through this node), direct (the part that goes straight to the answer; the rest
+        reaches it through later neurons). Flow passes through many nodes: sums over layers are no shares.
+    conservation: prompt, entering, leaving, withheld, error = |entering − leaving − withheld|.
+    """
+
+    frame: pd.DataFrame
+    conservation: pd.DataFrame
+    route: str
+
+    def check(self, tolerance: float = 1e-3) -> float:
+        """Largest conservation error relative to what enters; raises ValueError with it when above `tolerance`."""
+        table = self.conservation
+        error = (table["error"] / table["scale"]).max()
+        if not error <= tolerance:
+            raise ValueError(f"Flow is not conserved: {error:.2e} of what entered is unaccounted for.")
+        return float(error)
+
+
+def flow_back(model, tokenizer, flow: LogitFlow, route: str = "parts", batch_size: int = 16) -> FlowBack:
+    """Trace the answer's log-probability back to every layer and position.
+
+    Args:
+        model, tokenizer: those that made `flow`.
+        flow: result of `logit_flow`; route "parts" starts from its neurons, so it must be of level "neuron".
+        route: "parts" or "linear", see the module's text.
+        batch_size: prompts per pass.
+
+    Returns a `FlowBack`. Raises ValueError for an unknown route or a flow without neurons.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route={route!r} is unknown; choose one of {', '.join(ROUTES)}.")
+    if route == "parts" and flow.level != "neuron":
+        raise ValueError('Route "parts" starts from neurons: call logit_flow with level="neuron".')
+    frames, balances = [], []
+    for start, batch, stream in _batches(model, tokenizer, flow, batch_size):
+        sweep = _Sweep(stream)
+        if route == "parts":
+            sweep.enter_neurons(_values_of(flow, start, len(batch.ids)))
+        else:
+            sweep.enter_logit(torch.tensor(flow.answer_ids[start : start + len(batch.ids)], device=model.device))
+        sweep.run()
+        tokens = [tokenizer.decode([i]) for i in batch.ids.flatten().tolist()]
+        frames.append(sweep.frame(np.array(tokens, dtype=object), start))
+        balances.append(sweep.balance(start))
+    frame = pd.concat(frames, ignore_index=True)
+    frame[["kind", "token"]] = frame[["kind", "token"]].astype("category")
+    return FlowBack(frame, pd.concat(balances, ignore_index=True), route)
+
+
+def _batches(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Batch, Stream]]:
+    starts = range(0, len(flow.prompts), batch_size)
+    for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
+        batch = encode(tokenizer, flow.prompts[start : start + batch_size], device=model.device)
+        yield start, batch, capture(model, batch)
+
+
+def _values_of(flow: LogitFlow, start: int, count: int) -> pd.DataFrame:
+    frame = flow.frame
+    rows = frame[frame["prompt"].between(start, start + count - 1) & frame["neuron"].notna()]
+    return rows.assign(prompt=rows["prompt"] - start)
+
+
+class _Sweep:
+    """One pass from the top layer to the embedding. B prompts, T positions, D width, F neurons, H heads, d channels."""
+
+    def __init__(self, stream: Stream):
+        self.stream, self.batch = stream, stream.batch
+        shape = stream.hidden.shape  # [L+1, B, T, D]
+        self.covector = torch.zeros(shape[1:])  # on the residual stream, per position
+        self.top = torch.zeros(shape[1:])  # the part of it that reads the answer directly
+        self.neurons_in: dict[tuple[str, int], Tensor] = {}  # importance per unit of coefficient
+        self.entering = torch.zeros(shape[1], dtype=torch.float64)
+        self.withheld = torch.zeros(shape[1], dtype=torch.float64)
+        self.scale = torch.zeros(shape[1], dtype=torch.float64)
+        self.bias_mass = torch.zeros(shape[1], dtype=torch.float64)
+        self.flow = {kind: torch.zeros(shape[0] - 1, *shape[1:3]) for kind in ("attention", "ffn")}  # [L, B, T]
+        self.direct = {kind: torch.zeros(shape[0] - 1, *shape[1:3]) for kind in ("attention", "ffn")}
+        self.linear = False
+
+    # -- what enters
+
+    def enter_logit(self, answer: Tensor) -> None:
+        """Start from the answer's logit less the mean logit, at the last position, the final norm's scale frozen."""
+        self.linear = True
+        lens, last = Lens(self.stream.arch), self.batch.at_last(self.stream.hidden[-1])  # [B, D]
+        gradient = lens.norm.adjoint(lens.weight[answer] - lens.weight.mean(0), lens.scale(last))
+        index = torch.arange(len(last))
+        self.covector[index, self.batch.last] = gradient
+        self.top = self.covector.clone()
+        self.entering = (gradient * last).sum(-1).double()
+        self.scale = self.entering.abs()
+
+    def enter_neurons(self, rows: pd.DataFrame) -> None:
+        """Start from the importances of value neurons, given per unit of their coefficient."""
+        for (kind, layer), part in rows.groupby(["kind", "layer"], observed=True):
+            b = torch.tensor(part["prompt"].to_numpy(np.int64))
+            neuron = torch.tensor(part["neuron"].to_numpy(np.int64))
+            importance = torch.tensor(part["increase"].to_numpy())
+            if kind == "ffn":
+                holder = self.stream.neurons[layer]  # [B, T, F]
+                index = (b, self.batch.last[b], neuron)
+            else:
+                holder = self.stream.expanded_values(layer)  # [B, T, H, d]
+                position = torch.tensor(part["position"].to_numpy(np.int64)) + self.batch.start[b]
+                index = (b, position, torch.tensor(part["head"].to_numpy(np.int64)), neuron)
+            coefficient = holder[index].double()
+            usable = coefficient.abs() > FLOOR * holder.abs().max()
+            self.entering.index_add_(0, b, importance)
+            self.scale.index_add_(0, b, importance.abs())
+            self.withheld.index_add_(0, b, importance.where(~usable, torch.zeros(())))
+            entering = torch.zeros(holder.shape)
+            index = tuple(i[usable] for i in index)
+            entering[index] = (importance[usable] / coefficient[usable]).float()
+            self.neurons_in[kind, layer] = entering
+
+    # -- the sweep
+
+    def run(self) -> None:
+        for layer in reversed(range(self.stream.layers)):
+            attention_side = self.covector
+            below = self._ffn(layer)
+            if self.stream.arch.parallel:
+                self.covector = self.covector + below + self._attention(layer, attention_side)
+            else:
+                self.covector = self.covector + below
+                self.covector = self.covector + self._attention(layer, self.covector)
+
+    def _lose(self, mass: Tensor) -> None:
+        """Count what ends in a bias: [B, T] -> per prompt."""
+        self.bias_mass += mass.sum(-1).double()
+
+    def _ffn(self, layer: int) -> Tensor:
+        """Hand the FFN's flow to its input state: [B, T, D]."""
+        stream, block = self.stream, self.stream.arch.blocks[layer]
+        down, (gate, up) = block.ffn_out, block.ffn_in
+        post, post_scale = block.norm("ffn_post"), stream.post_scale("ffn", layer)
+        raw = post.adjoint(self.covector, post_scale)  # covector on the FFN's raw output
+        self._lose(raw @ down.bias)
+        per_unit = raw @ down.weight  # [B, T, F] flow per unit of coefficient
+        straight = post.adjoint(self.top, post_scale) @ down.weight
+        if ("ffn", layer) in self.neurons_in:
+            per_unit = per_unit + self.neurons_in["ffn", layer]
+            straight = straight + self.neurons_in["ffn", layer]
+        m, g, u = stream.neurons[layer], stream.gates[layer], stream.ups[layer]
+        self.flow["ffn"][layer] = (per_unit * m).sum(-1)
+        self.direct["ffn"][layer] = (straight * m).sum(-1)
+        if gate is None:  # m = act(u): the gate is act(u) / u
+            to_up = per_unit * _gate_ratio(m, u)
+            on_input = to_up @ up.weight
+        elif self.linear:  # act(g) is frozen
+            to_up = per_unit * block.activation(g)
+            on_input = to_up @ up.weight
+        else:  # half by g, half by u
+            half = per_unit * _gate_ratio(block.activation(g), g) / 2
+            to_up, to_gate = half * g, half * u
+            on_input = to_up @ up.weight + to_gate @ gate.weight
+            self._lose(to_gate @ gate.bias)
+        self._lose(to_up @ up.bias)
+        norm, state = block.norm("ffn_norm"), stream.ffn_input(layer)
+        self._lose(on_input @ norm.bias)
+        return norm.adjoint(on_input, norm.scale(state))
+
+    def _attention(self, layer: int, covector: Tensor) -> Tensor:
+        """Hand attention's flow to the states at its source positions: [B, T, D]."""
+        stream, block = self.stream, self.stream.arch.blocks[layer]
+        out, value = block.attention_out, block.value
+        post, post_scale = block.norm("attention_post"), stream.post_scale("attention", layer)
+        values = stream.expanded_values(layer)  # [B, T, H, d]
+
+        def at_sources(residual: Tensor) -> tuple[Tensor, Tensor]:
+            raw = post.adjoint(residual, post_scale)
+            heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # [B, T, H, d] at the queries
+            return torch.einsum("bhqk,bqhd->bkhd", stream.weights[layer], heads), raw @ out.bias
+
+        per_unit, lost = at_sources(covector)
+        self._lose(lost)
+        straight = at_sources(self.top)[0] if self.linear else torch.zeros_like(values)
+        if ("attention", layer) in self.neurons_in:
+            per_unit = per_unit + self.neurons_in["attention", layer]
+            straight = straight + self.neurons_in["attention", layer]
+        self.flow["attention"][layer] = (per_unit * values).sum((-1, -2))
+        self.direct["attention"][layer] = (straight * values).sum((-1, -2))
+        grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G*d]
+        self._lose(grouped @ value.bias)
+        on_input = grouped @ value.weight
+        norm, state = block.norm("attention_norm"), stream.attention_input(layer)
+        self._lose(on_input @ norm.bias)
+        return norm.adjoint(on_input, norm.scale(state))
+
+    # -- what comes out
+
+    def frame(self, tokens: np.ndarray, first_prompt: int) -> pd.DataFrame:
+        real = self.batch.mask.bool()
+        prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
+        position = place - self.batch.start.numpy()[prompt]
+        token = tokens.reshape(real.shape)[prompt, place]
+
+        def part(layer: int, kind: str, flow: Tensor, direct: Tensor) -> pd.DataFrame:
+            return pd.DataFrame(
+                {
+                    "prompt": prompt + first_prompt,
+                    "layer": layer,
+                    "kind": kind,
+                    "position": position,
+                    "token": token,
+                    "flow": flow[real].numpy(),
+                    "direct": direct[real].numpy(),
+                }
+            )
+
+        parts = [part(0, "embedding", self._embedding(self.covector), self._embedding(self.top))]
+        for layer in range(self.stream.layers):
+            parts += [part(layer, kind, self.flow[kind][layer], self.direct[kind][layer]) for kind in self.flow]
+        return pd.concat(parts, ignore_index=True)
+
+    def _embedding(self, covector: Tensor) -> Tensor:
+        return (covector * self.stream.hidden[0]).sum(-1)  # [B, T]
+
+    def balance(self, first_prompt: int) -> pd.DataFrame:
+        leaving = self._embedding(self.covector).double().sum(-1) + self.bias_mass
+        error = (self.entering - leaving - self.withheld).abs()
+        columns = {
+            "entering": self.entering,
+            "leaving": leaving,
+            "withheld": self.withheld,
+            "error": error,
+            "scale": self.scale,
+        }
+        table = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+        table.insert(0, "prompt", np.arange(len(table)) + first_prompt)
+        return table
+
+
+def _gate_ratio(activated: Tensor, x: Tensor) -> Tensor:
+    """act(x) / x, and its limit 1/2 (SiLU and GELU) at x = 0."""
+    near = x.abs() < 1e-6
+    return torch.where(near, torch.full_like(x, 0.5), activated / torch.where(near, torch.ones_like(x), x))
+
+
+def hand_back(model, tokenizer, flow: LogitFlow, batch_size: int = 16) -> pd.DataFrame:
+    """How route "parts" behaves where its normaliser is small.
+
+    For each neuron of `flow` the shares w·x_k / w·x of its residual input's parts k (embedding, and each earlier
+    attention and FFN output) sum to 1, but they may be large and of both signs when w·x is near zero.
+
+    Returns: prompt, layer, kind, position, increase, normaliser (|w·x| relative to Σ|w·x_k|, between 0 and 1; for a
+    gated neuron the mean of both rows) and amplification = Σ|share| (for a gated neuron the mean of both rows).
+    """
+    rows = []
+    for start, batch, stream in _batches(model, tokenizer, flow, batch_size):
+        values = _values_of(flow, start, len(batch.ids))
+        for (kind, layer), part in values.groupby(["kind", "layer"], observed=True):
+            block = stream.arch.blocks[layer]
+            b = torch.tensor(part["prompt"].to_numpy(np.int64))
+            neuron = torch.tensor(part["neuron"].to_numpy(np.int64))
+            place = torch.tensor(part["position"].to_numpy(np.int64)) + batch.start[b]
+            earlier = layer + (kind == "ffn" and not stream.arch.parallel)
+            pieces = torch.cat([stream.hidden[:1], stream.attention[:earlier], stream.ffn[:layer]])  # [P, B, T, D]
+            pieces = pieces[:, b, place]  # [P, n, D]
+            if kind == "ffn":
+                norm, state = block.norm("ffn_norm"), stream.ffn_input(layer)[b, place]
+                weights = [linear.weight[neuron] for linear in block.ffn_in if linear is not None]  # [n, D] each
+            else:
+                norm, state = block.norm("attention_norm"), stream.attention_input(layer)[b, place]
+                group = torch.tensor(part["head"].to_numpy(np.int64)) // (block.heads // block.kv_heads)
+                weights = [block.value.weight[group * block.head_dim + neuron]]
+            read = norm.linear(pieces, norm.scale(state))
+            products = [(read * weight).sum(-1) for weight in weights]  # [P, n]
+            sizes = torch.stack([p.abs().sum(0) for p in products])  # [1 or 2, n]
+            totals = torch.stack([p.sum(0).abs() for p in products])
+            table = part[["prompt", "layer", "kind", "position", "increase"]].assign(prompt=part["prompt"] + start)
+            table["normaliser"] = (totals / sizes).mean(0).numpy()
+            table["amplification"] = (sizes / totals.clamp(min=1e-12)).mean(0).numpy()
+            rows.append(table)
+    return pd.concat(rows, ignore_index=True)
+
+
+def agreement(one: FlowBack, other: FlowBack) -> pd.DataFrame:
+    """How far two routes agree: correlation of their flows over (layer, kind, position), per prompt.
+
+    Returns: prompt, pearson, spearman.
+    """
+    keys = ["prompt", "layer", "kind", "position"]
+    joined = one.frame.merge(other.frame, on=keys, suffixes=("_one", "_other"))
+    rows = [
+        {
+            "prompt": prompt,
+            "pearson": part["flow_one"].corr(part["flow_other"]),
+            "spearman": part["flow_one"].corr(part["flow_other"], method="spearman"),
+        }
+        for prompt, part in joined.groupby("prompt")
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,95 @@
+"""Seeds, threads, progress and writing files so that a crash leaves nothing half-written."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. Call it again after "train or load": only training draws numbers."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def use_threads(count: int | None = None) -> int:
+    """Use `count` CPU threads (default 1, or the environment variable BACKATTN_THREADS); return the number used."""
+    if count is None:
+        count = int(os.environ.get("BACKATTN_THREADS", "1"))
+    torch.set_num_threads(count)
+    return count
+
+
+def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
+    """A tqdm bar on the terminal or, under the runner, in the file that the runner watches.
+
+    It never writes into a notebook that is being executed for the record.
+    """
+    target = os.environ.get(PROGRESS_FILE)
+    if target:
+        stream = open(target, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the bar)
+        return tqdm(items, desc=description, file=stream, ncols=80, mininterval=1.0, **options)
+    return tqdm(items, desc=description, disable=not sys.stderr.isatty(), leave=False, **options)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty staging folder that becomes `folder` on success and vanishes on failure.
+
+    Raises OSError with a plain message when the disk is full or the place is not writable.
+    """
+    staging = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield staging
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(staging, folder)
+    except OSError as error:
+        raise _disk_error(error, folder) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` on success and vanishes on failure."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _disk_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _disk_error(error: OSError, path: Path) -> OSError:
+    advice = {
+        errno.ENOSPC: "the disk is full: free some space",
+        errno.EDQUOT: "your disk quota is used up: free some space",
+        errno.EACCES: "the folder is not writable: change its permissions",
+        errno.EPERM: "the folder is not writable: change its permissions",
+        errno.EROFS: "the file system is read-only",
+    }.get(error.errno)
+    if advice is None:
+        return error
+    return OSError(
+        error.errno,
+        f"Cannot write {path}: {advice}, or set BACKATTN_OUTPUT to another folder. Nothing half-written is left.",
+    )

@@ -1,0 +1,267 @@
+"""Stage discovery: are there four stages in single-hop recall, and do they come in the paper's order? (claims C1, C2)
+
+The paper's stages, made measurable (flow = what `flow_back` sends through a node; direct = the part of it that goes
+straight to the answer):
+
+A  entity subject enrichment      flow through FFNs at the entity
+B  entity attribute extraction    flow through attention that reads the entity
+C  relation subject enrichment    flow through FFNs at the relation, and at the last position the part not direct
+D  relation attribute extraction  flow through attention that reads relation or last, and direct flow of FFNs at last
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from .arch import describe
+from .flow_back import FlowBack
+from .lens import Lens
+from .patching import Knockout
+from .residual import capture, encode
+from .runtime import progress
+
+STAGES = {
+    "A": "entity subject enrichment",
+    "B": "entity attribute extraction",
+    "C": "relation subject enrichment",
+    "D": "relation attribute extraction",
+}
+SHARE = 0.1  # a stage begins where this share of its positive flow has passed, and ends where it is left
+RESAMPLES = 2000
+
+
+def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
+    """`back.frame` summed over the tokens of each position group.
+
+    Returns: prompt, layer, kind, group, flow, direct, without the embedding rows.
+    """
+    frame = back.frame[back.frame["kind"] != "embedding"]
+    label = [groups[prompt][position] for prompt, position in zip(frame["prompt"], frame["position"], strict=True)]
+    keys = ["prompt", "layer", "kind", "group"]
+    summed = frame.assign(group=label).groupby(keys, observed=True, as_index=False)[["flow", "direct"]].sum()
+    summed["kind"] = summed["kind"].astype(str)
+    return summed
+
+
+def stage_profiles(flow: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Flow of every stage by prompt and layer, from `grouped_flow`: stage -> [prompts, layers].
+
+    Besides A to D it holds the two parts of C: "C relation" and "C last".
+    """
+    prompts, layers = np.sort(flow["prompt"].unique()), int(flow["layer"].max()) + 1
+
+    def table(kind: str, group: str, column: str) -> np.ndarray:
+        part = flow[(flow["kind"] == kind) & (flow["group"] == group)]
+        wide = part.pivot_table(index="prompt", columns="layer", values=column, aggfunc="sum")
+        return wide.reindex(index=prompts, columns=range(layers)).fillna(0.0).to_numpy()
+
+    last = table("ffn", "last", "flow") - table("ffn", "last", "direct")
+    relation = table("ffn", "relation", "flow")
+    reads = table("attention", "relation", "flow") + table("attention", "last", "flow")
+    return {
+        "A": table("ffn", "entity", "flow"),
+        "B": table("attention", "entity", "flow"),
+        "C": relation + last,
+        "D": reads + table("ffn", "last", "direct"),
+        "C relation": relation,
+        "C last": last,
+    }
+
+
+def boundaries(profile: np.ndarray) -> np.ndarray:
+    """Begin, middle, peak and end layer of mean profiles [..., layers] -> [..., 4].
+
+    Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed.
+    """
+    positive = np.clip(profile, 0, None)
+    passed = positive.cumsum(-1) / np.maximum(positive.sum(-1, keepdims=True), 1e-12)
+
+    def at(share: float) -> np.ndarray:
+        return (passed >= share).argmax(-1)
+
+    return np.stack([at(SHARE), at(0.5), profile.argmax(-1), at(1 - SHARE)], axis=-1)
+
+
+def bootstrap(n: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Weights [resamples, n] of bootstrap resamples over n prompts; each row sums to 1."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
+
+
+def stage_table(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Where each stage begins, has its middle, peaks and ends, with 95 % bootstrap intervals over prompts."""
+    rows = []
+    for stage, profile in profiles.items():
+        point = boundaries(profile.mean(0))
+        draws = boundaries(bootstrap(len(profile)) @ profile)  # [resamples, 4]
+        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        row = {"stage": stage, "n": len(profile)}
+        for index, name in enumerate(("begin", "middle", "peak", "end")):
+            row |= {name: int(point[index]), f"{name}_low": low[index], f"{name}_high": high[index]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def order_table(profiles: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """For each pair (earlier, later): how many layers the later stage's middle lies behind, with its interval.
+
+    `after` is True when the whole 95 % interval is above zero.
+    """
+    n = len(next(iter(profiles.values())))
+    weights, rows = bootstrap(n), []
+    for earlier, later in pairs:
+        a, b = profiles[earlier], profiles[later]
+        gap = int(boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1])
+        draws = boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1]
+        low, high = np.percentile(draws, [2.5, 97.5])
+        rows.append({"earlier": earlier, "later": later, "gap": gap, "low": low, "high": high, "after": bool(low > 0)})
+    return pd.DataFrame(rows)
+
+
+def trend_test(profiles: dict[str, np.ndarray], order: Sequence[str] = tuple("ABCD")) -> dict[str, float]:
+    """Page's test that the stages' centres of flow rise in this order within prompts.
+
+    Returns: L, p, and `share`, the part of the prompts whose centres stand in exactly this order (by chance 1/24).
+    """
+    layers = np.arange(next(iter(profiles.values())).shape[1])
+    positive = [np.clip(profiles[stage], 0, None) for stage in order]
+    centres = np.stack([(x * layers).sum(1) / np.maximum(x.sum(1), 1e-12) for x in positive], axis=1)  # [n, stages]
+    test = stats.page_trend_test(centres)
+    return {"L": float(test.statistic), "p": float(test.pvalue), "share": float((np.diff(centres) > 0).all(1).mean())}
+
+
+def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
+    """The fewest layers that carry half of a stage's positive mean flow, in order.
+
+    profile: [prompts, layers]; without: layers left out beforehand.
+    """
+    positive = np.clip(profile.mean(0), 0, None)
+    positive[list(without)] = 0
+    order = np.argsort(-positive, kind="stable")
+    enough = int(np.searchsorted(positive[order].cumsum(), positive.sum() / 2)) + 1
+    return sorted(int(layer) for layer in order[:enough])
+
+
+def stage_knockouts(stage: str, layers: Sequence[int]) -> tuple[Knockout, ...]:
+    """The components whose flow defines a stage, in the given layers."""
+    layers = tuple(int(layer) for layer in layers)
+    return {
+        "A": (Knockout("ffn", layers, ("entity",)),),
+        "B": (Knockout("attention", layers, ("entity",)),),
+        "C": (Knockout("ffn", layers, ("relation", "last")),),
+        "D": (Knockout("attention", layers, ("relation", "last")), Knockout("ffn", layers, ("last",))),
+    }[stage]
+
+
+def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
+    """`draws` random sets, each of as many layers as `taken` and none of them, out of `layers`."""
+    generator, rest = np.random.default_rng(seed), [layer for layer in range(layers) if layer not in taken]
+    size = min(len(taken), len(rest))
+    return [sorted(generator.choice(rest, size=size, replace=False).tolist()) for _ in range(draws)]
+
+
+def knockout_table(drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]]) -> pd.DataFrame:
+    """Drop of the answer's log-probability per stage against random layers, with 95 % bootstrap intervals.
+
+    drops: stage -> (its layers, drop [prompts], drops of the random sets [draws, prompts]). The difference is taken
+    within prompts, against the mean over the random sets.
+    """
+    rows = []
+    for stage, (layers, own, random) in drops.items():
+        row = {"stage": stage, "layers": " ".join(map(str, layers)), "n": len(own), "draws": len(random)}
+        for name, values in (("drop", own), ("difference", own - random.mean(0))):
+            mean, low, high = mean_interval(values)
+            row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+        means = random.mean(1)
+        row |= {"random": means.mean(), "random_min": means.min(), "random_max": means.max()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def mean_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and its 95 % bootstrap interval over `axis` (the prompts): (mean, low, high)."""
+    values = np.moveaxis(np.asarray(values, dtype=float), axis, 0)
+    draws = np.tensordot(bootstrap(len(values)), values, axes=1)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return values.mean(0), low, high
+
+
+@dataclass
+class Contest:
+    """Logit of the correct less that of a conflicting answer: difference [prompts, positions, layers + 1]."""
+
+    difference: np.ndarray
+    positions: tuple[str, ...]
+
+
+def contest(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    groups: Sequence,
+    correct: Sequence[int],
+    conflicting: Sequence[int],
+    positions: Sequence[str] = ("entity", "relation", "last"),
+    batch_size: int = 16,
+) -> Contest:
+    """Read both answers at the last token of each position group, in every layer, through the model's own norm.
+
+    Row l of the last axis is the state that enters layer l; the last row is the state that leaves the model.
+    """
+    result = []
+    for start in progress(range(0, len(prompts), batch_size), "contest", unit="batch"):
+        part = slice(start, start + batch_size)
+        batch = encode(tokenizer, prompts[part], device=model.device)
+        stream = capture(model, batch, detail=False)
+        lens = Lens(describe(model))
+        pair = torch.tensor([correct[part], conflicting[part]], device=model.device)  # [2, B]
+        rows = torch.arange(len(batch.ids))
+        for_each = []
+        for position in positions:
+            where = torch.tensor([int(np.flatnonzero(labels == position)[-1]) for labels in groups[part]])
+            states = stream.hidden[:, rows, where + batch.start.cpu()]  # [L+1, B, D]
+            read = lens.norm.linear(states, lens.scale(states))
+            logits = torch.einsum("lbd,cbd->clb", read, lens.weight[pair]) + lens.offset[pair][:, None]
+            logits = lens.cap(logits)
+            for_each.append((logits[0] - logits[1]).T.cpu())  # [B, L+1]
+        result.append(torch.stack(for_each, dim=1).numpy())
+    return Contest(np.concatenate(result), tuple(positions))
+
+
+def first_lasting(low: np.ndarray) -> int | None:
+    """First index from which every later lower bound is above zero, None when there is none."""
+    above = np.asarray(low) > 0
+    if not above[-1]:
+        return None
+    return int(len(above) - np.argmin(above[::-1])) if not above.all() else 0
+
+
+def other_relation(frame: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `known` with the same subject's answer to each other relation: conflict, conflict_id, other.
+
+    Only ordered pairs that occur both ways round are kept, so that no relation's answers are favoured.
+    """
+    joined = known.merge(frame[["subject", "relation", "answer", "answer_id"]], on="subject", suffixes=("", "_other"))
+    joined = joined[joined["relation"] != joined["relation_other"]]
+    joined = joined[joined["answer_id"] != joined["answer_id_other"]]
+    both = set(zip(joined["subject"], joined["relation"], joined["relation_other"], strict=True))
+    keep = [
+        (s, o, r) in both
+        for s, r, o in zip(joined["subject"], joined["relation"], joined["relation_other"], strict=True)
+    ]
+    return joined[keep].reset_index(drop=True)
+
+
+def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """`known` with answer_id_other: another entity's answer to the same relation, with another first token."""
+    generator, parts = np.random.default_rng(seed), []
+    for _, part in known.groupby("relation", sort=True):
+        ids = part["answer_id"].to_numpy()
+        if len(np.unique(ids)) < 2:
+            continue
+        picks = [generator.choice(ids[ids != own]) for own in ids]
+        parts.append(part.assign(answer_id_other=picks))
+    return pd.concat(parts).reset_index(drop=True)

@@ -1,0 +1,64 @@
+"""Tables as CSV, Markdown and LaTeX, all from one frame."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from .runtime import atomic_file
+
+
+def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Write `name`.csv, .md and .tex into `folder`; return the paths. Floats have four significant digits."""
+    rounded = frame.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
+    writers = {
+        "csv": lambda path: rounded.to_csv(path, index=False, lineterminator="\n"),
+        "md": lambda path: path.write_text(rounded.to_markdown(index=False) + "\n", encoding="utf-8"),
+        "tex": lambda path: path.write_text(_latex(rounded), encoding="utf-8"),
+    }
+    paths = []
+    for suffix, write in writers.items():
+        paths.append(folder / f"{name}.{suffix}")
+        with atomic_file(paths[-1]) as temporary:
+            write(temporary)
+    return paths
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    return frame.to_latex(index=False, escape=True)
+
+
+def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
+    """Differences between the CSV files of two folders, as sentences; an empty list means agreement.
+
+    Every file of `reference` must exist with the same columns, rows and words. A number may differ by
+    `relative` of itself plus `relative` of its column's largest entry.
+    """
+    problems = []
+    for path in sorted(reference.rglob("*.csv")):
+        name = path.relative_to(reference)
+        if not (folder / name).exists():
+            problems.append(f"{name}: was not made by this run")
+            continue
+        expected, found = pd.read_csv(path), pd.read_csv(folder / name)
+        if list(expected.columns) != list(found.columns) or len(expected) != len(found):
+            problems.append(f"{name}: has {found.shape} rows and columns, the committed file {expected.shape}")
+            continue
+        for column in expected:
+            problem = _column_problem(expected[column], found[column], relative)
+            if problem:
+                problems.append(f"{name}, column {column}: {problem}")
+    return problems
+
+
+def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> str | None:
+    if not (pd.api.types.is_numeric_dtype(expected) and pd.api.types.is_numeric_dtype(found)):
+        differs = expected.astype(str) != found.astype(str)
+        message = "{} in row {}, the committed file says {}"
+    else:
+        allowed = relative * (expected.abs() + expected.abs().max())
+        differs = ~((expected - found).abs() <= allowed) & ~(expected.isna() & found.isna())
+        message = "{:.4g} in row {}, the committed file says {:.4g}"
+    if not differs.any():
+        return None
+    row = int(differs.idxmax())
+    return message.format(found[row], row + 2, expected[row])
