@@ -137,9 +137,10 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
     A failed run leaves its partial notebook as `<name>.partial.ipynb` beside it. The report names the failing cell,
     a short traceback and the command to resume; a dead kernel is called that.
     """
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook = load_notebook_node(str(path))
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -166,6 +167,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
         notebook,
         timeout=None,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(paths.NOTEBOOKS)}},
         on_cell_start=starting,
         on_cell_executed=finished,

@@ -1,6 +1,5 @@
 """What the reader sees: plots that return their Axes, and saving with the plotted numbers beside the picture."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -58,6 +57,13 @@ def _axes(ax: Axes | None, width: float = WIDTH, height: float = 2.8) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
+def _label_layers(ax: Axes, layers: pd.Index) -> None:
+    """Every fifth layer on the x axis of a heat map, upright labels on both axes."""
+    shown = [index for index, layer in enumerate(layers) if layer % 5 == 0]
+    ax.set_xticks([index + 0.5 for index in shown], [str(layers[index]) for index in shown])
+    ax.tick_params(axis="both", rotation=0)
+
+
 def layer_importance(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Bars of the layer importances of one prompt (rows of `LogitFlow.layers`), attention beside FFN."""
     ax = _axes(ax)
@@ -65,8 +71,8 @@ def layer_importance(layers: pd.DataFrame, ax: Axes | None = None) -> Axes:
         part = layers[layers["kind"] == kind]
         ax.bar(part["layer"] + offset, part["increase"], width=0.4, color=COLOURS[kind], label=kind)
     ax.axhline(0, color="0.4", linewidth=0.6)
-    ax.set(xlabel="layer", ylabel="increase of log p(answer), nats")
-    ax.legend()
+    ax.set(xlabel="layer", ylabel="increase, nats")
+    ax.legend(ncols=2, loc="upper left")
     return ax
 
 
@@ -87,8 +93,7 @@ def flow_heatmap(
         grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, yticklabels=labels, cbar_kws={"label": "flow, nats"}
     )
     ax.set(xlabel="layer", ylabel="", title=kind)
-    ax.tick_params(axis="y", rotation=0)
-    ax.tick_params(axis="x", rotation=0)
+    _label_layers(ax, grid.columns)
     return ax
 
 
@@ -100,8 +105,7 @@ def grouped_heatmap(table: pd.DataFrame, ax: Axes | None = None, title: str = ""
     top = np.abs(grid.to_numpy()).max()
     sns.heatmap(grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, cbar_kws={"label": "flow, nats"})
     ax.set(xlabel="layer", ylabel="", title=title)
-    ax.tick_params(axis="y", rotation=0)
-    ax.tick_params(axis="x", rotation=0)
+    _label_layers(ax, grid.columns)
     return ax
 
 
@@ -181,14 +185,3 @@ def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(table["normaliser"], table["amplification"], s=2, alpha=0.3, color=PALETTE[0], rasterized=True)
     ax.set(xscale="log", yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
     return ax
-
-
-def band(values: np.ndarray, names: Sequence[str], interval) -> pd.DataFrame:
-    """Tidy table (position, layer, mean, low, high) of values [prompts, positions, layers]."""
-    mean, low, high = interval(values)
-    layers = np.arange(values.shape[-1])
-    parts = [
-        pd.DataFrame({"position": name, "layer": layers, "mean": mean[i], "low": low[i], "high": high[i]})
-        for i, name in enumerate(names)
-    ]
-    return pd.concat(parts, ignore_index=True)

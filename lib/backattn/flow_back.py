@@ -17,7 +17,7 @@ Both are one sweep from the top layer down with a covector per position; they di
 gate shares. What is not handed to the embedding ends in biases, so that what enters equals what leaves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -278,8 +278,12 @@ def _gate_ratio(activated: Tensor, x: Tensor) -> Tensor:
     return torch.where(near, torch.full_like(x, 0.5), activated / torch.where(near, torch.ones_like(x), x))
 
 
-def hand_back(model, tokenizer, flow: LogitFlow, batch_size: int = 16) -> pd.DataFrame:
+def hand_back(
+    model, tokenizer, flow: LogitFlow, prompts: Sequence[int] | None = None, batch_size: int = 16
+) -> pd.DataFrame:
     """How route "parts" behaves where its normaliser is small.
+
+    prompts: indices of the prompts to look at; None takes all.
 
     For each neuron of `flow` the shares w·x_k / w·x of its residual input's parts k (embedding, and each earlier
     attention and FFN output) sum to 1, but they may be large and of both signs when w·x is near zero.
@@ -287,9 +291,13 @@ def hand_back(model, tokenizer, flow: LogitFlow, batch_size: int = 16) -> pd.Dat
     Returns: prompt, layer, kind, position, increase, normaliser (|w·x| relative to Σ|w·x_k|, between 0 and 1; for a
     gated neuron the mean of both rows) and amplification = Σ|share| (for a gated neuron the mean of both rows).
     """
-    rows = []
-    for start, batch, stream in _batches(model, tokenizer, flow, batch_size):
-        values = _values_of(flow, start, len(batch.ids))
+    rows, chosen = [], list(range(len(flow.prompts)) if prompts is None else prompts)
+    for start in range(0, len(chosen), batch_size):
+        mine = chosen[start : start + batch_size]
+        batch = encode(tokenizer, [flow.prompts[index] for index in mine], device=model.device)
+        stream = capture(model, batch)
+        values = flow.frame[flow.frame["prompt"].isin(mine) & flow.frame["neuron"].notna()]
+        values = values.assign(prompt=values["prompt"].map({index: row for row, index in enumerate(mine)}))
         for (kind, layer), part in values.groupby(["kind", "layer"], observed=True):
             block = stream.arch.blocks[layer]
             b = torch.tensor(part["prompt"].to_numpy(np.int64))
@@ -309,7 +317,8 @@ def hand_back(model, tokenizer, flow: LogitFlow, batch_size: int = 16) -> pd.Dat
             products = [(read * weight).sum(-1) for weight in weights]  # [P, n]
             sizes = torch.stack([p.abs().sum(0) for p in products])  # [1 or 2, n]
             totals = torch.stack([p.sum(0).abs() for p in products])
-            table = part[["prompt", "layer", "kind", "position", "increase"]].assign(prompt=part["prompt"] + start)
+            table = part[["prompt", "layer", "kind", "position", "increase"]]
+            table = table.assign(prompt=np.array(mine)[part["prompt"]])
             table["normaliser"] = (totals / sizes).mean(0).numpy()
             table["amplification"] = (sizes / totals.clamp(min=1e-12)).mean(0).numpy()
             rows.append(table)

@@ -7,12 +7,16 @@ import random
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+# Bars here are plain text, so tqdm's advice to install its notebook widgets is noise in every notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
 

@@ -20,7 +20,7 @@ from scipy import stats
 from .arch import describe
 from .flow_back import FlowBack
 from .lens import Lens
-from .patching import Knockout
+from .patching import Knockout, Means, knocked_out_log_probs
 from .residual import capture, encode
 from .runtime import progress
 
@@ -30,6 +30,7 @@ STAGES = {
     "C": "relation subject enrichment",
     "D": "relation attribute extraction",
 }
+STEPS = (("A", "B"), ("B", "C"), ("C", "D"))
 SHARE = 0.1  # a stage begins where this share of its positive flow has passed, and ends where it is left
 RESAMPLES = 2000
 
@@ -105,19 +106,35 @@ def stage_table(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def order_table(profiles: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """For each pair (earlier, later): how many layers the later stage's middle lies behind, with its interval.
+def profile_bands(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Each stage's mean flow by layer as a share of its positive total, with 95 % intervals.
 
-    `after` is True when the whole 95 % interval is above zero.
+    Returns: stage, layer, share, low, high.
+    """
+    rows = []
+    for stage, profile in profiles.items():
+        total = np.clip(profile.mean(0), 0, None).sum()
+        mean, low, high = mean_interval(profile / max(total, 1e-12))
+        table = pd.DataFrame({"layer": np.arange(len(mean)), "share": mean, "low": low, "high": high})
+        rows.append(table.assign(stage=stage)[["stage", "layer", "share", "low", "high"]])
+    return pd.concat(rows, ignore_index=True)
+
+
+def order_table(profiles: dict[str, np.ndarray], more: Sequence[tuple[str, str]] = ()) -> pd.DataFrame:
+    """How many layers the middle of each stage lies behind the one before it, with 95 % intervals.
+
+    Rows: the paper's steps A→B, B→C, C→D (`step` True), then the pairs in `more`. `after` is True when the whole
+    interval is above zero.
     """
     n = len(next(iter(profiles.values())))
     weights, rows = bootstrap(n), []
-    for earlier, later in pairs:
+    for earlier, later in (*STEPS, *more):
         a, b = profiles[earlier], profiles[later]
         gap = int(boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1])
         draws = boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1]
         low, high = np.percentile(draws, [2.5, 97.5])
-        rows.append({"earlier": earlier, "later": later, "gap": gap, "low": low, "high": high, "after": bool(low > 0)})
+        row = {"earlier": earlier, "later": later, "gap": gap, "low": low, "high": high, "after": bool(low > 0)}
+        rows.append({**row, "step": (earlier, later) in STEPS})
     return pd.DataFrame(rows)
 
 
@@ -189,14 +206,6 @@ def mean_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.nda
     return values.mean(0), low, high
 
 
-@dataclass
-class Contest:
-    """Logit of the correct less that of a conflicting answer: difference [prompts, positions, layers + 1]."""
-
-    difference: np.ndarray
-    positions: tuple[str, ...]
-
-
 def contest(
     model,
     tokenizer,
@@ -206,11 +215,16 @@ def contest(
     conflicting: Sequence[int],
     positions: Sequence[str] = ("entity", "relation", "last"),
     batch_size: int = 16,
-) -> Contest:
-    """Read both answers at the last token of each position group, in every layer, through the model's own norm.
+) -> pd.DataFrame:
+    """Logit of the correct less that of the conflicting answer, read at the last token of each position group.
 
-    Row l of the last axis is the state that enters layer l; the last row is the state that leaves the model.
+    The lens recomputes the norm's scale in every state. Layer l is the state that enters layer l; the highest is the
+    state that leaves the model. Returns: position, layer, mean, low, high (95 % bootstrap intervals over prompts).
+
+    Raises ValueError when there are no prompts, or a position group is missing from one.
     """
+    if not len(prompts):
+        raise ValueError("There is no prompt with a conflicting answer: ask more facts.")
     result = []
     for start in progress(range(0, len(prompts), batch_size), "contest", unit="batch"):
         part = slice(start, start + batch_size)
@@ -228,31 +242,23 @@ def contest(
             logits = lens.cap(logits)
             for_each.append((logits[0] - logits[1]).T.cpu())  # [B, L+1]
         result.append(torch.stack(for_each, dim=1).numpy())
-    return Contest(np.concatenate(result), tuple(positions))
-
-
-def first_lasting(low: np.ndarray) -> int | None:
-    """First index from which every later lower bound is above zero, None when there is none."""
-    above = np.asarray(low) > 0
-    if not above[-1]:
-        return None
-    return int(len(above) - np.argmin(above[::-1])) if not above.all() else 0
-
-
-def other_relation(frame: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `known` with the same subject's answer to each other relation: conflict, conflict_id, other.
-
-    Only ordered pairs that occur both ways round are kept, so that no relation's answers are favoured.
-    """
-    joined = known.merge(frame[["subject", "relation", "answer", "answer_id"]], on="subject", suffixes=("", "_other"))
-    joined = joined[joined["relation"] != joined["relation_other"]]
-    joined = joined[joined["answer_id"] != joined["answer_id_other"]]
-    both = set(zip(joined["subject"], joined["relation"], joined["relation_other"], strict=True))
-    keep = [
-        (s, o, r) in both
-        for s, r, o in zip(joined["subject"], joined["relation"], joined["relation_other"], strict=True)
+    mean, low, high = mean_interval(np.concatenate(result))  # [positions, L+1]
+    parts = [
+        pd.DataFrame({"position": name, "layer": range(mean.shape[1]), "mean": mean[i], "low": low[i], "high": high[i]})
+        for i, name in enumerate(positions)
     ]
-    return joined[keep].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True)
+
+
+def other_relation(known: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `known` with the subject's answer to another relation: relation_other, answer_other, answer_id_other.
+
+    Every pair of answers occurs both ways round, once as correct and once as conflicting, so that no relation's
+    answers are favoured.
+    """
+    joined = known.merge(known[["subject", "relation", "answer", "answer_id"]], on="subject", suffixes=("", "_other"))
+    different = (joined["relation"] != joined["relation_other"]) & (joined["answer_id"] != joined["answer_id_other"])
+    return joined[different].reset_index(drop=True)
 
 
 def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -265,3 +271,66 @@ def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         picks = [generator.choice(ids[ids != own]) for own in ids]
         parts.append(part.assign(answer_id_other=picks))
     return pd.concat(parts).reset_index(drop=True)
+
+
+def route_summary(agree: pd.DataFrame, sample: pd.DataFrame) -> pd.DataFrame:
+    """Agreement of the two routes and behaviour near small normalisers, as one table: quantity, mean, low, high.
+
+    low and high are the 2.5 and 97.5 percentiles over prompts (agreement) or neurons (normaliser, amplification).
+    """
+    columns = {
+        "Pearson correlation of the routes, per prompt": agree["pearson"],
+        "Spearman correlation of the routes, per prompt": agree["spearman"],
+        "normaliser |w·x| / Σ|w·x_k|, per neuron": sample["normaliser"],
+        "amplification Σ|share|, per neuron": sample["amplification"],
+    }
+    rows = [
+        {"quantity": name, "mean": x.mean(), "low": x.quantile(0.025), "high": x.quantile(0.975), "extreme": x.max()}
+        for name, x in columns.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def table_by(labels: pd.Series, profiles: dict[str, np.ndarray], least: int = 8) -> pd.DataFrame:
+    """`stage_table` for each label of the prompts that at least `least` of them carry, with the label as `relation`."""
+    labels, parts = np.asarray(labels), []
+    for label in np.unique(labels):
+        mine = labels == label
+        if mine.sum() >= least:
+            part = stage_table({stage: profile[mine] for stage, profile in profiles.items()})
+            parts.append(part.assign(relation=label))
+    if not parts:
+        mine = stage_table(profiles)
+        parts.append(mine.assign(relation="all"))
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass
+class Tested:
+    """The prompts on which knock-outs are tried, with the means that replace what is knocked out."""
+
+    model: object
+    tokenizer: object
+    frame: pd.DataFrame
+    groups: Sequence
+    means: Means
+
+    def log_probs(self, knockouts: Sequence[Knockout] = ()) -> np.ndarray:
+        """Answer's log-probability per prompt under `knockouts`."""
+        prompts, ids = self.frame["prompt"].tolist(), self.frame["answer_id"].tolist()
+        return knocked_out_log_probs(
+            self.model, self.tokenizer, prompts, ids, self.groups, knockouts, self.means
+        ).numpy()
+
+    def against_random(self, cores: dict[str, list[int]], draws: int, seed: int) -> dict[str, tuple]:
+        """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
+
+        cores: stage (its first letter says which) -> layers. Layer 0 is no candidate where it was left out on purpose.
+        """
+        total, base, drops = len(describe(self.model).blocks), self.log_probs(), {}
+        for stage, layers in progress(cores.items(), "knock-outs", unit="stage"):
+            taken = layers if len(stage) == 1 else [0, *layers]
+            sets = [layers, *other_layers(taken, total, draws, seed)]
+            lost = [base - self.log_probs(stage_knockouts(stage[0], chosen)) for chosen in sets]
+            drops[stage] = (layers, lost[0], np.stack(lost[1:]))
+        return drops

@@ -137,6 +137,17 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
     )
 
 
+def known(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame:
+    """The prompts fit for analysis: answered right, by an answer of one token that no other answer begins with.
+
+    per_relation: at most this many of each relation. Raises ValueError when none is left.
+    """
+    fit = scored[scored["correct"] & ~scored["shared"] & (scored["tokens"] == 1)]
+    if fit.empty:
+        raise ValueError("The model answers none of these prompts with a one-token answer: ask more or easier facts.")
+    return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(drop=True)
+
+
 def next_log_probs(model, batch: Batch) -> torch.Tensor:
     """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left."""
     with torch.no_grad():
