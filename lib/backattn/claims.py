@@ -74,7 +74,8 @@ def entity_cannot_tell(contest: pd.DataFrame, begin: int, n: int) -> Claim:
         id="C2",
         claim="the entity position cannot tell the correct from the conflicting answer; relation and last can, after B",
         paper="figure",
-        ours=f"tells them apart: {told}; in the final state: {sizes}; stage B begins at layer {begin}; n = {n}",
+        ours=f"tells them apart: {told}; in the final state: {sizes}; stage B begins at layer {begin}; "
+        f"n = {n} prompts about {contest['clusters'].iloc[0]} subjects",
         kind="tolerance",
         verdict=_verdict(passed),
         notebook="01_stage_discovery",

@@ -20,7 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from .arch import check_supported
+from .arch import UnsupportedModelError, check_supported, supported
 from .paths import CACHE
 from .runtime import atomic_folder, progress
 
@@ -290,25 +290,23 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None):
         check_supported(config)  # before any weight is fetched
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
         return model, AutoTokenizer.from_pretrained(name, **options)
+    except UnsupportedModelError:
+        raise
     except SafetensorError as error:
         raise ModelLoadError(
             f"A weight file of {name!r} is damaged ({error}). Delete it and fetch it again."
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if "does not recognize this architecture" in str(error):
+            raise UnsupportedModelError(
+                f"{name!r} is of a family that transformers does not know. Supported families: {supported()}."
+            ) from error
         raise ModelLoadError(
             f"Could not load {name!r}: it is neither a local folder with config.json, model.safetensors and a "
             "tokenizer, nor a Hugging Face id that can be reached from here. Check the spelling and the network "
             f"(gated models need `hf auth login`). Models that come with the package index: {', '.join(EMBEDDED)}. "
             f"transformers said: {str(error).splitlines()[0]}"
         ) from error
-    except ValueError as error:
-        if "model type" in str(error) or "model_type" in str(error):
-            from .arch import UnsupportedModelError, supported
-
-            raise UnsupportedModelError(
-                f"{name!r} is of a family that is not supported. Supported families: {supported()}."
-            ) from error
-        raise
 
 
 # ---------------------------------------------------------------- tiny random models

@@ -213,13 +213,19 @@ def contest(
     groups: Sequence,
     correct: Sequence[int],
     conflicting: Sequence[int],
+    clusters: Sequence,
     positions: Sequence[str] = ("entity", "relation", "last"),
     batch_size: int = 16,
 ) -> pd.DataFrame:
     """Logit of the correct less that of the conflicting answer, read at the last token of each position group.
 
     The lens recomputes the norm's scale in every state. Layer l is the state that enters layer l; the highest is the
-    state that leaves the model. Returns: position, layer, mean, low, high (95 % bootstrap intervals over prompts).
+    state that leaves the model.
+
+    clusters: one label per prompt; prompts with the same label (here: subject) are not independent, so they are
+        averaged first and the bootstrap resamples labels.
+
+    Returns: position, layer, mean, low, high (95 % intervals), clusters (their number).
 
     Raises ValueError when there are no prompts, or a position group is missing from one.
     """
@@ -242,12 +248,14 @@ def contest(
             logits = lens.cap(logits)
             for_each.append((logits[0] - logits[1]).T.cpu())  # [B, L+1]
         result.append(torch.stack(for_each, dim=1).numpy())
-    mean, low, high = mean_interval(np.concatenate(result))  # [positions, L+1]
+    values, (labels, member) = np.concatenate(result), np.unique(np.asarray(clusters), return_inverse=True)
+    averaged = np.stack([values[member == index].mean(0) for index in range(len(labels))])
+    mean, low, high = mean_interval(averaged)  # [positions, L+1]
     parts = [
         pd.DataFrame({"position": name, "layer": range(mean.shape[1]), "mean": mean[i], "low": low[i], "high": high[i]})
         for i, name in enumerate(positions)
     ]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True).assign(clusters=len(labels))
 
 
 def other_relation(known: pd.DataFrame) -> pd.DataFrame:

