@@ -202,11 +202,12 @@ def test_prompts_about_one_subject_are_averaged_before_the_bootstrap(llama, prom
         ((None, 24, 24), "reproduced"),
         ((None, 3, 24), "partly"),
         ((28, 24, 24), "partly"),
+        ((None, None, None), "partly"),
         ((5, None, 3), "contradicted"),
     ],
 )
 def test_the_verdict_on_c2_follows_its_rule(since, verdict):
-    assert claims.entity_cannot_tell(contest_table(*since), begin=12, n=9).verdict == verdict
+    assert claims.entity_cannot_tell(contest_table(*since), stage_b=23, n=9).verdict == verdict
 
 
 @pytest.mark.parametrize(

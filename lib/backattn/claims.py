@@ -55,26 +55,29 @@ def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> Cla
     )
 
 
-def entity_cannot_tell(contest: pd.DataFrame, begin: int, n: int) -> Claim:
-    """C2. contest: position, layer, mean, low, high; begin: layer where stage B begins.
+def entity_cannot_tell(contest: pd.DataFrame, stage_b: int, n: int) -> Claim:
+    """C2. contest: position, layer, mean, low, high, clusters; stage_b: the layer of stage B's middle.
 
-    A position tells the answers apart from layer l on when the interval is above zero in every state from l to the
-    end. The entity must not; relation and last must, and not from a layer before `begin`.
+    A position tells the answers apart from state l on when the interval is above zero in every state from l to the
+    end. Three checks: the entity never does; relation and last do; they do not begin to before stage B has acted,
+    that is in the states that leave layer `stage_b` or a later one.
     """
     since = {}
     for position, part in contest.groupby("position", sort=False):
         above = (part["low"] > 0).to_numpy()
         run = int(np.argmin(above[::-1])) if not above.all() else len(above)  # states at the end that are above zero
         since[position] = int(part["layer"].to_numpy()[len(above) - run]) if run else None
-    passed = [since["entity"] is None, *(since[p] is not None and since[p] >= begin for p in ("relation", "last"))]
-    told = ", ".join(f"{name} {'never' if layer is None else f'from layer {layer}'}" for name, layer in since.items())
+    readers = [since["relation"], since["last"]]
+    can = None not in readers
+    passed = [since["entity"] is None, can, can and min(readers) > stage_b]
+    told = ", ".join(f"{name} {'never' if layer is None else f'from state {layer}'}" for name, layer in since.items())
     final = contest[contest["layer"] == contest["layer"].max()].set_index("position")
     sizes = ", ".join(f"{p} {r['mean']:+.1f} [{r['low']:.1f}, {r['high']:.1f}]" for p, r in final.iterrows())
     return Claim(
         id="C2",
         claim="the entity position cannot tell the correct from the conflicting answer; relation and last can, after B",
         paper="figure",
-        ours=f"tells them apart: {told}; in the final state: {sizes}; stage B begins at layer {begin}; "
+        ours=f"tells them apart: {told}; in the final state: {sizes}; stage B acts in layer {stage_b}; "
         f"n = {n} prompts about {contest['clusters'].iloc[0]} subjects",
         kind="tolerance",
         verdict=_verdict(passed),

@@ -145,7 +145,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     if parameters:
-        notebook = parameterize_notebook(notebook, parameters)
+        notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial.ipynb")
     bar = target.with_suffix(".progress")

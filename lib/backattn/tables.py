@@ -50,8 +50,12 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
     return problems
 
 
+def _is_number(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
 def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> str | None:
-    if not (pd.api.types.is_numeric_dtype(expected) and pd.api.types.is_numeric_dtype(found)):
+    if not (_is_number(expected) and _is_number(found)):
         differs = expected.astype(str) != found.astype(str)
         message = "{} in row {}, the committed file says {}"
     else:
