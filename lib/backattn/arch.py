@@ -116,8 +116,7 @@ class Norm:
     def __init__(self, module: nn.Module | None, width: int, offset: float = 0.0):
         self.present = module is not None
         weight = getattr(module, "weight", None)
-        device = weight.device if weight is not None else "cpu"
-        self.weight = torch.ones(width, device=device) if weight is None else weight.detach().float() + offset
+        self.weight = torch.ones(width) if weight is None else weight.detach().float() + offset
         bias = getattr(module, "bias", None)
         self.bias = torch.zeros_like(self.weight) if bias is None else bias.detach().float()
         self.centred = isinstance(module, nn.LayerNorm)
@@ -133,15 +132,15 @@ class Norm:
         return torch.rsqrt(self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps)
 
     def linear(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The norm's linear part under a given scale, without its bias. Its own transpose up to `adjoint`."""
-        return self.weight * self.centre(x) * scale
+        """The norm's linear part under a given scale, without its bias."""
+        return self.weight * self.centre(x) * scale if self.present else x
 
     def adjoint(self, covector: Tensor, scale: Tensor) -> Tensor:
         """Transpose of `linear`: hands a covector on the norm's output back to its input."""
-        return self.centre(self.weight * covector) * scale
+        return self.centre(self.weight * covector) * scale if self.present else covector
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.scale(x)) + self.bias
+        return self.linear(x, self.scale(x)) + self.bias if self.present else x
 
 
 @dataclass

@@ -22,17 +22,15 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, tables
-from .notebook import PROFILE
-from .runtime import PROGRESS_FILE, atomic_file
+from .runtime import PROFILE, PROGRESS_FILE, atomic_file
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
     "smoke": {
-        "00_start_here": {},
-        "01_stage_discovery": {"asked_per_relation": 12, "kept_per_relation": 4, "knockout_draws": 2},
+        "01_stage_discovery": {"asked_per_relation": 16, "kept_per_relation": 6, "tested": 8, "knockout_draws": 2}
     },
     "paper": {},
-    "full": {"01_stage_discovery": {"asked_per_relation": 160, "kept_per_relation": 100, "knockout_draws": 20}},
+    "full": {"01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29}},
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
 PARAMETERS_TAG = "parameters"
@@ -47,17 +45,20 @@ def notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
 
 
 def select(found: list[Path], only: str | None, start: str | None, stop: str | None) -> list[Path]:
-    """Notebooks chosen by --only 01[,03], --from 01, --to 03; raises SystemExit when nothing fits."""
-    wanted = only.split(",") if only else None
-    chosen = [
-        path
-        for path in found
-        if (wanted is None or any(path.stem.startswith(w) for w in wanted))
-        and (start is None or path.stem[:2] >= start[:2])
-        and (stop is None or path.stem[:2] <= stop[:2])
-    ]
+    """Notebooks chosen by --only 01[,03], --from 01, --to 03; raises SystemExit when a number or name fits none."""
+    names = [path.stem for path in found]
+
+    def matching(word: str) -> list[str]:
+        fits = [name for name in names if name.startswith(word.zfill(2) if word.isdigit() else word)]
+        if not fits:
+            raise SystemExit(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
+        return fits
+
+    wanted = {name for word in only.split(",") for name in matching(word)} if only else set(names)
+    first, last = matching(start)[0] if start else names[0], matching(stop)[-1] if stop else names[-1]
+    chosen = [path for path in found if path.stem in wanted and first <= path.stem <= last]
     if not chosen:
-        raise SystemExit(f"No notebook fits. There are: {', '.join(path.stem for path in found)}.")
+        raise SystemExit(f"No notebook fits. There are: {', '.join(names)}.")
     return chosen
 
 
@@ -225,7 +226,6 @@ def _clean(notebook) -> None:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         for output in cell.get("outputs", []):
-            output.pop("metadata", None) if output["output_type"] == "stream" else None
             if "metadata" in output:
                 output["metadata"] = nbformat.from_dict({})
 
@@ -277,6 +277,8 @@ def run(arguments: argparse.Namespace) -> int:
         label = f"[{number}/{len(chosen)}] {path.stem}"
         if not arguments.force and stamp.get("key") == key and all((folder / f).exists() for f in stamp["written"]):
             print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
+            if arguments.update:
+                _update(path, folder / "notebooks" / path.name, folder, profile, stamp)
             continue
         estimate = stamp.get("seconds") or _manifest().get("runs", {}).get(profile, {}).get(path.stem, {}).get(
             "seconds"
@@ -290,16 +292,17 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.keep_going:
                 break
             continue
-        values = {"seconds": round(outcome.seconds, 1), "peak_megabytes": outcome.peak_megabytes}
+        stamp = {"key": key, "written": outcome.written, "seconds": round(outcome.seconds, 1)}
+        stamp["peak_megabytes"] = outcome.peak_megabytes
         with atomic_file(stamp_path) as temporary:
-            temporary.write_text(json.dumps({"key": key, "written": outcome.written, **values}, indent=1))
+            temporary.write_text(json.dumps(stamp, indent=1))
         print(
             f"      took {outcome.seconds:.0f} s, peak memory {outcome.peak_megabytes} MB, "
             f"wrote {len(outcome.written)} files below {folder}",
             flush=True,
         )
         if arguments.update:
-            _update(path, target, folder, profile, values, outcome.written)
+            _update(path, target, folder, profile, stamp)
     print(
         f"{'FAILED: ' + ', '.join(failed) if failed else 'All done'} after {time.monotonic() - began:.0f} s.",
         flush=True,
@@ -314,18 +317,17 @@ def _read_stamp(path: Path) -> dict:
         return {}
 
 
-def _update(path: Path, target: Path, folder: Path, profile: str, values: dict, written: list[str]) -> None:
+def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -> None:
     """Replace the committed notebook, figures and tables by this run's, and note what the run took."""
-    if profile != "paper":
-        raise SystemExit("--update replaces committed results: it goes with --profile paper only.")
     shutil.copyfile(target, path)
-    for name in written:
+    for name in stamp["written"]:
         if name.startswith("figures/"):
             goal = paths.FIGURES / Path(name).relative_to("figures")
             goal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, goal)
     manifest = _manifest()
-    manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**values, "hardware": hardware()}
+    took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
+    manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

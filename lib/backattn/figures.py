@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .runtime import atomic_file
+from .tasks import GROUPS
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"embedding": PALETTE[7], "attention": PALETTE[0], "ffn": PALETTE[1]}
@@ -100,9 +101,9 @@ def flow_heatmap(
 def grouped_heatmap(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
     """Position group × layer picture; table: group, layer, mean."""
     grid = table.pivot(index="group", columns="layer", values="mean")
-    grid = grid.reindex([group for group in ("entity", "relation", "last", "context") if group in grid.index])
+    grid = grid.reindex([group for group in GROUPS if group in grid.index])
     ax = _axes(ax, height=1.6)
-    top = np.abs(grid.to_numpy()).max()
+    top = np.abs(grid.drop(index="context", errors="ignore").to_numpy()).max()  # the context may go beyond
     sns.heatmap(grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, cbar_kws={"label": "flow, nats"})
     ax.set(xlabel="layer", ylabel="", title=title)
     _label_layers(ax, grid.columns)

@@ -41,19 +41,27 @@ class FlowBack:
     frame: prompt, layer, kind (embedding, attention, ffn), position (source position for attention), token,
         flow (all that passes through this node), direct (the part that goes straight to the answer; the rest
         reaches it through later neurons). Flow passes through many nodes: sums over layers are no shares.
-    conservation: prompt, entering, leaving, withheld, error = |entering − leaving − withheld|.
+    conservation: prompt, entering, leaving (of which in_biases), withheld, error = |entering − leaving − withheld|,
+        scale (Σ|what entered|, against which errors are measured).
     """
 
     frame: pd.DataFrame
     conservation: pd.DataFrame
     route: str
+    tolerance: float
 
-    def check(self, tolerance: float = 1e-3) -> float:
-        """Largest conservation error relative to what enters; raises ValueError with it when above `tolerance`."""
+    def check(self) -> float:
+        """Largest conservation error relative to what enters.
+
+        Raises ValueError with it when it exceeds the tolerance of the model's dtype, or when more than 1 % of what
+        entered was withheld because neurons' coefficients vanish.
+        """
         table = self.conservation
-        error = (table["error"] / table["scale"]).max()
-        if not error <= tolerance:
+        error, withheld = (table["error"] / table["scale"]).max(), (table["withheld"].abs() / table["scale"]).max()
+        if not error <= self.tolerance:
             raise ValueError(f"Flow is not conserved: {error:.2e} of what entered is unaccounted for.")
+        if not withheld <= 0.01:
+            raise ValueError(f"{withheld:.1%} of the flow was withheld: those neurons' coefficients are near zero.")
         return float(error)
 
 
@@ -85,14 +93,20 @@ def flow_back(model, tokenizer, flow: LogitFlow, route: str = "parts", batch_siz
         balances.append(sweep.balance(start))
     frame = pd.concat(frames, ignore_index=True)
     frame[["kind", "token"]] = frame[["kind", "token"]].astype("category")
-    return FlowBack(frame, pd.concat(balances, ignore_index=True), route)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return FlowBack(frame, pd.concat(balances, ignore_index=True), route, tolerance)
 
 
 def _batches(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Batch, Stream]]:
     starts = range(0, len(flow.prompts), batch_size)
     for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
         batch = encode(tokenizer, flow.prompts[start : start + batch_size], device=model.device)
-        yield start, batch, capture(model, batch)
+        stream = capture(model, batch)
+        answers = torch.tensor(flow.answer_ids[start : start + batch_size], device=model.device)
+        found = stream.logits.log_softmax(-1).gather(1, answers[:, None])[:, 0].cpu().numpy()
+        if not np.allclose(found, flow.log_prob[start : start + batch_size], atol=flow.tolerance):
+            raise ValueError("This flow was made by another model or tokenizer: pass the ones given to logit_flow.")
+        yield start, batch, stream
 
 
 def _values_of(flow: LogitFlow, start: int, count: int) -> pd.DataFrame:
@@ -106,16 +120,16 @@ class _Sweep:
 
     def __init__(self, stream: Stream):
         self.stream, self.batch = stream, stream.batch
-        shape = stream.hidden.shape  # [L+1, B, T, D]
-        self.covector = torch.zeros(shape[1:])  # on the residual stream, per position
-        self.top = torch.zeros(shape[1:])  # the part of it that reads the answer directly
+        hidden = stream.hidden  # [L+1, B, T, D]
+        self.device = hidden.device
+        self.covector = torch.zeros_like(hidden[0])  # on the residual stream, per position
+        self.top = torch.zeros_like(hidden[0])  # the part of it that reads the answer directly
         self.neurons_in: dict[tuple[str, int], Tensor] = {}  # importance per unit of coefficient
-        self.entering = torch.zeros(shape[1], dtype=torch.float64)
-        self.withheld = torch.zeros(shape[1], dtype=torch.float64)
-        self.scale = torch.zeros(shape[1], dtype=torch.float64)
-        self.bias_mass = torch.zeros(shape[1], dtype=torch.float64)
-        self.flow = {kind: torch.zeros(shape[0] - 1, *shape[1:3]) for kind in ("attention", "ffn")}  # [L, B, T]
-        self.direct = {kind: torch.zeros(shape[0] - 1, *shape[1:3]) for kind in ("attention", "ffn")}
+        per_prompt = hidden.new_zeros(hidden.shape[1], dtype=torch.float64)
+        self.entering, self.withheld, self.scale, self.bias_mass = (per_prompt.clone() for _ in range(4))
+        per_node = hidden[1:, ..., 0]  # [L, B, T]
+        self.flow = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
+        self.direct = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
         self.linear = False
 
     # -- what enters
@@ -125,7 +139,7 @@ class _Sweep:
         self.linear = True
         lens, last = Lens(self.stream.arch), self.batch.at_last(self.stream.hidden[-1])  # [B, D]
         gradient = lens.norm.adjoint(lens.weight[answer] - lens.weight.mean(0), lens.scale(last))
-        index = torch.arange(len(last))
+        index = torch.arange(len(last), device=self.device)
         self.covector[index, self.batch.last] = gradient
         self.top = self.covector.clone()
         self.entering = (gradient * last).sum(-1).double()
@@ -134,25 +148,27 @@ class _Sweep:
     def enter_neurons(self, rows: pd.DataFrame) -> None:
         """Start from the importances of value neurons, given per unit of their coefficient."""
         for (kind, layer), part in rows.groupby(["kind", "layer"], observed=True):
-            b = torch.tensor(part["prompt"].to_numpy(np.int64))
-            neuron = torch.tensor(part["neuron"].to_numpy(np.int64))
-            importance = torch.tensor(part["increase"].to_numpy())
+            b, neuron = self._index(part["prompt"]), self._index(part["neuron"])
+            importance = torch.tensor(part["increase"].to_numpy(), device=self.device)
             if kind == "ffn":
                 holder = self.stream.neurons[layer]  # [B, T, F]
                 index = (b, self.batch.last[b], neuron)
             else:
                 holder = self.stream.expanded_values(layer)  # [B, T, H, d]
-                position = torch.tensor(part["position"].to_numpy(np.int64)) + self.batch.start[b]
-                index = (b, position, torch.tensor(part["head"].to_numpy(np.int64)), neuron)
+                index = (b, self._index(part["position"]) + self.batch.start[b], self._index(part["head"]), neuron)
             coefficient = holder[index].double()
-            usable = coefficient.abs() > FLOOR * holder.abs().max()
+            largest = torch.zeros_like(self.entering).index_reduce_(0, b, coefficient.abs(), "amax")  # per prompt
+            usable = coefficient.abs() > FLOOR * largest[b]
             self.entering.index_add_(0, b, importance)
             self.scale.index_add_(0, b, importance.abs())
-            self.withheld.index_add_(0, b, importance.where(~usable, torch.zeros(())))
-            entering = torch.zeros(holder.shape)
+            self.withheld.index_add_(0, b, importance * ~usable)
+            entering = torch.zeros_like(holder)
             index = tuple(i[usable] for i in index)
             entering[index] = (importance[usable] / coefficient[usable]).float()
             self.neurons_in[kind, layer] = entering
+
+    def _index(self, column: pd.Series) -> Tensor:
+        return torch.tensor(column.to_numpy(np.int64), device=self.device)
 
     # -- the sweep
 
@@ -231,9 +247,9 @@ class _Sweep:
     # -- what comes out
 
     def frame(self, tokens: np.ndarray, first_prompt: int) -> pd.DataFrame:
-        real = self.batch.mask.bool()
+        real = self.batch.mask.bool().cpu()
         prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
-        position = place - self.batch.start.numpy()[prompt]
+        position = place - self.batch.start.cpu().numpy()[prompt]
         token = tokens.reshape(real.shape)[prompt, place]
 
         def part(layer: int, kind: str, flow: Tensor, direct: Tensor) -> pd.DataFrame:
@@ -244,8 +260,8 @@ class _Sweep:
                     "kind": kind,
                     "position": position,
                     "token": token,
-                    "flow": flow[real].numpy(),
-                    "direct": direct[real].numpy(),
+                    "flow": flow.cpu()[real].numpy(),
+                    "direct": direct.cpu()[real].numpy(),
                 }
             )
 
@@ -263,11 +279,12 @@ class _Sweep:
         columns = {
             "entering": self.entering,
             "leaving": leaving,
+            "in_biases": self.bias_mass,
             "withheld": self.withheld,
             "error": error,
             "scale": self.scale,
         }
-        table = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+        table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
         table.insert(0, "prompt", np.arange(len(table)) + first_prompt)
         return table
 
@@ -291,6 +308,8 @@ def hand_back(
     Returns: prompt, layer, kind, position, increase, normaliser (|w·x| relative to Σ|w·x_k|, between 0 and 1; for a
     gated neuron the mean of both rows) and amplification = Σ|share| (for a gated neuron the mean of both rows).
     """
+    if flow.level != "neuron":
+        raise ValueError('There are no neurons in this flow: call logit_flow with level="neuron".')
     rows, chosen = [], list(range(len(flow.prompts)) if prompts is None else prompts)
     for start in range(0, len(chosen), batch_size):
         mine = chosen[start : start + batch_size]
@@ -300,9 +319,11 @@ def hand_back(
         values = values.assign(prompt=values["prompt"].map({index: row for row, index in enumerate(mine)}))
         for (kind, layer), part in values.groupby(["kind", "layer"], observed=True):
             block = stream.arch.blocks[layer]
-            b = torch.tensor(part["prompt"].to_numpy(np.int64))
-            neuron = torch.tensor(part["neuron"].to_numpy(np.int64))
-            place = torch.tensor(part["position"].to_numpy(np.int64)) + batch.start[b]
+            b, neuron, place = (
+                torch.tensor(part[name].to_numpy(np.int64), device=model.device)
+                for name in ("prompt", "neuron", "position")
+            )
+            place = place + batch.start[b]
             earlier = layer + (kind == "ffn" and not stream.arch.parallel)
             pieces = torch.cat([stream.hidden[:1], stream.attention[:earlier], stream.ffn[:layer]])  # [P, B, T, D]
             pieces = pieces[:, b, place]  # [P, n, D]
@@ -311,7 +332,8 @@ def hand_back(
                 weights = [linear.weight[neuron] for linear in block.ffn_in if linear is not None]  # [n, D] each
             else:
                 norm, state = block.norm("attention_norm"), stream.attention_input(layer)[b, place]
-                group = torch.tensor(part["head"].to_numpy(np.int64)) // (block.heads // block.kv_heads)
+                head = torch.tensor(part["head"].to_numpy(np.int64), device=model.device)
+                group = head // (block.heads // block.kv_heads)
                 weights = [block.value.weight[group * block.head_dim + neuron]]
             read = norm.linear(pieces, norm.scale(state))
             products = [(read * weight).sum(-1) for weight in weights]  # [P, n]
@@ -319,8 +341,8 @@ def hand_back(
             totals = torch.stack([p.sum(0).abs() for p in products])
             table = part[["prompt", "layer", "kind", "position", "increase"]]
             table = table.assign(prompt=np.array(mine)[part["prompt"]])
-            table["normaliser"] = (totals / sizes).mean(0).numpy()
-            table["amplification"] = (sizes / totals.clamp(min=1e-12)).mean(0).numpy()
+            table["normaliser"] = (totals / sizes).mean(0).cpu().numpy()
+            table["amplification"] = (sizes / totals.clamp(min=1e-12)).mean(0).cpu().numpy()
             rows.append(table)
     return pd.concat(rows, ignore_index=True)
 

@@ -10,7 +10,7 @@ switched them on, layer by layer down to the embedding.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from .runtime import progress
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
 CHUNK = 256  # neurons whose vocabulary directions are in memory at once
-CERTIFIED = 5e-6  # largest certified error (nats) of the moment expansion; above it the softmax itself is taken
+CERTIFIED = 1e-6  # largest certified error (nats) of the moment expansion; above it the softmax itself is taken
 
 
 # ---------------------------------------------------------------- public
@@ -104,11 +104,16 @@ def logit_flow(
     _known("level", level, LEVELS)
     _known("norm", norm, NORMS)
     _known("method", method, METHODS)
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if not isinstance(prompts, str | Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give one string or several.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encode(tokenizer, prompts)  # all input errors before any work
     ids = None if answers is None else answer_ids(tokenizer, answers, len(prompts))
+    if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
+        warnings.warn("A prompt ends with a space, and answers begin with one: drop the prompt's.", stacklevel=2)
     self_check(model)
 
     frames, layer_frames, own, chosen = [], [], [], []
@@ -153,14 +158,16 @@ def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]
         raise ValueError(f"There are {count} prompts but {len(answers)} answers: give one answer per prompt.")
     ids, owner, long = [], {}, []
     for answer in answers:
-        word = answer.strip() if isinstance(answer, str) else ""
+        if not isinstance(answer, str | None):
+            raise ValueError(f"Answer {answer!r} is no text: give words.")
+        word = (answer or "").strip()
         if not word:
             raise ValueError(
                 f"Answer {answer!r} is empty: give a word, or answers=None for the model's own next token."
             )
         pieces = continuation_ids(tokenizer, word)
         first = tokenizer.decode([pieces[0]]).strip()
-        if len(pieces) > 1 and len(first) < 2:
+        if len(pieces) > 1 and len(first) < 2 and first.isascii():
             raise ValueError(
                 f"{word!r} takes {len(pieces)} tokens and many words share the first, {first!r}: "
                 "choose an answer that begins with a longer token, or answers=None."
@@ -307,12 +314,17 @@ class _Reader:
             rows.append(_rows(range(self.count), layer, kind, -1, -1, self.end, before, after - before))
             before = after
 
-        step(0, "embedding", self.hidden[0])
+        # A running sum, not the captured states: a contribution that is wrong in any layer spoils the end.
+        state = self.hidden[0]
+        step(0, "embedding", state)
         for layer in range(self.stream.layers):
-            step(layer, "attention", self.middle[layer])
-            step(layer, "ffn", self.middle[layer] + self.ffn[layer])
+            state = state + self.attention[layer]
+            step(layer, "attention", state)
+            state = state + self.ffn[layer]
+            step(layer, "ffn", state)
             if rounding:
-                step(layer, "rounding", self.hidden[layer + 1])
+                state = self.hidden[layer + 1]
+                step(layer, "rounding", state)
         return rows
 
     # -- heads
@@ -329,7 +341,9 @@ class _Reader:
                 real = slice(self.starts[b], self.starts[b] + self.lengths[b])
                 states = base[b] + contributions[b, :, real]  # [H, T, D]
                 scale = self.frozen[b] if self.norm == "final" else None
-                after = self.lens.log_probs(states.flatten(0, 1), scale)[:, self.answer[b]]
+                after = torch.cat(
+                    [self.lens.log_probs(s, scale)[:, self.answer[b]] for s in states.flatten(0, 1).split(CHUNK)]
+                )
                 increase = (after - before[b]).unflatten(0, states.shape[:2])
                 rows.append(_rows(b, layer, "attention", heads, -1, np.arange(self.lengths[b]), before[b], increase))
             middle = self.log_prob(self.middle[layer])

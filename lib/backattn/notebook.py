@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from . import figures, paths, runtime, tables
 
-PROFILE = "BACKATTN_PROFILE"
 LIGHT = ("gguf", "tabulate")  # small packages that a hosted notebook may lack; nothing heavy is ever installed
 
 
@@ -43,5 +42,5 @@ def setup(name: str) -> Run:
     runtime.use_threads()
     figures.style()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    profile = os.environ.get(PROFILE, "paper")
+    profile = os.environ.get(runtime.PROFILE, "interactive")
     return Run(name, profile, paths.run_folder(profile))

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -11,21 +10,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 # Bars here are plain text, so tqdm's advice to install its notebook widgets is noise in every notebook.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
+PROFILE = "BACKATTN_PROFILE"  # set by the runner: which profile's folder a notebook writes to
 PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. Call it again after "train or load": only training draws numbers."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def use_threads(count: int | None = None) -> int:
@@ -42,10 +34,11 @@ def progress(items: Iterable | None = None, description: str = "", **options) ->
     It never writes into a notebook that is being executed for the record.
     """
     target = os.environ.get(PROGRESS_FILE)
+    interactive = "ipykernel" in sys.modules and PROFILE not in os.environ
     if target:
         stream = open(target, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the bar)
         return tqdm(items, desc=description, file=stream, ncols=80, mininterval=1.0, **options)
-    return tqdm(items, desc=description, disable=not sys.stderr.isatty(), leave=False, **options)
+    return tqdm(items, desc=description, disable=not (interactive or sys.stderr.isatty()), leave=False, **options)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ C  relation subject enrichment    flow through FFNs at the relation, and at the 
 D  relation attribute extraction  flow through attention that reads relation or last, and direct flow of FFNs at last
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,12 +25,6 @@ from .patching import Knockout, Means, knocked_out_log_probs
 from .residual import capture, encode
 from .runtime import progress
 
-STAGES = {
-    "A": "entity subject enrichment",
-    "B": "entity attribute extraction",
-    "C": "relation subject enrichment",
-    "D": "relation attribute extraction",
-}
 STEPS = (("A", "B"), ("B", "C"), ("C", "D"))
 SHARE = 0.1  # a stage begins where this share of its positive flow has passed, and ends where it is left
 RESAMPLES = 2000
@@ -74,39 +69,58 @@ def stage_profiles(flow: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def boundaries(profile: np.ndarray) -> np.ndarray:
-    """Begin, middle, peak and end layer of mean profiles [..., layers] -> [..., 4].
+    """Begin, middle, end and peak of mean profiles [..., layers] -> [..., 4], in layers.
 
-    Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed.
+    Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed, a layer's flow being spread
+    over l − ½ … l + ½; the peak is a whole layer. NaN where there is no positive flow.
     """
     positive = np.clip(profile, 0, None)
-    passed = positive.cumsum(-1) / np.maximum(positive.sum(-1, keepdims=True), 1e-12)
+    total = positive.sum(-1, keepdims=True)
+    passed = positive.cumsum(-1) / np.where(total > 0, total, np.nan)
 
     def at(share: float) -> np.ndarray:
-        return (passed >= share).argmax(-1)
+        layer = (passed >= share).argmax(-1)[..., None]
+        here = np.take_along_axis(passed, layer, -1)
+        step = np.take_along_axis(positive, layer, -1) / np.where(total > 0, total, np.nan)
+        return (layer + 0.5 - (here - share) / step)[..., 0]
 
-    return np.stack([at(SHARE), at(0.5), profile.argmax(-1), at(1 - SHARE)], axis=-1)
+    peak = np.where(total[..., 0] > 0, profile.argmax(-1), np.nan)
+    return np.stack([at(SHARE), at(0.5), at(1 - SHARE), peak], axis=-1)
 
 
-def bootstrap(n: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights [resamples, n] of bootstrap resamples over n prompts; each row sums to 1."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
+def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Weights [resamples, prompts] of bootstrap resamples; each row sums to 1.
+
+    clusters: one label per prompt. Prompts with the same label (here: the same subject) are not independent, so
+    labels are resampled, each with all its prompts.
+    """
+    labels, member = np.unique(np.asarray(clusters), return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
+    weights = draws[:, member].astype(float)
+    return weights / weights.sum(1, keepdims=True)
 
 
-def stage_table(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Where each stage begins, has its middle, peaks and ends, with 95 % bootstrap intervals over prompts."""
-    rows = []
+def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over the first axis (prompts) and its 95 % interval: (mean, low, high). clusters: see `bootstrap`."""
+    values = np.asarray(values, dtype=float)
+    low, high = np.percentile(np.tensordot(bootstrap(clusters), values, axes=1), [2.5, 97.5], axis=0)
+    return values.mean(0), low, high
+
+
+def stage_table(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
+    """Where each stage begins, has its middle, ends and peaks, with 95 % bootstrap intervals (clusters: see there)."""
+    rows, weights = [], bootstrap(clusters)
     for stage, profile in profiles.items():
         point = boundaries(profile.mean(0))
-        draws = boundaries(bootstrap(len(profile)) @ profile)  # [resamples, 4]
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+        low, high = np.nanpercentile(boundaries(weights @ profile), [2.5, 97.5], axis=0)
         row = {"stage": stage, "n": len(profile)}
-        for index, name in enumerate(("begin", "middle", "peak", "end")):
-            row |= {name: int(point[index]), f"{name}_low": low[index], f"{name}_high": high[index]}
+        for index, name in enumerate(("begin", "middle", "end", "peak")):
+            row |= {name: point[index], f"{name}_low": low[index], f"{name}_high": high[index]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def profile_bands(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
+def profile_bands(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
     """Each stage's mean flow by layer as a share of its positive total, with 95 % intervals.
 
     Returns: stage, layer, share, low, high.
@@ -114,25 +128,25 @@ def profile_bands(profiles: dict[str, np.ndarray]) -> pd.DataFrame:
     rows = []
     for stage, profile in profiles.items():
         total = np.clip(profile.mean(0), 0, None).sum()
-        mean, low, high = mean_interval(profile / max(total, 1e-12))
+        mean, low, high = mean_interval(profile / max(total, 1e-12), clusters)
         table = pd.DataFrame({"layer": np.arange(len(mean)), "share": mean, "low": low, "high": high})
         rows.append(table.assign(stage=stage)[["stage", "layer", "share", "low", "high"]])
     return pd.concat(rows, ignore_index=True)
 
 
-def order_table(profiles: dict[str, np.ndarray], more: Sequence[tuple[str, str]] = ()) -> pd.DataFrame:
+def order_table(
+    profiles: dict[str, np.ndarray], clusters: Sequence, more: Sequence[tuple[str, str]] = ()
+) -> pd.DataFrame:
     """How many layers the middle of each stage lies behind the one before it, with 95 % intervals.
 
     Rows: the paper's steps A→B, B→C, C→D (`step` True), then the pairs in `more`. `after` is True when the whole
     interval is above zero.
     """
-    n = len(next(iter(profiles.values())))
-    weights, rows = bootstrap(n), []
+    weights, rows = bootstrap(clusters), []
     for earlier, later in (*STEPS, *more):
         a, b = profiles[earlier], profiles[later]
-        gap = int(boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1])
-        draws = boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1]
-        low, high = np.percentile(draws, [2.5, 97.5])
+        gap = boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1]
+        low, high = np.nanpercentile(boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1], [2.5, 97.5])
         row = {"earlier": earlier, "later": later, "gap": gap, "low": low, "high": high, "after": bool(low > 0)}
         rows.append({**row, "step": (earlier, later) in STEPS})
     return pd.DataFrame(rows)
@@ -174,36 +188,35 @@ def stage_knockouts(stage: str, layers: Sequence[int]) -> tuple[Knockout, ...]:
 
 
 def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
-    """`draws` random sets, each of as many layers as `taken` and none of them, out of `layers`."""
+    """Up to `draws` different random sets, each of as many layers as `taken` and none of them, out of `layers`."""
     generator, rest = np.random.default_rng(seed), [layer for layer in range(layers) if layer not in taken]
     size = min(len(taken), len(rest))
-    return [sorted(generator.choice(rest, size=size, replace=False).tolist()) for _ in range(draws)]
+    possible = math.comb(len(rest), size)
+    sets: dict[tuple, None] = {}
+    while len(sets) < min(draws, possible):
+        sets[tuple(sorted(generator.choice(rest, size=size, replace=False).tolist()))] = None
+    return [list(chosen) for chosen in sets]
 
 
-def knockout_table(drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]]) -> pd.DataFrame:
-    """Drop of the answer's log-probability per stage against random layers, with 95 % bootstrap intervals.
+def knockout_table(drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], clusters: Sequence) -> pd.DataFrame:
+    """Drop of the answer's log-probability per stage against random layers.
 
-    drops: stage -> (its layers, drop [prompts], drops of the random sets [draws, prompts]). The difference is taken
-    within prompts, against the mean over the random sets.
+    drops: stage -> (its layers, drop [prompts], drops of the random sets [draws, prompts]).
+
+    Returns per stage its own mean drop with a 95 % interval over prompts, the mean and range over the random sets, the
+    difference with its interval, and `needed`: the difference's whole interval is above zero and the own mean drop
+    exceeds every random set's (by chance at most 1 in draws + 1).
     """
     rows = []
     for stage, (layers, own, random) in drops.items():
         row = {"stage": stage, "layers": " ".join(map(str, layers)), "n": len(own), "draws": len(random)}
         for name, values in (("drop", own), ("difference", own - random.mean(0))):
-            mean, low, high = mean_interval(values)
+            mean, low, high = mean_interval(values, clusters)
             row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
         means = random.mean(1)
         row |= {"random": means.mean(), "random_min": means.min(), "random_max": means.max()}
-        rows.append(row)
+        rows.append({**row, "needed": bool(row["difference_low"] > 0 and row["drop"] > means.max())})
     return pd.DataFrame(rows)
-
-
-def mean_interval(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and its 95 % bootstrap interval over `axis` (the prompts): (mean, low, high)."""
-    values = np.moveaxis(np.asarray(values, dtype=float), axis, 0)
-    draws = np.tensordot(bootstrap(len(values)), values, axes=1)
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    return values.mean(0), low, high
 
 
 def contest(
@@ -222,8 +235,7 @@ def contest(
     The lens recomputes the norm's scale in every state. Layer l is the state that enters layer l; the highest is the
     state that leaves the model.
 
-    clusters: one label per prompt; prompts with the same label (here: subject) are not independent, so they are
-        averaged first and the bootstrap resamples labels.
+    clusters: see `bootstrap`.
 
     Returns: position, layer, mean, low, high (95 % intervals), clusters (their number).
 
@@ -241,6 +253,8 @@ def contest(
         rows = torch.arange(len(batch.ids))
         for_each = []
         for position in positions:
+            if not all((labels == position).any() for labels in groups[part]):
+                raise ValueError(f"A prompt of this batch has no token in the group {position!r}.")
             where = torch.tensor([int(np.flatnonzero(labels == position)[-1]) for labels in groups[part]])
             states = stream.hidden[:, rows, where + batch.start.cpu()]  # [L+1, B, D]
             read = lens.norm.linear(states, lens.scale(states))
@@ -248,14 +262,12 @@ def contest(
             logits = lens.cap(logits)
             for_each.append((logits[0] - logits[1]).T.cpu())  # [B, L+1]
         result.append(torch.stack(for_each, dim=1).numpy())
-    values, (labels, member) = np.concatenate(result), np.unique(np.asarray(clusters), return_inverse=True)
-    averaged = np.stack([values[member == index].mean(0) for index in range(len(labels))])
-    mean, low, high = mean_interval(averaged)  # [positions, L+1]
+    mean, low, high = mean_interval(np.concatenate(result), clusters)  # [positions, L+1]
     parts = [
         pd.DataFrame({"position": name, "layer": range(mean.shape[1]), "mean": mean[i], "low": low[i], "high": high[i]})
         for i, name in enumerate(positions)
     ]
-    return pd.concat(parts, ignore_index=True).assign(clusters=len(labels))
+    return pd.concat(parts, ignore_index=True).assign(clusters=len(set(clusters)))
 
 
 def other_relation(known: pd.DataFrame) -> pd.DataFrame:
@@ -278,6 +290,8 @@ def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             continue
         picks = [generator.choice(ids[ids != own]) for own in ids]
         parts.append(part.assign(answer_id_other=picks))
+    if not parts:
+        raise ValueError("Every relation has a single answer here, so nothing conflicts: ask more facts.")
     return pd.concat(parts).reset_index(drop=True)
 
 
@@ -299,17 +313,15 @@ def route_summary(agree: pd.DataFrame, sample: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table_by(labels: pd.Series, profiles: dict[str, np.ndarray], least: int = 8) -> pd.DataFrame:
-    """`stage_table` for each label of the prompts that at least `least` of them carry, with the label as `relation`."""
-    labels, parts = np.asarray(labels), []
+def table_by(labels: Sequence, profiles: dict[str, np.ndarray], clusters: Sequence, least: int = 8) -> pd.DataFrame:
+    """`stage_table` for all prompts ("all") and for each label that at least `least` carry, with a column label."""
+    labels, clusters = np.asarray(labels), np.asarray(clusters)
+    parts = [stage_table(profiles, clusters).assign(label="all")]
     for label in np.unique(labels):
         mine = labels == label
         if mine.sum() >= least:
-            part = stage_table({stage: profile[mine] for stage, profile in profiles.items()})
-            parts.append(part.assign(relation=label))
-    if not parts:
-        mine = stage_table(profiles)
-        parts.append(mine.assign(relation="all"))
+            part = stage_table({stage: profile[mine] for stage, profile in profiles.items()}, clusters[mine])
+            parts.append(part.assign(label=label))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -333,12 +345,14 @@ class Tested:
     def against_random(self, cores: dict[str, list[int]], draws: int, seed: int) -> dict[str, tuple]:
         """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
 
-        cores: stage (its first letter says which) -> layers. Layer 0 is no candidate where it was left out on purpose.
+        cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as part of the embedding.
         """
         total, base, drops = len(describe(self.model).blocks), self.log_probs(), {}
-        for stage, layers in progress(cores.items(), "knock-outs", unit="stage"):
-            taken = layers if len(stage) == 1 else [0, *layers]
-            sets = [layers, *other_layers(taken, total, draws, seed)]
-            lost = [base - self.log_probs(stage_knockouts(stage[0], chosen)) for chosen in sets]
-            drops[stage] = (layers, lost[0], np.stack(lost[1:]))
+        with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
+            for stage, layers in cores.items():
+                lost = []
+                for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
+                    lost.append(base - self.log_probs(stage_knockouts(stage[0], chosen)))
+                    bar.update()
+                drops[stage] = (layers, lost[0], np.stack(lost[1:]))
         return drops

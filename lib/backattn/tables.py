@@ -30,8 +30,8 @@ def _latex(frame: pd.DataFrame) -> str:
 def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
     """Differences between the CSV files of two folders, as sentences; an empty list means agreement.
 
-    Every file of `reference` must exist with the same columns, rows and words. A number may differ by
-    `relative` of itself plus `relative` of its column's largest entry.
+    Every file of `reference` must exist with the same columns, rows and words. A number may differ by `relative` of
+    itself plus a thousandth of its column's largest entry.
     """
     problems = []
     for path in sorted(reference.rglob("*.csv")):
@@ -59,7 +59,7 @@ def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> s
         differs = expected.astype(str) != found.astype(str)
         message = "{} in row {}, the committed file says {}"
     else:
-        allowed = relative * (expected.abs() + expected.abs().max())
+        allowed = relative * expected.abs() + 1e-3 * expected.abs().max()
         differs = ~((expected - found).abs() <= allowed) & ~(expected.isna() & found.isna())
         message = "{:.4g} in row {}, the committed file says {:.4g}"
     if not differs.any():

@@ -18,7 +18,7 @@ from .residual import Batch, encode
 from .runtime import progress
 
 TEMPLATE = "{subject}'s {relation} is"
-GROUPS = ("context", "entity", "relation", "last")
+GROUPS = ("entity", "relation", "last", "context")
 
 
 def facts(path: Path = DATA / "facts.csv") -> pd.DataFrame:
@@ -56,8 +56,8 @@ def single_hop(frame: pd.DataFrame, shots: int = 2, per_relation: int | None = N
 
     Args:
         frame: relation, subject, answer (see `facts`), largest first within each relation.
-        shots: worked examples in front, the same for all prompts of a relation, drawn from its 40 largest subjects
-            (and not asked again).
+        shots: worked examples in front, the same for all prompts of a relation, with different answers, drawn from
+            its 40 largest subjects. Facts with one of their answers are not asked: it would stand in the prompt.
         per_relation: at most this many prompts per relation, the largest subjects first; None keeps all.
         seed: of the draw of the examples.
 
@@ -65,9 +65,12 @@ def single_hop(frame: pd.DataFrame, shots: int = 2, per_relation: int | None = N
     """
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
-        shown = part.index[sorted(draw.choice(min(40, len(part)), size=shots, replace=False))] if shots else []
-        examples = [_statement(part.loc[i, "subject"], relation) + f" {part.loc[i, 'answer']}. " for i in shown]
-        asked = part.drop(index=shown).head(per_relation) if per_relation else part.drop(index=shown)
+        shown = part.head(40).iloc[draw.permutation(min(40, len(part)))].drop_duplicates("answer").head(shots)
+        if len(shown) < shots:
+            raise ValueError(f"{relation!r} has only {len(shown)} different answers to show: ask for fewer shots.")
+        examples = [f"{_statement(row.subject, relation)} {row.answer}. " for row in shown.itertuples()]
+        asked = part[~part["answer"].isin(shown["answer"])]
+        asked = asked.head(per_relation) if per_relation else asked
         for row in asked.to_dict("records"):
             head = "".join(examples)
             prompt = head + _statement(row["subject"], relation)
