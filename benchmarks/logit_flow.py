@@ -5,8 +5,9 @@
 
 The reference scores each neuron with a softmax of its own over the whole vocabulary, 64 neurons to a matrix
 product. It is run over every neuron of one prompt and over a random sample of the neurons of the others; its time per
-prompt is its time per neuron times the number of neurons. Ratios are within this run; absolute times depend on the
-machine. Exit status 1 when a goal is missed.
+prompt is its time per neuron times the number of neurons. In fp32 the reference itself is off by up to 1e-5 nats, so
+where it disagrees by more than half the goal it is taken again in float64, untimed. Ratios are within this run;
+absolute times depend on the machine. Exit status 1 when a goal is missed.
 """
 
 import argparse
@@ -25,13 +26,21 @@ from backattn.runtime import use_threads
 
 KEYS = ["layer", "kind", "head", "neuron", "position"]
 TOP = 30
+GOAL = 1e-5  # nats
 
 
-def reference(model, tokenizer, prompt: str, answer: int, neurons: pd.DataFrame) -> tuple[np.ndarray, float]:
+def reference(
+    model, tokenizer, prompt: str, answer: int, neurons: pd.DataFrame, dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, float]:
     """(increase of each listed neuron, seconds), each neuron by its own full-vocabulary softmax."""
     stream = capture(model, encode(tokenizer, [prompt]))
     lens, last = Lens(stream.arch), stream.hidden.shape[2] - 1
-    scale = lens.scale(stream.hidden[-1, 0, last])
+    scale, weight = lens.scale(stream.hidden[-1, 0, last]), lens.weight.to(dtype)
+
+    def read(states: torch.Tensor) -> torch.Tensor:
+        logits = lens.norm.linear(states, scale).to(dtype) @ weight.T
+        return logits.log_softmax(-1)[..., answer]
+
     found, begin = np.empty(len(neurons)), time.perf_counter()
     for (layer, kind), part in neurons.reset_index(drop=True).groupby(["layer", "kind"], observed=True):
         block = stream.arch.blocks[layer]
@@ -47,11 +56,10 @@ def reference(model, tokenizer, prompt: str, answer: int, neurons: pd.DataFrame)
             coefficient = coefficient * stream.expanded_values(layer)[0, where, head, unit]
             unit = head * block.head_dim + unit
         out = (block.ffn_out if kind == "ffn" else block.attention_out).weight
-        before = lens.log_probs(base, scale)[answer]
+        before = read(base.to(dtype))
         for rows in torch.arange(len(part)).split(64):
-            states = base + coefficient[rows, None] * out[:, unit[rows]].T  # [64, D]
-            after = lens.log_probs(states, scale)[:, answer]
-            found[part.index[rows.numpy()]] = (after - before).numpy()
+            states = base.to(dtype) + (coefficient[rows, None] * out[:, unit[rows]].T).to(dtype)  # [64, D]
+            found[part.index[rows.numpy()]] = (read(states) - before).numpy()
     return found, time.perf_counter() - begin
 
 
@@ -89,7 +97,13 @@ def main() -> int:
         if index or chosen.quick:
             mine = mine.iloc[np.sort(generator.choice(len(mine), size=min(chosen.sample, len(mine)), replace=False))]
         found, seconds = reference(model, tokenizer, prompts[index], exact.answer_ids[index], mine)
-        errors.append(np.abs(found - mine["increase"].to_numpy()).max())
+        difference = np.abs(found - mine["increase"].to_numpy())
+        doubtful = np.flatnonzero(difference > GOAL / 2)
+        if len(doubtful):
+            again = mine.iloc[doubtful]
+            found, _ = reference(model, tokenizer, prompts[index], exact.answer_ids[index], again, torch.float64)
+            difference[doubtful] = np.abs(found - again["increase"].to_numpy())
+        errors.append(difference.max())
         per_neuron.append(seconds / len(mine))
         compared += len(mine)
     neurons = len(exact.frame) / chosen.prompts
@@ -106,7 +120,8 @@ def main() -> int:
             mine = full[(full["prompt"] == index) & full["neuron"].notna()]
             top = mine.nlargest(TOP, "increase")
             hits.append(len(top.merge(fast[fast["prompt"] == index], on=KEYS)) / TOP)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, kilobytes elsewhere
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     rows = [
         ("reference", "seconds per prompt", reference_seconds, "", True),
@@ -120,7 +135,7 @@ def main() -> int:
             "≥ 200",
             reference_seconds / screen_seconds >= 200,
         ),
-        ("exact", f"largest error over {compared:,} neurons, nats", max(errors), "≤ 1e-5", max(errors) <= 1e-5),
+        ("exact", f"largest error over {compared:,} neurons, nats", max(errors), "≤ 1e-5", max(errors) <= GOAL),
         ("screen", f"top-{TOP} recall over {len(hits)} prompts", np.mean(hits), "≥ 0.99", np.mean(hits) >= 0.99),
         ("all", "peak memory, GiB", memory, "< 3", memory < 3),
     ]

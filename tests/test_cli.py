@@ -159,6 +159,7 @@ def test_every_option_of_the_design_is_there():
 @pytest.mark.parametrize("column", ["mean", "layer"])
 def test_a_changed_committed_number_is_named(tmp_path, column):
     shutil.copytree(paths.FIGURES, tmp_path / "figures")
+    assert tables.compare(paths.FIGURES, tmp_path / "figures") == []
     file = tmp_path / "figures/01_flow_map.csv"
     frame = pd.read_csv(file)
     row = int(frame["mean"].abs().sort_values().index[int(0.6 * len(frame))])  # not a large one

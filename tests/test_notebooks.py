@@ -160,3 +160,15 @@ def test_the_set_up_cell_is_safe_to_run_twice_in_a_fresh_clone(tmp_path):
     folder = paths.ROOT / "notebooks"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [NOTEBOOKS[0].stem, "1"], done.stderr
+
+
+def test_readme_says_what_the_tables_say():
+    import pandas as pd
+
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\b(TIME|MEM)_[A-Z]+|^BENCHMARK$", readme, re.MULTILINE)
+    for path in NOTEBOOKS:
+        assert f"notebooks/{path.name}" in readme
+    for file in sorted((paths.FIGURES / "tables").glob("*_claims.csv")):
+        for row in pd.read_csv(file).itertuples():
+            assert f"{row.id} {row.verdict}" in readme

@@ -96,7 +96,7 @@ def test_score_agrees_with_asking_one_by_one(llama, facts):
     prompts = tasks.single_hop(facts, per_relation=4)
     scored = tasks.score(model, tokenizer, prompts, batch_size=7)
     for row in scored.itertuples():
-        logs = tasks.next_log_probs(model, residual.encode(tokenizer, [row.prompt]))[0]
+        logs = residual.next_log_probs(model, residual.encode(tokenizer, [row.prompt]))[0]
         assert row.log_prob == pytest.approx(logs[row.answer_id].item(), abs=1e-4)
         assert row.correct == (logs.argmax().item() == row.answer_id)
 

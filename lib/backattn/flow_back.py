@@ -157,7 +157,7 @@ class _Sweep:
                 holder = self.stream.expanded_values(layer)  # [B, T, H, d]
                 index = (b, self._index(part["position"]) + self.batch.start[b], self._index(part["head"]), neuron)
             coefficient = holder[index].double()
-            largest = torch.zeros_like(self.entering).index_reduce_(0, b, coefficient.abs(), "amax")  # per prompt
+            largest = torch.zeros_like(self.entering).scatter_reduce(0, b, coefficient.abs(), "amax")  # per prompt
             usable = coefficient.abs() > FLOOR * largest[b]
             self.entering.index_add_(0, b, importance)
             self.scale.index_add_(0, b, importance.abs())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arch import describe
-from .residual import Batch, capture, encode, hooks
+from .residual import Batch, capture, encode, hooks, next_log_probs
 
 
 @dataclass(frozen=True)
@@ -74,39 +74,35 @@ def knocked_out_log_probs(
     groups: Sequence,
     knockouts: Sequence[Knockout],
     means: Means,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> Tensor:
     """Answer's log-probability at the last position with `knockouts` in force (none: the model's own): [prompts].
 
     Raises ValueError for an unknown kind.
     """
-    arch, result = describe(model), []
+    arch, result = describe(model), torch.empty(len(prompts))
+    by_length = sorted(range(len(prompts)), key=lambda index: len(groups[index]))  # little padding in a batch
     for knockout in knockouts:
         if knockout.kind not in ("ffn", "attention"):
             raise ValueError(f'Cannot knock out {knockout.kind!r}; choose "ffn" or "attention".')
     for start in range(0, len(prompts), batch_size):
-        batch = encode(tokenizer, prompts[start : start + batch_size], side="left", device=model.device)
+        rows = by_length[start : start + batch_size]
+        batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
         edits = []
         for knockout in knockouts:
             for group in knockout.groups:
-                where = _where(groups[start : start + batch_size], batch, [group])
+                where = _where([groups[row] for row in rows], batch, [group])
                 for layer in knockout.layers:
                     block, mean = arch.blocks[layer], getattr(means, knockout.kind)[group][layer]
                     if knockout.kind == "ffn":
                         edits.append((block.ffn_result, "output", _replace(where, mean)))
                     else:
                         edits.append((block.get(block.family.value), "output", _replace(where, mean, block.value_part)))
-        with torch.no_grad(), hooks(*edits):
-            logits = model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        ids = torch.tensor(answer_ids[start : start + batch_size], device=model.device)
-        result.append(logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu())
-    return torch.cat(result)
+        with hooks(*edits):
+            log_probs = next_log_probs(model, batch)  # [B, V]
+        ids = torch.tensor([answer_ids[row] for row in rows], device=model.device)
+        result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
+    return result
 
 
 def _replace(where: Tensor, mean: Tensor, part: Callable[[Tensor], Tensor] = lambda x: x) -> Callable:

@@ -275,6 +275,19 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     return stream
 
 
+def next_log_probs(model, batch: Batch) -> Tensor:
+    """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left."""
+    with torch.no_grad():
+        output = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1].float().log_softmax(-1)
+
+
 def head_contributions(stream: Stream, layer: int) -> Tensor:
     """What each head brings from each source position to each prompt's last position.
 

@@ -56,7 +56,8 @@ def _is_number(column: pd.Series) -> bool:
 
 def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> str | None:
     if not (_is_number(expected) and _is_number(found)):
-        differs = expected.astype(str) != found.astype(str)
+        expected, found = (column.astype(object).where(column.notna(), "").astype(str) for column in (expected, found))
+        differs = expected != found
         message = "{} in row {}, the committed file says {}"
     else:
         allowed = relative * expected.abs() + 1e-3 * expected.abs().max()

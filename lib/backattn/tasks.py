@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .logit_flow import continuation_ids
 from .paths import DATA
-from .residual import Batch, encode
+from .residual import encode, next_log_probs
 from .runtime import progress
 
 TEMPLATE = "{subject}'s {relation} is"
@@ -149,16 +148,3 @@ def known(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame
     if fit.empty:
         raise ValueError("The model answers none of these prompts with a one-token answer: ask more or easier facts.")
     return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(drop=True)
-
-
-def next_log_probs(model, batch: Batch) -> torch.Tensor:
-    """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left."""
-    with torch.no_grad():
-        output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    return output.logits[:, -1].float().log_softmax(-1)
