@@ -184,5 +184,5 @@ def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How far shares are amplified where the normaliser is small; table: normaliser, amplification."""
     ax = _axes(ax, width=3.4, height=3.0)
     ax.scatter(table["normaliser"], table["amplification"], s=2, alpha=0.3, color=PALETTE[0], rasterized=True)
-    ax.set(xscale="log", yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
+    ax.set(xlim=(0, 1.02), yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
     return ax

@@ -13,7 +13,11 @@ from matplotlib.figure import Figure
 
 from . import figures, paths, runtime, tables
 
-LIGHT = ("gguf", "tabulate")  # small packages that a hosted notebook may lack; nothing heavy is ever installed
+LIGHT = (
+    "accelerate",
+    "gguf",
+    "tabulate",
+)  # small packages that a hosted notebook may lack; nothing heavy is ever installed
 
 
 @dataclass(frozen=True)
