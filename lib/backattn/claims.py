@@ -49,7 +49,7 @@ def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> Cla
         id="C1",
         claim="single-hop recall runs through four stages A, B, C, D in this order",
         paper="A–B layers ≈7–20, C–D ≈20–31 of Llama2-7B",
-        ours=f"layers between stages: {gaps}; own layers needed more than any other set: {needed}; n = {n}",
+        ours=f"layers between stages: {gaps}; own layers needed more than every random set: {needed}; n = {n}",
         kind="tolerance",
         verdict=_verdict([*steps["after"], *own["needed"]]),
         notebook="01_stage_discovery",
