@@ -1,0 +1,135 @@
+"""Build data/two_hop.csv: two-hop facts e1 -r1-> e2 -r2-> e3, joined from facts.csv and hand_facts.csv.
+
+    python data/build_two_hop.py
+
+Rules, all applied below: at most 25 cities of a country (the largest) and 40 of a state; e1, e2 and e3 differ, and e3 shares no word with
+e1 or e2 (it could be echoed). `shortcut` is the answer to "e1's r2", where that question makes sense; it is e3 itself
+where the second relation carries over (Munich's continent). The split goes by bridge entity: a hash of e2's name,
+so that all items about one bridge entity, whatever their relations, fall on one side.
+"""
+
+import csv
+import hashlib
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from build_facts import echoes
+
+HERE = Path(__file__).parent
+COLUMNS = ("pair", "e1", "r1", "e2", "r2", "e3", "shortcut", "type1", "type2", "type3", "e2_aliases", "e3_aliases", "split")
+MOST = {"country": 25, "state": 40}  # cities of one country, of one state
+KIN = ("father", "mother", "wife", "husband", "brother", "sister")
+COUNTRY = ("capital", "continent", "currency", "language", "colonizer")
+# Pairs of relations to join: (kind of e1, r1, kind of e2, relations of e2).
+JOINS = (
+    ("city", "country", "country", COUNTRY),
+    ("city", "state", "state", ("capital",)),
+    ("company", "country", "country", ("capital", "continent", "currency", "language")),
+    ("dish", "country", "country", ("capital", "continent", "currency", "language")),
+    ("landmark", "city", "city", ("country",)),
+    ("book", "author", "person", ("country", "language")),
+    ("painting", "painter", "person", ("country",)),
+    ("composition", "composer", "person", ("country",)),
+    *(("person", kin, "person", KIN) for kin in KIN),
+)
+# Relations that carry over from e2 to e1, by the kind of e1: there "e1's r2" has the same answer.
+CARRIED = {
+    "city": {"continent", "currency", "language", "colonizer"},
+    "company": {"continent"},
+    "dish": {"continent"},
+    "landmark": {"country"},
+    "book": {"language"},
+}
+TYPES = {"capital": "city", "colonizer": "country", "author": "person", "painter": "person", "composer": "person"}
+TYPES |= dict.fromkeys(KIN, "person")
+ALIASES = {
+    "United States": ("USA", "America", "US", "the United States"),
+    "United Kingdom": ("UK", "Britain", "Great Britain", "England", "the United Kingdom"),
+    "Netherlands": ("Holland", "the Netherlands"),
+    "Czechia": ("Czech Republic", "the Czech Republic"),
+    "Democratic Republic of the Congo": ("DR Congo", "Congo", "the Democratic Republic of the Congo"),
+    "Republic of the Congo": ("Congo", "the Republic of the Congo"),
+    "Ivory Coast": ("Côte d'Ivoire",),
+    "Myanmar": ("Burma",),
+    "Türkiye": ("Turkey",),
+    "Cabo Verde": ("Cape Verde",),
+    "Philippines": ("the Philippines",),
+    "United Arab Emirates": ("UAE", "the United Arab Emirates"),
+    "South Korea": ("Korea",),
+    "Kyiv": ("Kiev",),
+    "Washington": ("Washington, D.C.",),
+    "New Delhi": ("Delhi",),
+    "Saint Petersburg": ("St. Petersburg",),
+    "Saint Paul": ("St. Paul",),
+    "New York City": ("New York",),
+    "North America": ("America",),
+    "South America": ("Latin America",),
+    "Chinese": ("Mandarin",),
+    "Leonardo da Vinci": ("Leonardo", "da Vinci"),
+    "Vincent van Gogh": ("Vincent", "van Gogh"),
+    "Gabriel García Márquez": ("García Márquez",),
+    "Dante Alighieri": ("Dante",),
+    "Johann Wolfgang von Goethe": ("Goethe",),
+}  # fmt: skip
+
+
+def read(name: str) -> list[dict]:
+    with (HERE / name).open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def facts() -> dict[tuple[str, str], dict[str, str]]:
+    """(kind, relation) -> subject -> answer, in the order of the files (largest first)."""
+    known: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for row in read("facts.csv"):
+        kind = "city" if row["relation"] in ("country", "state") else "country"
+        known[kind, row["relation"]][plain(row["subject"])] = plain(row["answer"])
+    for row in read("hand_facts.csv"):
+        known[row["kind"], row["relation"]].setdefault(row["subject"], row["answer"])
+    return known
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("The ")
+
+
+def aliases(name: str, kind: str) -> str:
+    surname = [name.split()[-1]] if kind == "person" and " " in name and not name.isupper() else []
+    return "|".join(dict.fromkeys([*ALIASES.get(name, ()), *(s for s in surname if not set(s) <= set("IVX"))]))
+
+
+def split(bridge: str) -> str:
+    tenth = int(hashlib.sha256(bridge.encode()).hexdigest(), 16) % 10
+    return "train" if tenth < 6 else "validation" if tenth < 8 else "test"
+
+
+def rows():
+    known = facts()
+    for kind, r1, bridge_kind, seconds in JOINS:
+        used: Counter = Counter()
+        for e1, e2 in known[kind, r1].items():
+            used[e2] += 1
+            if used[e2] > MOST.get(r1, 10**9):
+                continue
+            for r2 in seconds:
+                e3 = known[bridge_kind, r2].get(e2)
+                if e3 is None or len({e1, e2, e3}) < 3 or echoes(e1, e3) or echoes(e2, e3) or echoes(e1, e2):
+                    continue
+                shortcut = e3 if r2 in CARRIED.get(kind, ()) else known[kind, r2].get(e1, "")
+                pair = "person-kin-kin" if kind == "person" else f"{kind}-{r1}-{r2}"
+                types = kind, bridge_kind, TYPES.get(r2, r2)
+                yield pair, e1, r1, e2, r2, e3, shortcut, *types, aliases(e2, types[1]), aliases(e3, types[2]), split(e2)
+
+
+def main(target: Path) -> None:
+    made = sorted(rows(), key=lambda row: row[0])  # stable: largest first within a pair
+    with target.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(made)
+    print(f"{target}: {len(made)} items", dict(Counter(row[0] for row in made)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "two_hop.csv")
