@@ -17,7 +17,21 @@ from pathlib import Path
 from build_facts import echoes
 
 HERE = Path(__file__).parent
-COLUMNS = ("pair", "e1", "r1", "e2", "r2", "e3", "shortcut", "type1", "type2", "type3", "e2_aliases", "e3_aliases", "split")
+COLUMNS = (
+    "pair",
+    "e1",
+    "r1",
+    "e2",
+    "r2",
+    "e3",
+    "shortcut",
+    "type1",
+    "type2",
+    "type3",
+    "e2_aliases",
+    "e3_aliases",
+    "split",
+)
 MOST = {"country": 25, "state": 40}  # cities of one country, of one state
 KIN = ("father", "mother", "wife", "husband", "brother", "sister")
 COUNTRY = ("capital", "continent", "currency", "language", "colonizer")
@@ -44,18 +58,17 @@ CARRIED = {
 TYPES = {"capital": "city", "colonizer": "country", "author": "person", "painter": "person", "composer": "person"}
 TYPES |= dict.fromkeys(KIN, "person")
 ALIASES = {
-    "United States": ("USA", "America", "US", "the United States"),
-    "United Kingdom": ("UK", "Britain", "Great Britain", "England", "the United Kingdom"),
-    "Netherlands": ("Holland", "the Netherlands"),
-    "Czechia": ("Czech Republic", "the Czech Republic"),
-    "Democratic Republic of the Congo": ("DR Congo", "Congo", "the Democratic Republic of the Congo"),
-    "Republic of the Congo": ("Congo", "the Republic of the Congo"),
+    "United States": ("USA", "America", "US"),
+    "United Kingdom": ("UK", "Britain", "Great Britain", "England"),
+    "Netherlands": ("Holland"),
+    "Czechia": ("Czech Republic"),
+    "Democratic Republic of the Congo": ("DR Congo", "Congo"),
+    "Republic of the Congo": ("Congo"),
     "Ivory Coast": ("Côte d'Ivoire",),
     "Myanmar": ("Burma",),
     "Türkiye": ("Turkey",),
     "Cabo Verde": ("Cape Verde",),
-    "Philippines": ("the Philippines",),
-    "United Arab Emirates": ("UAE", "the United Arab Emirates"),
+    "United Arab Emirates": ("UAE"),
     "South Korea": ("Korea",),
     "Kyiv": ("Kiev",),
     "Washington": ("Washington, D.C.",),
@@ -119,15 +132,37 @@ def rows():
                 shortcut = e3 if r2 in CARRIED.get(kind, ()) else known[kind, r2].get(e1, "")
                 pair = "person-kin-kin" if kind == "person" else f"{kind}-{r1}-{r2}"
                 types = kind, bridge_kind, TYPES.get(r2, r2)
-                yield pair, e1, r1, e2, r2, e3, shortcut, *types, aliases(e2, types[1]), aliases(e3, types[2]), split(e2)
+                yield (
+                    pair,
+                    e1,
+                    r1,
+                    e2,
+                    r2,
+                    e3,
+                    shortcut,
+                    *types,
+                    aliases(e2, types[1]),
+                    aliases(e3, types[2]),
+                    split(e2),
+                )
+
+
+def ranked():
+    """The rows, each with its rank among those of its pair and bridge entity."""
+    seen: Counter = Counter()
+    for row in rows():
+        yield *row, seen[row[0], row[3]]
+        seen[row[0], row[3]] += 1
 
 
 def main(target: Path) -> None:
-    made = sorted(rows(), key=lambda row: row[0])  # stable: largest first within a pair
+    made = sorted(
+        ranked(), key=lambda row: (row[0], row[-1])
+    )  # stable: the first item of every bridge entity, then the second, …
     with target.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(made)
+        writer.writerows(row[:-1] for row in made)
     print(f"{target}: {len(made)} items", dict(Counter(row[0] for row in made)))
 
 

@@ -5,10 +5,15 @@ affine and contributions add (logit flow). `own` recomputes the scale from the s
 The two answer different questions and never share a plot.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .arch import Arch
+from .arch import Arch, describe
+from .residual import capture, encode
+from .runtime import progress
 
 
 class Lens:
@@ -48,3 +53,44 @@ class Lens:
     def directions(self, vectors: Tensor) -> Tensor:
         """What residual vectors [n, D] add to the uncapped logits at scale 1: [n, V]."""
         return self.norm.linear(vectors, vectors.new_ones(())) @ self.weight.T
+
+
+def read_states(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    positions: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    ranks: bool = False,
+    batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits of some tokens in the state that enters every layer, with the norm's own scale (logit lens).
+
+    Args:
+        positions: per prompt the P positions to read, counted from its first token.
+        tokens: per prompt the K token ids to read.
+        ranks: also give each token's rank among the whole vocabulary (0 is the highest); slower.
+
+    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state is the one that leaves the model.
+    """
+    lens, logits, places = Lens(describe(model)), [], []
+    for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
+        part = slice(start, start + batch_size)
+        batch = encode(tokenizer, list(prompts[part]), device=model.device)
+        hidden = capture(model, batch, detail=False).hidden  # [L+1, B, T, D]
+        where = torch.tensor([list(p) for p in positions[part]], device=hidden.device) + batch.start[:, None]  # [B, P]
+        rows = torch.arange(len(where), device=hidden.device)[:, None]
+        states = hidden[:, rows, where].permute(1, 2, 0, 3)  # [B, P, L+1, D]
+        ids = torch.tensor([list(t) for t in tokens[part]], device=hidden.device)  # [B, K]
+        if not ranks:
+            read = lens.norm.linear(states, lens.scale(states))
+            chosen = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
+            logits.append(lens.cap(chosen).cpu().numpy())
+            continue
+        for state, own in zip(states, ids, strict=True):  # one prompt at a time: the whole vocabulary is wide
+            raw = lens.raw_logits(state)  # [P, L+1, V]
+            chosen = raw[..., own]
+            logits.append(lens.cap(chosen).cpu().numpy()[None])
+            above = torch.stack([(raw > chosen[..., k : k + 1]).sum(-1) for k in range(len(own))], dim=-1)
+            places.append(above.cpu().numpy()[None])
+    return np.concatenate(logits), np.concatenate(places) if ranks else None

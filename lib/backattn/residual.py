@@ -275,17 +275,40 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     return stream
 
 
-def next_log_probs(model, batch: Batch) -> Tensor:
-    """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left."""
+def next_log_probs(model, batch: Batch, share: bool = False) -> Tensor:
+    """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left.
+
+    share: run the tokens with which all prompts begin (worked examples, say) once instead of once per prompt. The
+    layers then see only the rest of each prompt, so hooks that count positions need share=False.
+    """
+    common = _common_start(batch) if share else 0
+    cache = None
     with torch.no_grad():
+        if common:
+            first = batch.ids[:1, batch.start[0] : batch.start[0] + common]
+            cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(batch.ids))
+        rest = int(batch.lengths.max()) - common  # the batch is padded on the left: cut its columns, keep row ends
+        ids, mask = batch.ids[:, -rest:], batch.mask[:, -rest:].clone()
+        for row, length in enumerate((batch.lengths - common).tolist()):
+            mask[row, : rest - length] = 0
         output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
+            input_ids=ids,
+            attention_mask=torch.cat([mask.new_ones(len(mask), common), mask], dim=1),
+            position_ids=(mask.cumsum(-1) - 1 + common).clamp(min=0),
+            past_key_values=cache,
+            use_cache=cache is not None,
             logits_to_keep=1,
         )
     return output.logits[:, -1].float().log_softmax(-1)
+
+
+def _common_start(batch: Batch) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    shortest = int(batch.lengths.min())
+    starts = torch.stack([row[begin : begin + shortest] for row, begin in zip(batch.ids, batch.start, strict=True)])
+    same = (starts == starts[:1]).all(0).int().cumprod(0)
+    return min(int(same.sum()), shortest - 1)
 
 
 def head_contributions(stream: Stream, layer: int) -> Tensor:

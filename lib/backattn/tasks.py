@@ -5,16 +5,22 @@ relation and last positions can read the entity but not the other way round. Two
 because a small model does not answer the bare form.
 """
 
+import ast
+import hashlib
+import os
+import re
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .logit_flow import continuation_ids
-from .paths import DATA
+from .paths import CACHE, DATA
 from .residual import encode, next_log_probs
-from .runtime import progress
+from .runtime import atomic_file, progress
 
 TEMPLATE = "{subject}'s {relation} is"
 GROUPS = ("entity", "relation", "last", "context")
@@ -100,13 +106,25 @@ def position_groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
         tokenizer: a fast tokenizer (it must give character offsets).
         frame: prompt, entity, relation_span as made by `single_hop`.
     """
+    return label_tokens(tokenizer, frame["prompt"], {"entity": frame["entity"], "relation": frame["relation_span"]})
+
+
+def label_tokens(tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tuple[int, int]]]) -> list[np.ndarray]:
+    """A label for every token of every prompt: the name of the span it lies in, "last", or "context" (all else).
+
+    spans: name -> (begin, end) characters, one per prompt. Raises ValueError when a span holds no token but the last.
+    """
     groups = []
-    for prompt, entity, relation in zip(frame["prompt"], frame["entity"], frame["relation_span"], strict=True):
+    for row, prompt in enumerate(prompts):
         offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
         labels = np.array(["context"] * len(offsets), dtype=object)
-        for name, (begin, end) in (("entity", entity), ("relation", relation)):
+        for name, places in spans.items():
+            begin, end = list(places)[row]
             labels[[a < end and b > begin for a, b in offsets]] = name
         labels[-1] = "last"
+        for name in spans:
+            if name not in labels:
+                raise ValueError(f"No token of {prompt!r} belongs to {name!r} alone.")
         groups.append(labels)
     return groups
 
@@ -148,3 +166,182 @@ def known(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame
     if fit.empty:
         raise ValueError("The model answers none of these prompts with a one-token answer: ask more or easier facts.")
     return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(drop=True)
+
+
+# ---------------------------------------------------------------- two hops
+
+TWO_HOP_COLUMNS = ("pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3", "split")
+FORMS = ("first", "second", "shortcut", "two_hop")
+TWO_HOP_URL = "https://raw.githubusercontent.com/edenbiran/HoppingTooLate/main/datasets/two_hop.csv"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question is worded: `phrase` names one hop, `sentence` asks for it. Phrases nest.
+
+    Raises ValueError naming the slot that is missing.
+    """
+
+    phrase: str
+    sentence: str
+
+    def __post_init__(self):
+        for text, slots in ((self.phrase, ("entity", "relation")), (self.sentence, ("phrase",))):
+            for slot in slots:
+                if text.count(f"{{{slot}}}") != 1:
+                    raise ValueError(f"The template {text!r} must have the slot {{{slot}}} once.")
+
+    def say(self, entity: str, *relations: str) -> str:
+        """The question for relations followed in this order; a relation that holds {} is a phrase of its own."""
+        for relation in relations:
+            own = "{}" in relation
+            entity = relation.format(entity) if own else self.phrase.format(entity=entity, relation=relation)
+        text = self.sentence.format(phrase=entity)
+        return text[0].upper() + text[1:]
+
+
+TEMPLATES = {
+    "possessive": Template("{entity}'s {relation}", "{phrase} is"),
+    "of": Template("the {relation} of {entity}", "{phrase} is"),
+    "question": Template("the {relation} of {entity}", "Question: What is {phrase}? Answer:"),
+}
+
+
+def two_hop_facts(path: Path = DATA / "two_hop.csv") -> pd.DataFrame:
+    """The two-hop facts: pair, e1, r1, e2, r2, e3, shortcut, type1–3, e2_aliases, e3_aliases ("|" between), split.
+
+    Raises ValueError naming the missing or repeated column, or the row with an empty cell.
+    """
+    frame = read_table(path, TWO_HOP_COLUMNS)
+    return frame.assign(**{name: "" for name in ("shortcut", "e2_aliases", "e3_aliases") if name not in frame})
+
+
+def published_two_hop(folder: Path | None = None, sha256: str | None = None) -> pd.DataFrame:
+    """The TwoHop facts of Biran et al. (2024) in the columns of `two_hop_facts`; r1 and r2 are phrases with {}.
+
+    Args:
+        folder: where twohop/two_hop.csv lies; None takes the folder named by BACKATTN_DATASETS, else the file is
+            fetched from its public home into the cache.
+        sha256: the file must have it. None: a fetched file's is written beside it, and must stay the same.
+
+    Raises OSError when it cannot be fetched, ValueError for another checksum, a missing column or an empty cell.
+    """
+    named = folder or os.environ.get("BACKATTN_DATASETS")
+    path = (Path(named) if named else CACHE / "datasets") / "twohop" / "two_hop.csv"
+    if not path.exists() and not named:
+        _fetch(TWO_HOP_URL, path)
+    note = path.with_suffix(".sha256")
+    expected = sha256 or (note.read_text().strip() if note.exists() else None)
+    if path.exists() and expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise ValueError(f"{path} is not the file it was (sha256 differs): delete it and it is fetched again.")
+    labels = {"e1_label": "e1", "e2_label": "e2", "e3_label": "e3", "r1_template": "r1", "r2_template": "r2"}
+    columns = [*labels, "e2_type", "e3_type", "r1_type", "r2_type", "e2_aliases", "e3_aliases"]
+    frame = read_table(path, columns).rename(columns={**labels, "e2_type": "type2", "e3_type": "type3"})
+    for row, phrases in enumerate(zip(frame["r1"], frame["r2"], strict=True)):
+        for phrase in phrases:
+            if phrase.count("{}") != 1:
+                raise ValueError(f"{path.name}, row {row + 2}: the template {phrase!r} must have the slot {{}} once.")
+    frame["pair"] = frame["type2"] + "-" + frame.pop("r1_type") + "-" + frame.pop("r2_type")
+    for name in ("e2_aliases", "e3_aliases"):
+        frame[name] = ["|".join(word for word in ast.literal_eval(cell) if len(word) > 1) for cell in frame[name]]
+    return frame.assign(shortcut="", split="test")
+
+
+def _fetch(url: str, path: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            content = answer.read()
+    except OSError as error:
+        raise OSError(
+            f"Cannot fetch {url} ({error}). Put the file into <folder>/twohop/two_hop.csv and set BACKATTN_DATASETS to "
+            "that folder."
+        ) from error
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+    with atomic_file(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(hashlib.sha256(content).hexdigest())
+
+
+def two_hop_prompts(
+    frame: pd.DataFrame,
+    template: Template | str = "possessive",
+    examples: str = "one-hop",
+    per_pair: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Write the four prompts of every two-hop fact.
+
+    Two worked examples stand in front, the same for all facts with the same two relations. The first hop is asked
+    after two first hops, the second hop and the shortcut after two second hops. Facts that share an entity with the
+    examples are not asked: their answer would stand in the prompt.
+
+    Args:
+        frame: see `two_hop_facts`.
+        template: a `Template` or the name of one of TEMPLATES.
+        examples: what stands before the two-hop question: "one-hop" (one first hop and one second hop), "two-hop" (two
+            two-hop questions with their answers) or "none".
+        per_pair: at most this many facts of each pair of relations, in the frame's order.
+        seed: of the draw of the examples.
+
+    Returns the facts with: first, second, shortcut_prompt, two_hop (the prompts), head (the examples before two_hop)
+    and the spans e1_span, r1_span, r2_span in two_hop as (begin, end) characters.
+
+    Raises ValueError for an unknown template or kind of examples, and when an entity is not in its prompt.
+    """
+    if isinstance(template, str) and template not in TEMPLATES:
+        raise ValueError(f"Unknown template {template!r}; choose one of {', '.join(TEMPLATES)} or pass a Template.")
+    if examples not in ("one-hop", "two-hop", "none"):
+        raise ValueError(f'Unknown examples {examples!r}; choose "one-hop", "two-hop" or "none".')
+    say = (TEMPLATES[template] if isinstance(template, str) else template).say
+    draw, rows = np.random.default_rng(seed), []
+    for _, part in frame.groupby(["pair", "r1", "r2"], sort=True):
+        pool = part.head(40).iloc[draw.permutation(min(40, len(part)))]
+        shown = pool.drop_duplicates("e3").drop_duplicates("e2").head(2).to_dict("records")
+        if len(shown) < 2:
+            continue
+        a, b = shown
+        firsts, seconds, both = (
+            "".join(f"{say(x[start], *(x[r] for r in hops))} {x[end]}. " for x in shown)
+            for start, hops, end in (("e1", ["r1"], "e2"), ("e2", ["r2"], "e3"), ("e1", ["r1", "r2"], "e3"))
+        )
+        one = f"{say(a['e1'], a['r1'])} {a['e2']}. {say(b['e2'], b['r2'])} {b['e3']}. "
+        head = {"one-hop": one, "two-hop": both, "none": ""}[examples]
+        taken = {x[e] for x in shown for e in ("e1", "e2", "e3")}
+        for row in part.to_dict("records"):
+            if taken & {row["e1"], row["e2"], row["e3"]}:
+                continue
+            asked = say(row["e1"], row["r1"], row["r2"])
+            prompt = head + asked
+            entity = span(prompt, row["e1"], len(head))
+            # Outside the entity's own name the relations' words stand in the order of the wording.
+            places = {name: _relation_span(prompt, row[name], entity, len(head), name == "r2") for name in ("r1", "r2")}
+            rows.append(
+                {
+                    **row,
+                    "first": firsts + say(row["e1"], row["r1"]),
+                    "second": seconds + say(row["e2"], row["r2"]),
+                    "shortcut_prompt": seconds + say(row["e1"], row["r2"]),
+                    "two_hop": prompt,
+                    "head": head,
+                    "e1_span": entity,
+                    "r1_span": places["r1"],
+                    "r2_span": places["r2"],
+                }
+            )
+    written = pd.DataFrame(rows)
+    if written.empty:
+        raise ValueError("No pair of relations has two facts to show and one to ask: give more facts.")
+    return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
+
+
+def _relation_span(prompt: str, relation: str, entity: tuple[int, int], start: int, outer: bool) -> tuple[int, int]:
+    """Where a relation's words stand: after the entity if the wording puts them there, else before it."""
+    words = relation.replace("{}", "").strip()
+    after = [m.span() for m in re.finditer(re.escape(words), prompt) if m.start() >= entity[1]]
+    before = [m.span() for m in re.finditer(re.escape(words), prompt) if start <= m.start() and m.end() <= entity[0]]
+    found = after or before
+    if not found:
+        raise ValueError(f"{words!r} does not occur in the prompt {prompt!r}.")
+    farthest = found[-1] if after else found[0]  # the outer relation stands farther from the entity
+    nearest = found[0] if after else found[-1]
+    return farthest if outer else nearest
