@@ -20,7 +20,7 @@ from .arch import describe
 from .flow_back import flow_back
 from .lens import read_states
 from .logit_flow import continuation_ids, logit_flow
-from .patching import back_patch, blocked_log_probs
+from .patching import back_patch, back_patch_one, blocked_log_probs
 from .residual import capture, encode, next_log_probs
 from .runtime import atomic_file, progress
 from .stages import bootstrap, grouped_flow, mean_interval
@@ -28,51 +28,50 @@ from .tasks import label_tokens
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
 ENTITIES = OUTCOMES[:-1]
+IDS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
 
 
 # ---------------------------------------------------------------- asking
 
 
-def first_tokens(tokenizer, name: str, aliases: str = "") -> frozenset[int]:
-    """First tokens by which a name, or one of its aliases ("|" between), can begin; empty for an empty name."""
-    words = [word for word in (name, *aliases.split("|")) if word]
-    return frozenset(continuation_ids(tokenizer, word)[0] for word in words)
-
-
 def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with the first tokens of each outcome: e3_ids, e2_ids, shortcut_ids, e1_ids (frozensets).
 
-    `collides` says that a first token would not tell the outcomes apart: e1, e2, e3 and a different shortcut share one,
-    or another answer to the same relation begins like e2 or like e3.
+    An alias that begins like another answer to the same relation is left out. `collides` says that a first token would
+    not tell the outcomes apart: e2 or e3 itself begins like another answer to its relation, or two of e1, e2, e3 and
+    a different shortcut begin alike.
     """
-    rest = ["e3_aliases", "e2_aliases", "", ""]
-    cache: dict[tuple[str, str], frozenset] = {}
+    frame, cache = frame.reset_index(drop=True), {}
 
-    def ids(name: str, aliases: str) -> frozenset:
-        if (name, aliases) not in cache:
-            cache[name, aliases] = first_tokens(tokenizer, name, aliases)
-        return cache[name, aliases]
+    def first(word: str) -> int:
+        if word not in cache:
+            cache[word] = continuation_ids(tokenizer, word)[0]
+        return cache[word]
 
-    frame = frame.reset_index(drop=True)
-    for entity, column in zip(ENTITIES, rest, strict=True):
-        aliases = frame[column] if column else [""] * len(frame)
-        frame[f"{entity}_ids"] = [ids(name, alias) for name, alias in zip(frame[entity], aliases, strict=True)]
-    same = frame["shortcut"] == frame["e3"]
-    frame.loc[same, "shortcut_ids"] = frame.loc[same, "shortcut_ids"].map(lambda _: frozenset())
-    within = [
-        len(set().union(*sets)) < sum(map(len, sets))
-        for sets in zip(*(frame[f"{entity}_ids"] for entity in ENTITIES), strict=True)
-    ]
-    between = np.zeros(len(frame), dtype=bool)
+    collides = np.zeros(len(frame), dtype=bool)
+    sets = {entity: [frozenset()] * len(frame) for entity in ENTITIES}
     for entity, relation in (("e2", "r1"), ("e3", "r2")):
         for _, part in frame.groupby(relation):
             answers, owners = set(part[entity]), {}
-            for name, alias in zip(part[entity], part[f"{entity}_aliases"], strict=True):
-                for word in filter(None, (name, *alias.split("|"))):
-                    owner = word if word in answers else name  # an alias may be an answer of its own (neighbours)
-                    owners.setdefault(continuation_ids(tokenizer, word)[0], set()).add(owner)
-            between[part.index] |= [any(len(owners[token]) > 1 for token in tokens) for tokens in part[f"{entity}_ids"]]
-    return frame.assign(collides=np.array(within) | between)
+            words = [
+                [name, *filter(None, more.split("|"))]
+                for name, more in zip(part[entity], part[f"{entity}_aliases"], strict=True)
+            ]
+            for own in words:
+                for word in own:  # an alias may be an answer of its own (neighbours)
+                    owners.setdefault(first(word), set()).add(word if word in answers else own[0])
+            for row, own in zip(part.index, words, strict=True):
+                main = first(own[0])
+                collides[row] |= len(owners[main]) > 1
+                sets[entity][row] = frozenset(t for t in map(first, own) if t == main or len(owners[t]) == 1)
+    sets["e1"] = [frozenset([first(name)]) for name in frame["e1"]]
+    other = (frame["shortcut"] != "") & (frame["shortcut"] != frame["e3"])
+    sets["shortcut"] = [
+        frozenset([first(n)]) if o else frozenset() for n, o in zip(frame["shortcut"], other, strict=True)
+    ]
+    for row, each in enumerate(zip(*sets.values(), strict=True)):
+        collides[row] |= len(frozenset().union(*each)) < sum(map(len, each))
+    return frame.assign(**{f"{entity}_ids": ids for entity, ids in sets.items()}, collides=collides)
 
 
 def ask(model, tokenizer, prompts: pd.Series, keys: pd.Series, batch_size: int = 32) -> tuple[np.ndarray, list]:
@@ -271,12 +270,14 @@ def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
 class Reading:
     """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
 
-    difference: logit of e3 less that of e2, [n, places, L+1]; readable: entity -> whether its first token is among the
-    READABLE highest, [n, places, L+1]; the entities "e2 shuffled" and "e3 shuffled" belong to other prompts.
+    All are [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity -> whether its first token is
+    among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity -> whether its logit is
+    above that of the shuffled one (½ where both are the same token, as in expectation without information).
     """
 
     difference: np.ndarray
     readable: dict[str, np.ndarray]
+    wins: dict[str, np.ndarray]
 
 
 def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Reading:
@@ -291,12 +292,11 @@ def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Readi
     logits, ranks = read_states(model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True)
     names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
     readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
-    # A shuffled e3 may by chance be the prompt's own (continents): such prompts would count for both.
-    for k, name in ((0, "e3"), (1, "e2")):
-        readable[f"{name} shuffled"] = np.where(
-            (tokens[:, k] == tokens[:, k + 2])[:, None, None], False, readable[f"{name} shuffled"]
-        )
-    return Reading(logits[..., 0] - logits[..., 1], readable)
+    wins = {}
+    for k, name in enumerate(("e3", "e2")):
+        same = (tokens[:, k] == tokens[:, k + 2])[:, None, None]  # continents: another prompt's e3 may be the same
+        wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
+    return Reading(logits[..., 0] - logits[..., 1], readable, wins)
 
 
 def donors(frame: pd.DataFrame, seed: int = 0) -> np.ndarray:
@@ -366,33 +366,35 @@ def conflict_table(reading: Reading, right: Sequence[bool], strata: Sequence, cl
 
 
 def readable_table(reading: Reading) -> pd.DataFrame:
-    """Share of prompts in which an entity can be read: place, entity, layer, share, shuffled (for shuffled labels)."""
+    """Share of prompts in which an entity can be read: place, entity, layer, share, shuffled (labels), wins."""
     rows = []
     for entity in ("e2", "e3"):
         own, other = (reading.readable[name].mean(0) for name in (entity, f"{entity} shuffled"))  # [places, L+1]
         for place, name in enumerate(PLACES):
-            part = {"layer": range(own.shape[1]), "share": own[place], "shuffled": other[place]}
+            wins = reading.wins[entity].mean(0)[place]
+            part = {"layer": range(own.shape[1]), "share": own[place], "shuffled": other[place], "wins": wins}
             rows.append(pd.DataFrame(part).assign(place=name, entity=entity))
     return pd.concat(rows, ignore_index=True)
 
 
 def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) -> pd.DataFrame:
-    """From which state on an entity can be read more often than shuffled labels, by place.
+    """From which state on an entity can be told from another prompt's, by place.
 
-    Returns per place and entity: ever (share of prompts in which it can be read in some layer), ever_shuffled, n,
-    median (of the first layer in those prompts), and above: the first state from which on the excess over shuffled
-    labels has its whole 95 % interval above zero, up to the last but one state; missing where there is none.
+    Returns per place and entity: ever (share of prompts in which it is among the READABLE highest in some layer),
+    ever_shuffled (for shuffled labels), told: the first state from which on, up to the last but one, its logit beats
+    the shuffled entity's in more than half of the prompts, with the whole 95 % interval over clusters; missing where
+    there is none; wins: the share in which it does in the state that enters the last layer; n.
     """
     rows, weights = [], bootstrap(clusters, resamples)
     for place, name in enumerate(PLACES):
         for entity in ("e2", "e3"):
             own, other = (reading.readable[key][:, place] for key in (entity, f"{entity} shuffled"))  # [n, L+1]
-            first = np.where(own.any(1), own.argmax(1), np.nan)
-            low = np.percentile(weights @ (own.astype(float) - other), 2.5, axis=0)[:-1] > 0
+            wins = reading.wins[entity][:, place, :-1]
+            low = np.percentile(weights @ wins, 2.5, axis=0) > 0.5
             run = int(np.argmin(low[::-1])) if not low.all() else len(low)
             row = {"place": name, "entity": entity, "ever": own.any(1).mean(), "ever_shuffled": other.any(1).mean()}
-            row["median"] = float(np.nanmedian(first)) if own.any() else np.nan
-            rows.append({**row, "above": len(low) - run if run else np.nan, "n": len(own)})
+            told = float(len(low) - run) if run else np.nan
+            rows.append({**row, "told": told, "wins": wins[:, -1].mean(), "n": len(own)})
     return pd.DataFrame(rows)
 
 
@@ -431,10 +433,11 @@ def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns: prompt, entity, layer, kind, group, flow, direct.
     """
-    labels, parts = groups(tokenizer, frame), []
-    for entity in ("e3", "e2"):
-        flow = logit_flow(model, tokenizer, frame["two_hop"], frame[entity], level="layer")
-        back = flow_back(model, tokenizer, flow, route="linear")
+    labels, parts, ids = groups(tokenizer, frame), [], np.array(pair_ids(tokenizer, frame))
+    for k, entity in enumerate(("e3", "e2")):
+        first = [tokenizer.decode([token]).strip() for token in ids[:, k]]  # what the flow is scored on anyway
+        flow = logit_flow(model, tokenizer, frame["two_hop"], first, level="layer", batch_size=8)
+        back = flow_back(model, tokenizer, flow, route="linear", batch_size=8)
         back.check()
         parts.append(grouped_flow(back, labels).assign(entity=entity))
     return pd.concat(parts, ignore_index=True)
@@ -462,7 +465,25 @@ def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
     return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def flow_tests(flow: pd.DataFrame, right: Sequence[bool], strata: Sequence, clusters: Sequence) -> pd.DataFrame:
+def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence, place: str) -> pd.DataFrame:
+    """Mean flow at one place by layer, into e3 and e2, right and wrong cases, with 95 % bands over clusters.
+
+    Returns: kind, entity, case, layer, mean, low, high.
+    """
+    right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
+    for (kind, entity), part in flow[flow["group"] == place].groupby(["kind", "entity"]):
+        wide = part.pivot_table(index="prompt", columns="layer", values="flow", aggfunc="sum")
+        wide = wide.reindex(range(len(right))).fillna(0.0).to_numpy()
+        for case, mask in (("right", right), ("wrong", ~right)):
+            mean, low, high = mean_interval(wide[mask], clusters[mask])
+            table = pd.DataFrame({"layer": range(len(mean)), "mean": mean, "low": low, "high": high})
+            rows.append(table.assign(kind=kind, entity=entity, case=case))
+    return pd.concat(rows, ignore_index=True)
+
+
+def flow_tests(
+    flow: pd.DataFrame, right: Sequence[bool], strata: Sequence, clusters: Sequence, permutations: int = 2000
+) -> pd.DataFrame:
     """What C4 says of r1's high layers (the upper third), as numbers: question, mean, low, high, p, n, holds.
 
     The first two rows compare wrong with right cases within pairs of relations (permutation test, no interval); the
@@ -476,7 +497,7 @@ def flow_tests(flow: pd.DataFrame, right: Sequence[bool], strata: Sequence, clus
         ("late flow from r1, more in wrong cases (logits)", late.sum(1)),
         ("mean layer at which r1 is read, higher in wrong cases", centre(flow, "r1")),
     ):
-        test = contrast(values[:, None], right, strata)
+        test = contrast(values[:, None], right, strata, permutations)
         mean, p = -float(test["difference"][0]), float(test["p"][0])
         rows.append({"question": question, "mean": mean, "p": p, "n": len(right), "holds": bool(mean > 0 and p < 0.05)})
     own = paired((late[:, 1] - late[:, 0])[~right], clusters[~right])
@@ -579,8 +600,9 @@ def honest_choice(
     Returns (success of each prompt under the pair chosen on the other half [n], the pairs chosen on first and second).
     """
     result, pairs = np.zeros(len(success), dtype=bool), []
+    defined = np.triu(np.ones(success.shape[1:], dtype=bool), 1)  # sources above targets
     for chooser in (first, ~first):
-        score = success[chooser & ~right].sum(0)
+        score = np.where(defined, success[chooser & ~right].sum(0), -1)
         target, source = (int(i) for i in np.unravel_index(score.argmax(), score.shape))
         pairs.append((target, source))
         result[~chooser] = success[~chooser, target, source]
@@ -618,6 +640,34 @@ def against_donor(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
         for how, (a, b) in (("honest", pairs), ("oracle", (own.any((1, 2)), donor.any((1, 2))))):
             rows.append({"place": place, "how": how, **paired(a[wrong].astype(float) - b[wrong], bridges[wrong])})
     return pd.DataFrame(rows)
+
+
+def pair_maps(success: dict[str, np.ndarray], right: np.ndarray) -> pd.DataFrame:
+    """Share of wrong cases that each pair mends: arm, target, source, share."""
+    rows = []
+    for arm, table in success.items():
+        target, source = np.triu_indices(table.shape[1], 1, table.shape[2])
+        share = table[~right].mean(0)[target, source]
+        rows.append(pd.DataFrame({"arm": arm, "target": target, "source": source, "share": share}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def staircase_error(model, tokenizer, frame: pd.DataFrame, pairs: int, seed: int = 0) -> float:
+    """Largest difference of log p(e3) between the staircase and plain forward passes, over random pairs at r1."""
+    places = [end[0] for end in ends(groups(tokenizer, frame), ["r1"])]
+    ids, prompts, draw = (
+        [pair[:1] for pair in pair_ids(tokenizer, frame)],
+        frame["two_hop"].tolist(),
+        np.random.default_rng(seed),
+    )
+    patched, errors = back_patch(model, tokenizer, prompts, places, ids), []
+    targets, sources = np.triu_indices(patched.said.shape[1], 1, patched.said.shape[2])
+    for index, prompt in enumerate(prompts):
+        for pair in draw.choice(len(targets), size=min(pairs, len(targets)), replace=False):
+            target, source = int(targets[pair]), int(sources[pair])
+            plain = back_patch_one(model, tokenizer, prompt, places[index], source, target)[ids[index][0]].item()
+            errors.append(abs(plain - patched.log_probs[index, target, source, 0].item()))
+    return max(errors)
 
 
 def save_grid(grid: Grid, path: Path, model_name: str) -> None:

@@ -93,8 +93,8 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> Claim:
 
 
 def failures_say_bridge(census: pd.DataFrame, failures: pd.DataFrame, three_way: pd.DataFrame, n: int) -> Claim:
-    """C3. census, three_way: wording, outcome, share, low, high over all kept prompts; failures: the same, open vocabulary,
-    over the prompts not answered e3. The worked examples are one-hop facts.
+    """C3. census, three_way: wording, outcome, share, low, high over all kept prompts; failures: the same, open
+    vocabulary, over the prompts not answered e3. The worked examples are one-hop facts.
 
     Four checks: in each of three wordings, e2 is the wrong entity that failures name most; and in the paper's wording
     ("possessive") more than half of all failures say e2, with the whole interval.
@@ -145,7 +145,7 @@ def late_influence(tests: pd.DataFrame) -> Claim:
 
 
 def same_states(causality: pd.DataFrame, n: int) -> Claim:
-    """C5. causality: layer, r1, last (relative differences). Holds when r1's are rounding (below 1e-4), last's are not."""
+    """C5. causality: layer, r1, last (relative differences). Holds when r1's are below 1e-4 and last's are not small."""
     equal, differs = bool(causality["r1"].max() < 1e-4), bool(causality["last"].max() > 0.01)
     return Claim(
         id="C5",

@@ -27,10 +27,21 @@ from .runtime import PROFILE, PROGRESS_FILE, atomic_file
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
     "smoke": {
-        "01_stage_discovery": {"asked_per_relation": 16, "kept_per_relation": 6, "tested": 8, "knockout_draws": 2}
+        "01_stage_discovery": {"asked_per_relation": 16, "kept_per_relation": 6, "tested": 8, "knockout_draws": 2},
+        "02_failure_analysis": {
+            "asked_per_pair": 40,
+            "read_prompts": 60,
+            "flow_prompts": 40,
+            "hidden_prompts": 40,
+            "grid_prompts": 12,
+            "grid_recomputed": 2,
+        },
     },
     "paper": {},
-    "full": {"01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29}},
+    "full": {
+        "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
+        "02_failure_analysis": {"grid_recomputed": 1000},
+    },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
 PARAMETERS_TAG = "parameters"
@@ -72,7 +83,11 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
 
     cells = nbformat.read(path, as_version=4).cells
     add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()))
-    inputs = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
+    inputs = [
+        *sorted(Path(__file__).parent.glob("*.py")),
+        *sorted(paths.DATA.rglob("*.csv")),
+        *sorted(paths.DATA.rglob("*.safetensors")),
+    ]
     for file in inputs:
         if file.name != "cli.py":  # how it is run does not change what comes out
             add(file.name, hashlib.sha256(file.read_bytes()).hexdigest())

@@ -221,20 +221,27 @@ def right_and_wrong(table: pd.DataFrame, ax: Axes | None = None, title: str = ""
         ax.plot(part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=case, linewidth=1.4)
         ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
     differ = table[(table["case"] == "right") & (table["p"] < 0.05)]["layer"]
-    ax.plot(differ, np.full(len(differ), ax.get_ylim()[0]), "k.", markersize=4, label="p < 0.05", clip_on=False)
+    ax.plot(
+        differ, np.full(len(differ), 0.03), "k.", markersize=4, label="p < 0.05", transform=ax.get_xaxis_transform()
+    )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="state entering layer", title=title)
     return ax
 
 
-def readable_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Share of prompts in which e2 and e3 can be read, against shuffled labels; table: entity, layer, share, shuffled."""
-    ax = _axes(ax)
+def readable_lines(table: pd.DataFrame, upper: Axes, lower: Axes, title: str = "") -> None:
+    """How often e2 and e3 are among the highest tokens (above), and beat another prompt's entity (below).
+
+    table: entity, layer, share, shuffled, wins, of one place.
+    """
     for entity, part in table.groupby("entity"):
-        ax.plot(part["layer"], part["share"], color=OUTCOME_COLOURS[entity], label=entity)
-        ax.plot(part["layer"], part["shuffled"], ":", color=OUTCOME_COLOURS[entity], label=f"{entity} shuffled")
-    ax.set(xlabel="state entering layer", title=title, ylim=(-0.02, 1.02))
-    return ax
+        colour = OUTCOME_COLOURS[entity]
+        upper.plot(part["layer"], part["share"], color=colour, label=entity)
+        upper.plot(part["layer"], part["shuffled"], ":", color=colour, label=f"{entity} shuffled")
+        lower.plot(part["layer"], part["wins"], color=colour, label=entity)
+    lower.axhline(0.5, color="0.4", linewidth=0.6)
+    upper.set(title=title, ylim=(-0.02, 1.02))
+    lower.set(xlabel="state entering layer", ylim=(-0.02, 1.02))
 
 
 def flow_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
