@@ -110,6 +110,8 @@ def hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns `frame` with: knows_first, known (both hops right) and kept (known, and the shortcut question is not
     answered with e3), the analysis set. A fact whose first tokens collide is not asked.
+
+    Raises ValueError when no fact is left to ask at some step.
     """
     left, passed = ~frame["collides"].to_numpy(), {}
     for step, form, entity, wanted in (
@@ -118,6 +120,10 @@ def hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
         ("kept", "shortcut_prompt", "e3", False),
     ):
         asked = frame[left]
+        if asked.empty:
+            raise ValueError(
+                f"No fact is left to ask for {form!r}: ask more facts, or a model that knows more of them."
+            )
         distinct = asked.drop_duplicates(form)
         said, _ = ask(model, tokenizer, distinct[form], distinct["pair"] + distinct["r1"] + distinct["r2"])
         by_prompt = dict(zip(distinct[form], said, strict=True))
@@ -271,8 +277,8 @@ class Reading:
     """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
 
     All are [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity -> whether its first token is
-    among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity -> whether its logit is
-    above that of the shuffled one (½ where both are the same token, as in expectation without information).
+    among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity -> whether its
+    logit is above that of the shuffled one (½ where both are the same token, as expected without information).
     """
 
     difference: np.ndarray

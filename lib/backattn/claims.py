@@ -115,8 +115,8 @@ def failures_say_bridge(census: pd.DataFrame, failures: pd.DataFrame, three_way:
         id="C3",
         claim="two-hop failures answer the bridge entity e2",
         paper="of 568 cases 52.3 % e3, 42.4 % e2, 5.3 % the answer of e1's r2",
-        ours=f"open vocabulary, e1's r1's r2: {open_shares}; {others}; 3-way: {percent(three_way, 'possessive', 'e2')}; "
-        f"n = {n}",
+        ours=f"open vocabulary, e1's r1's r2: {open_shares}; {others}; "
+        f"3-way: {percent(three_way, 'possessive', 'e2')}; n = {n}",
         kind="tolerance",
         verdict=_verdict([*map(bool, leads), most]),
         notebook="02_failure_analysis",
@@ -145,7 +145,7 @@ def late_influence(tests: pd.DataFrame) -> Claim:
 
 
 def same_states(causality: pd.DataFrame, n: int) -> Claim:
-    """C5. causality: layer, r1, last (relative differences). Holds when r1's are below 1e-4 and last's are not small."""
+    """C5. causality: layer, r1, last (relative differences). Holds when r1's are below 1e-4, and last's not small."""
     equal, differs = bool(causality["r1"].max() < 1e-4), bool(causality["last"].max() > 0.01)
     return Claim(
         id="C5",
@@ -177,8 +177,9 @@ def back_patching_helps(mending: pd.DataFrame, difference: pd.DataFrame) -> Clai
         id="C6",
         claim="restoring r1's high-layer state into a lower layer helps",
         paper="32–66 % of wrong cases by model, as an oracle over all layer pairs (Biran et al. 2024)",
-        ours=f"r1 patched: oracle {told('r1', 'oracle')}, donor's states {told('r1 donor', 'oracle')}; one pair chosen on "
-        f"the other half {told('r1', 'honest')}, donor's {told('r1 donor', 'honest')}; wrong cases: {own.loc['r1', 'wrong']}",
+        ours=f"r1 patched: oracle {told('r1', 'oracle')}, donor's states {told('r1 donor', 'oracle')}; one pair chosen "
+        f"on the other half {told('r1', 'honest')}, donor's {told('r1 donor', 'honest')}; "
+        f"wrong cases: {own.loc['r1', 'wrong']}",
         kind="exact",
         verdict=_verdict([bool(rows.loc[how, "low"] > 0) for how in ("honest", "oracle")]),
         notebook="02_failure_analysis",

@@ -333,14 +333,28 @@ def _read_stamp(path: Path) -> dict:
 
 
 def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -> None:
-    """Replace the committed notebook, figures and tables by this run's, and note what the run took."""
-    shutil.copyfile(target, path)
+    """Replace what is committed by this run's, and note what the run took.
+
+    The paper profile replaces the notebook, its figures and its tables, the full profile the results in data/ that it
+    alone makes whole.
+    """
+    replaces = {"paper": ("figures/", paths.FIGURES), "full": ("data/", paths.DATA)}[profile]
+    if profile == "paper":
+        shutil.copyfile(target, path)
+    manifest = _manifest()
     for name in stamp["written"]:
-        if name.startswith("figures/"):
-            goal = paths.FIGURES / Path(name).relative_to("figures")
+        if name.startswith(replaces[0]):
+            goal = replaces[1] / Path(name).relative_to(replaces[0])
             goal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, goal)
-    manifest = _manifest()
+            if profile == "full":
+                digest = hashlib.sha256(goal.read_bytes()).hexdigest()
+                manifest.setdefault("results", {})[goal.name] = {
+                    "sha256": digest,
+                    "made by": path.stem,
+                    "hardware": hardware(),
+                    "seconds": stamp["seconds"],
+                }
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
@@ -420,7 +434,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="list the notebooks and what each takes")
     p.add_argument("--force", action="store_true", help="run again what is done already")
     p.add_argument("--keep-going", action="store_true", help="go on after a failed notebook")
-    p.add_argument("--update", action="store_true", help="replace the committed notebooks, figures and tables")
+    p.add_argument(
+        "--update",
+        action="store_true",
+        help="replace what is committed: notebooks, figures and tables; with --profile full the results in data/",
+    )
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     return p
@@ -432,8 +450,10 @@ def main(argv: list[str] | None = None) -> int:
         return check()
     if arguments.list:
         return list_notebooks()
-    if arguments.update and (arguments.model or arguments.device or arguments.profile != "paper"):
-        raise SystemExit("--update replaces committed results: use it with the paper profile and the default model.")
+    if arguments.update and (arguments.model or arguments.device or arguments.profile == "smoke"):
+        raise SystemExit(
+            "--update replaces committed results: use it with profile paper or full and the default model."
+        )
     try:
         return run(arguments)
     except KeyboardInterrupt:

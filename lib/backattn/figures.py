@@ -214,7 +214,7 @@ def outcome_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def right_and_wrong(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
-    """Logit e3 − e2 by layer, right against wrong cases; marks where they differ. table: layer, case, mean, low, high, p."""
+    """Logit e3 − e2 by layer, right and wrong cases, dots where they differ; table: layer, case, mean, low, high, p."""
     ax = _axes(ax)
     for case, colour in (("right", PALETTE[2]), ("wrong", PALETTE[3])):
         part = table[table["case"] == case]

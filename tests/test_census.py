@@ -1,0 +1,406 @@
+"""Two-hop facts, their prompts, the census, and the statistics of notebook 02."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from backattn import census, claims, paths, tasks
+
+FACTS = pd.DataFrame(
+    [
+        ("x", "Milan", "country", "Italy", "capital", "Rome"),
+        ("x", "Lyon", "country", "France", "capital", "Paris"),
+        ("x", "Munich", "country", "Germany", "capital", "Berlin"),
+        ("x", "Osaka", "country", "Japan", "capital", "Tokyo"),
+        ("x", "Bergen", "country", "Norway", "capital", "Oslo"),
+        ("x", "Nice", "country", "France", "capital", "Paris"),
+    ],
+    columns=["pair", "e1", "r1", "e2", "r2", "e3"],
+).assign(shortcut="", type1="city", type2="country", type3="city", e2_aliases="", e3_aliases="", split="train")
+
+
+# ---------------------------------------------------------------- facts
+
+
+def test_the_facts_are_what_the_script_makes(tmp_path):
+    target = tmp_path / "two_hop.csv"
+    script = paths.DATA / "build_two_hop.py"
+    subprocess.run([sys.executable, str(script), str(target)], check=True, capture_output=True)
+    assert target.read_bytes() == (paths.DATA / "two_hop.csv").read_bytes()
+
+
+def test_the_facts_are_many_and_split_by_bridge_entity():
+    frame = tasks.two_hop_facts()
+    assert len(frame) >= 3000 and frame["pair"].nunique() >= 6
+    assert frame.groupby("e2")["split"].nunique().max() == 1
+    assert set(frame["split"]) == {"train", "validation", "test"}
+    same = frame["type2"] == frame["type3"]
+    assert frame.loc[same, "pair"].nunique() >= 2 and frame.loc[~same, "pair"].nunique() >= 6
+    assert ((frame["e1"] != frame["e2"]) & (frame["e2"] != frame["e3"]) & (frame["e1"] != frame["e3"])).all()
+
+
+def test_the_card_counts_what_is_there():
+    card = (paths.DATA / "README.md").read_text(encoding="utf-8")
+    for pair, count in tasks.two_hop_facts()["pair"].value_counts().items():
+        assert f"| {pair} | {count:,} |" in card
+    counted = pd.read_csv(paths.DATA / "hand_facts.csv")
+    assert f"{len(counted):,} facts" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pair,e1,r1,e2,r2,e3,type2,split\n", "lacks column 'type3'"),
+        ("pair,e1,e1,r1,e2,r2,e3,type2,type3,split\n", "repeats column 'e1'"),
+        ("pair,e1,r1,e2,r2,e3,type2,type3,split\np,a,r,b,s,c,t,t,train\np,a,r,,s,c,t,t,train\n", "empty 'e2' in row 3"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_column_or_row(tmp_path, text, message):
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"bad.csv.*{message}"):
+        tasks.two_hop_facts(path)
+
+
+# ---------------------------------------------------------------- TwoHop as published
+
+PUBLISHED = (
+    ",id,e1_label,e2_label,e3_label,e1_aliases,e2_aliases,e3_aliases,"
+    "e2_type,e3_type,r1_type,r2_type,r1_template,r2_template,source_prompt\n"
+    "0,0,Mozart,Anna,Leopold,\"['M']\",\"['Anna Maria', 'A']\",[],"
+    "human,human,mother,spouse,the mother of {},the spouse of {},p\n"
+)
+
+
+@pytest.fixture
+def published(tmp_path):
+    path = tmp_path / "twohop" / "two_hop.csv"
+    path.parent.mkdir()
+    path.write_text(PUBLISHED)
+    return path
+
+
+def test_twohop_is_read_from_a_folder(published, monkeypatch):
+    row = tasks.published_two_hop(published.parents[1]).iloc[0]
+    assert (row["e1"], row["e2"], row["e3"], row["pair"]) == ("Mozart", "Anna", "Leopold", "human-mother-spouse")
+    assert row["e2_aliases"] == "Anna Maria"
+    assert tasks.TEMPLATES["of"].say(row["e1"], row["r1"], row["r2"]) == "The spouse of the mother of Mozart is"
+    monkeypatch.setenv("BACKATTN_DATASETS", str(published.parents[1]))
+    assert len(tasks.published_two_hop()) == 1
+
+
+def test_twohop_with_another_checksum_column_or_template_is_refused(published):
+    folder = published.parents[1]
+    right = hashlib.sha256(published.read_bytes()).hexdigest()
+    assert len(tasks.published_two_hop(folder, sha256=right)) == 1
+    with pytest.raises(ValueError, match="sha256 differs"):
+        tasks.published_two_hop(folder, sha256="0" * 64)
+    published.write_text(PUBLISHED.replace("the mother of {}", "the mother of"))
+    with pytest.raises(ValueError, match=r"row 2: the template 'the mother of' must have the slot \{\} once"):
+        tasks.published_two_hop(folder)
+    published.write_text(PUBLISHED.replace("e3_label", "e3"))
+    with pytest.raises(ValueError, match="lacks column 'e3_label'"):
+        tasks.published_two_hop(folder)
+
+
+def test_twohop_is_fetched_once_and_must_stay_the_same(tmp_path, monkeypatch, published):
+    monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
+    monkeypatch.setattr(tasks, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tasks, "TWO_HOP_URL", published.as_uri())
+    assert len(tasks.published_two_hop()) == 1
+    kept = tmp_path / "cache" / "datasets" / "twohop" / "two_hop.csv"
+    kept.write_text(PUBLISHED + "\n")
+    with pytest.raises(ValueError, match="is not the file it was"):
+        tasks.published_two_hop()
+
+
+def test_twohop_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
+    monkeypatch.setattr(tasks, "CACHE", tmp_path)
+    monkeypatch.setattr(tasks, "TWO_HOP_URL", (tmp_path / "nowhere.csv").as_uri())
+    with pytest.raises(OSError, match="set BACKATTN_DATASETS to that folder"):
+        tasks.published_two_hop()
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("template", list(tasks.TEMPLATES))
+@pytest.mark.parametrize("examples", ["one-hop", "two-hop", "none"])
+def test_prompts_hold_their_spans_and_no_answer(template, examples):
+    written = tasks.two_hop_prompts(FACTS, template, examples)
+    assert len(written)
+    for row in written.itertuples():
+        for name in ("e1", "r1", "r2"):
+            begin, end = getattr(row, f"{name}_span")
+            assert row.two_hop[begin:end] == getattr(row, name) and begin >= len(row.head)
+        assert row.e3 not in row.two_hop and row.e2 not in row.two_hop
+        assert row.e2 not in row.first and row.e3 not in row.second + row.shortcut_prompt
+
+
+def test_no_real_prompt_holds_its_answer_beyond_the_question():
+    """Over all facts: e3 stands in no prompt, and e2 only where the second hop names it."""
+    written = tasks.two_hop_prompts(tasks.two_hop_facts(), per_pair=200)
+    for form in ("first", "two_hop"):
+        hidden = [f" {e2} " in f" {text} " for e2, text in zip(written["e2"], written[form], strict=True)]
+        assert not any(hidden), written.loc[hidden, form].tolist()[:2]
+    for form in ("second", "shortcut_prompt", "two_hop"):
+        shown = [f" {e3}." in text for e3, text in zip(written["e3"], written[form], strict=True)]
+        assert not any(shown), written.loc[shown, form].tolist()[:2]
+
+
+def test_equal_relation_words_are_told_apart():
+    frame = FACTS.assign(r1="father", r2="father")
+    for template, order in (("possessive", 1), ("of", -1)):
+        row = tasks.two_hop_prompts(frame, template).iloc[0]
+        assert order * (row["r2_span"][0] - row["r1_span"][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("phrase", "sentence", "slot"),
+    [
+        ("{entity} of", "{phrase} is", "relation"),
+        ("{entity} {relation}", "so is", "phrase"),
+        ("{relation}", "{phrase}", "entity"),
+    ],
+)
+def test_a_template_without_its_slot_is_named(phrase, sentence, slot):
+    with pytest.raises(ValueError, match=f"must have the slot {{{slot}}} once"):
+        tasks.Template(phrase, sentence)
+
+
+def test_bad_requests_for_prompts_are_named():
+    with pytest.raises(ValueError, match="Unknown template 'haiku'"):
+        tasks.two_hop_prompts(FACTS, "haiku")
+    with pytest.raises(ValueError, match="Unknown examples 'many'"):
+        tasks.two_hop_prompts(FACTS, examples="many")
+    with pytest.raises(ValueError, match="give more facts"):
+        tasks.two_hop_prompts(FACTS.head(1))
+    with pytest.raises(ValueError, match="'Milan' does not occur in the prompt"):
+        tasks.span("Rome is", "Milan")
+
+
+def test_an_entity_without_a_token_of_its_own_is_named(llama):
+    with pytest.raises(ValueError, match="No token of 'Rome is' belongs to 'e1' alone"):
+        tasks.label_tokens(llama[1], ["Rome is"], {"e1": [(5, 7)]})
+
+
+# ---------------------------------------------------------------- census
+
+
+class Words:
+    """A tokenizer of one token per word, to make collisions by hand."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [self.known.setdefault(word, len(self.known)) for word in text.split()]}
+
+
+def test_collisions_are_found_and_aliases_cleaned():
+    words = Words()
+    frame = FACTS.copy()
+    frame.loc[0, ["e3", "e3_aliases"]] = "New Rome", "Eternal|Berlin|Tokyo City"  # an answer, and like one
+    frame.loc[1, "e3"] = "New Paris"  # begins like New Rome
+    frame.loc[3, "e2"] = "Tokyo Land"  # e2 begins like its own e3
+    frame.loc[4, "shortcut"] = "Oslo"  # same as e3: no outcome of its own
+    found = census.candidates(words, frame)
+    assert found["collides"].tolist() == [True, True, False, True, False, False]
+    first = {words.known[word] for word in ("New", "Eternal", "Berlin")}  # Tokyo City begins like Tokyo: left out
+    assert found["e3_ids"][0] == first
+    assert found["shortcut_ids"][4] == frozenset()
+
+
+def test_outcomes():
+    ids = {"e3": frozenset([1, 2]), "e2": frozenset([3]), "shortcut": frozenset(), "e1": frozenset([4])}
+    assert [census.outcome(token, ids) for token in (2, 3, 4, 9)] == ["e3", "e2", "e1", "other"]
+
+
+def test_what_is_written_is_matched_by_words_and_aliases():
+    row = next(FACTS.assign(e3_aliases="Urbs Aeterna", shortcut="Milano").head(1).itertuples())
+    texts = {"the Urbs Aeterna": "e3", "Romeo": "other", "Italy, whose capital is Rome": "e2", "Milano": "shortcut"}
+    assert {text: census._named(text, row) for text in texts} == texts
+
+
+def test_shares_add_up_and_an_empty_set_is_an_error():
+    table = census.shares(pd.Series(["e3", "e2", "e2", "other"]))
+    assert table["share"].sum() == 1 and table.set_index("outcome").loc["e2", "count"] == 2
+    assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
+    with pytest.raises(ValueError, match="analysis set is empty"):
+        census.shares(pd.Series([], dtype=object))
+    with pytest.raises(ValueError, match="set is empty"):
+        census.ask(None, None, pd.Series([], dtype=str), pd.Series([], dtype=str))
+
+
+def test_wilson_is_the_textbooks():
+    low, high = census.wilson(8, 10)
+    z, p, n = 1.959964, 0.8, 10
+    middle, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / 4 / n**2) ** 0.5
+    assert np.allclose((low, high), (middle - half, middle + half), atol=1e-5)
+
+
+def test_the_filter_asks_step_by_step(llama, monkeypatch):
+    """With a stand-in that knows some answers: every step asks only what the one before let through."""
+    frame = census.candidates(llama[1], tasks.two_hop_prompts(FACTS)).assign(collides=False)
+    knows = {
+        "first": [True, True, True, False],
+        "second": [True, True, False, True],
+        "shortcut_prompt": [False, True] * 2,
+    }
+    asked_of = []
+
+    def ask(model, tokenizer, prompts, keys):
+        form = next(form for form in knows if set(prompts) <= set(frame[form]))
+        asked_of.append((form, len(prompts)))
+        entity = "e2" if form == "first" else "e3"
+        rows = [frame[form].tolist().index(prompt) for prompt in prompts]
+        return np.array([min(frame[f"{entity}_ids"][r]) if knows[form][r] else -5 for r in rows]), None
+
+    monkeypatch.setattr(census, "ask", ask)
+    found = census.hops(None, None, frame)
+    assert found["knows_first"].tolist() == [True, True, True, False]
+    assert found["known"].tolist() == [True, True, False, False]
+    assert found["kept"].tolist() == [True, False, False, False]
+    assert asked_of == [("first", 4), ("second", 3), ("shortcut_prompt", 2)]
+    table = census.filter_table(found).set_index("pair").loc["all"]
+    assert table.tolist() == [4, 4, 3, 2, 1]
+    with pytest.raises(ValueError, match="No fact is left to ask for 'first'"):
+        census.hops(None, None, frame.assign(collides=True))
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_contrast_finds_a_difference_within_strata_and_none_between():
+    draw = np.random.default_rng(0)
+    strata = np.repeat(["a", "b"], 60)
+    right = np.r_[draw.random(60) < 0.8, draw.random(60) < 0.2]
+    values = np.stack([draw.normal(size=120) + 5 * (strata == "a"), draw.normal(size=120) + 1.5 * right], axis=1)
+    test = census.contrast(values, right, strata, permutations=400)
+    assert abs(test["difference"][0]) < 0.6 and test["p"][0] > 0.05
+    assert abs(test["difference"][1] - 1.5) < 0.6 and test["p"][1] < 0.05
+    with pytest.raises(ValueError, match="both right and wrong"):
+        census.contrast(values, strata == "a", strata)
+
+
+def test_the_honest_pair_is_chosen_on_the_other_half():
+    success = np.zeros((8, 3, 4), dtype=bool)
+    first = np.array([True] * 4 + [False] * 4)
+    right = np.zeros(8, dtype=bool)
+    success[:4, 0, 2] = True  # mends the whole first half and nothing else
+    success[4:6, 1, 3] = True  # mends half of the second
+    chosen, pairs = census.honest_choice(success, right, first)
+    assert pairs == [(0, 2), (1, 3)]
+    assert not chosen.any()  # neither pair helps the half on which it was not chosen
+    nothing = census.honest_choice(np.zeros_like(success), right, first)[1]
+    assert all(target < source for target, source in nothing)
+    table = census.mending_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
+    assert table["oracle"] == 6 / 8
+
+
+def test_halves_never_share_a_bridge_entity():
+    bridges = ["a", "b", "a", "c", "b", "d"]
+    first = census.halves(bridges)
+    assert {b for b, f in zip(bridges, first, strict=True) if f}.isdisjoint(
+        b for b, f in zip(bridges, first, strict=True) if not f
+    )
+
+
+def test_donors_have_another_bridge_entity():
+    other = census.donors(FACTS)
+    assert all(FACTS["e2"][a] != FACTS["e2"][b] for a, b in enumerate(other))
+    with pytest.raises(ValueError, match="same bridge entity"):
+        census.donors(FACTS[FACTS["e2"] == "France"])
+
+
+# ---------------------------------------------------------------- on a model
+
+
+@pytest.fixture(scope="module")
+def written(llama):
+    return census.candidates(llama[1], tasks.two_hop_prompts(FACTS))
+
+
+def test_r1_is_the_same_and_the_last_position_is_not(llama, written):
+    table = census.causality(*llama, written)
+    assert table["r1"].max() < 1e-4 < table["last"].max()
+
+
+def test_a_leak_from_the_future_would_be_seen(llama, written, monkeypatch):
+    """Were attention not causal, r1's states would differ, and C5 would say so."""
+    module = type(llama[0].model)
+    original = module.forward
+
+    def open_mask(self, *args, attention_mask=None, **kwargs):
+        time = kwargs["input_ids"].shape[1]
+        return original(
+            self, *args, attention_mask=attention_mask.new_zeros(len(attention_mask), 1, time, time).float(), **kwargs
+        )
+
+    monkeypatch.setattr(module, "forward", open_mask)
+    table = census.causality(*llama, written)
+    assert table["r1"].max() > 1e-4
+    assert claims.same_states(table, len(written)).verdict == "contradicted"
+
+
+def test_readings_and_flows_have_their_shapes(smollm2):
+    model, tokenizer = smollm2
+    written = census.candidates(tokenizer, tasks.two_hop_prompts(FACTS))
+    layers, n = model.config.num_hidden_layers, len(written)
+    reading = census.read_conflict(model, tokenizer, written)
+    assert reading.difference.shape == (n, 4, layers + 1)
+    assert set(reading.wins) == {"e3", "e2"} and reading.readable["e2"].dtype == bool
+    right = np.arange(n) % 2 == 0
+    table = census.conflict_table(reading, right, written["pair"], written["e2"])
+    assert len(table) == 2 * 4 * (layers + 1) and table["p"].between(0, 1).all()
+    assert len(census.first_readable(reading, written["e2"])) == 8
+    flow = census.flows(model, tokenizer, written)
+    tests = census.flow_tests(flow, right, written["pair"], written["e2"], permutations=20)
+    assert tests["holds"].dtype == bool and len(tests) == 3
+    windows = census.hide_windows(model, tokenizer, written, right, width=15)
+    assert len(windows) == 2 * 2 * 2 * 2
+
+
+def test_the_difference_read_is_the_models_own_at_the_end(llama, written):
+    from backattn.residual import encode, next_log_probs
+
+    reading = census.read_conflict(*llama, written)
+    logs = next_log_probs(llama[0], encode(llama[1], written["two_hop"].tolist(), side="left")).numpy()
+    ids = census.pair_ids(llama[1], written)
+    expected = [row[e3] - row[e2] for row, (e3, e2) in zip(logs, ids, strict=True)]
+    assert np.allclose(reading.difference[:, 3, -1], expected, atol=1e-3)
+
+
+def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
+    model, tokenizer = llama
+    whole = census.back_patching(model, tokenizer, written, range(len(written)))
+    path = tmp_path / "grid.safetensors"
+    census.save_grid(whole, path, "tiny-llama")
+    assert census.load_grid(path, "another") is None and census.load_grid(tmp_path / "none", "x") is None
+    shipped = census.load_grid(path, "tiny-llama")
+    fresh = census.back_patching(model, tokenizer, written, [1])
+    keys = written["two_hop"].tolist()
+    merged, compared = census.merge_grids(fresh, shipped, keys)
+    assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
+    for arm in census.ARMS:
+        assert (merged.said[arm] == whole.said[arm]).all()
+    shipped.said["r1"][1] += 1
+    assert census.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen
+    alone, compared = census.merge_grids(fresh, None, keys)
+    assert alone.keys == keys[1:2] and compared["prompts"] == 0
+    assert census.staircase_error(model, tokenizer, written.head(2), pairs=3) < 1e-3
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        census.load_grid(path, "tiny-llama")
+
+
+def test_generation_names_somebody_or_other(llama, written):
+    table = census.generated(*llama, written, new_tokens=3)
+    assert set(table["named"]) <= set(census.OUTCOMES)
