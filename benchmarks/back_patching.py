@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backattn import census, load_model, patching, runtime, tasks
+from backattn import census, failures, load_model, patching, runtime, tasks
 
 GOAL_SPEED, GOAL_ERROR = 8.0, 1e-3
 
@@ -29,8 +29,8 @@ def main() -> int:
     model, tokenizer = load_model(options.model)
     written = tasks.two_hop_prompts(tasks.two_hop_facts(), per_pair=2).sample(options.prompts, random_state=0)
     asked = census.candidates(tokenizer, written)
-    groups = census.groups(tokenizer, asked)
-    ids = census.pair_ids(tokenizer, asked)
+    groups = failures.groups(tokenizer, asked)
+    ids = failures.pair_ids(tokenizer, asked)
     rows = []
     for name in ("r1", "last"):
         positions = [int(np.flatnonzero(labels == name)[-1]) for labels in groups]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import census, claims, paths, tasks
+from backattn import census, claims, failures, paths, tasks
 
 FACTS = pd.DataFrame(
     [
@@ -283,11 +283,11 @@ def test_contrast_finds_a_difference_within_strata_and_none_between():
     strata = np.repeat(["a", "b"], 60)
     right = np.r_[draw.random(60) < 0.8, draw.random(60) < 0.2]
     values = np.stack([draw.normal(size=120) + 5 * (strata == "a"), draw.normal(size=120) + 1.5 * right], axis=1)
-    test = census.contrast(values, right, strata, permutations=400)
+    test = failures.contrast(values, right, strata, permutations=400)
     assert abs(test["difference"][0]) < 0.6 and test["p"][0] > 0.05
     assert abs(test["difference"][1] - 1.5) < 0.6 and test["p"][1] < 0.05
     with pytest.raises(ValueError, match="both right and wrong"):
-        census.contrast(values, strata == "a", strata)
+        failures.contrast(values, strata == "a", strata)
 
 
 def test_the_honest_pair_is_chosen_on_the_other_half():
@@ -296,28 +296,28 @@ def test_the_honest_pair_is_chosen_on_the_other_half():
     right = np.zeros(8, dtype=bool)
     success[:4, 0, 2] = True  # mends the whole first half and nothing else
     success[4:6, 1, 3] = True  # mends half of the second
-    chosen, pairs = census.honest_choice(success, right, first)
+    chosen, pairs = failures.honest_choice(success, right, first)
     assert pairs == [(0, 2), (1, 3)]
     assert not chosen.any()  # neither pair helps the half on which it was not chosen
-    nothing = census.honest_choice(np.zeros_like(success), right, first)[1]
+    nothing = failures.honest_choice(np.zeros_like(success), right, first)[1]
     assert all(target < source for target, source in nothing)
-    table = census.mending_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
+    table = failures.mending_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
     assert table["oracle"] == 6 / 8
 
 
 def test_halves_never_share_a_bridge_entity():
     bridges = ["a", "b", "a", "c", "b", "d"]
-    first = census.halves(bridges)
+    first = failures.halves(bridges)
     assert {b for b, f in zip(bridges, first, strict=True) if f}.isdisjoint(
         b for b, f in zip(bridges, first, strict=True) if not f
     )
 
 
 def test_donors_have_another_bridge_entity():
-    other = census.donors(FACTS)
+    other = failures.donors(FACTS)
     assert all(FACTS["e2"][a] != FACTS["e2"][b] for a, b in enumerate(other))
     with pytest.raises(ValueError, match="same bridge entity"):
-        census.donors(FACTS[FACTS["e2"] == "France"])
+        failures.donors(FACTS[FACTS["e2"] == "France"])
 
 
 # ---------------------------------------------------------------- on a model
@@ -329,7 +329,7 @@ def written(llama):
 
 
 def test_r1_is_the_same_and_the_last_position_is_not(llama, written):
-    table = census.causality(*llama, written)
+    table = failures.causality(*llama, written)
     assert table["r1"].max() < 1e-4 < table["last"].max()
 
 
@@ -345,7 +345,7 @@ def test_a_leak_from_the_future_would_be_seen(llama, written, monkeypatch):
         )
 
     monkeypatch.setattr(module, "forward", open_mask)
-    table = census.causality(*llama, written)
+    table = failures.causality(*llama, written)
     assert table["r1"].max() > 1e-4
     assert claims.same_states(table, len(written)).verdict == "contradicted"
 
@@ -354,51 +354,51 @@ def test_readings_and_flows_have_their_shapes(smollm2):
     model, tokenizer = smollm2
     written = census.candidates(tokenizer, tasks.two_hop_prompts(FACTS))
     layers, n = model.config.num_hidden_layers, len(written)
-    reading = census.read_conflict(model, tokenizer, written)
+    reading = failures.read_conflict(model, tokenizer, written)
     assert reading.difference.shape == (n, 4, layers + 1)
     assert set(reading.wins) == {"e3", "e2"} and reading.readable["e2"].dtype == bool
     right = np.arange(n) % 2 == 0
-    table = census.conflict_table(reading, right, written["pair"], written["e2"])
+    table = failures.conflict_table(reading, right, written["pair"], written["e2"])
     assert len(table) == 2 * 4 * (layers + 1) and table["p"].between(0, 1).all()
-    assert len(census.first_readable(reading, written["e2"])) == 8
-    flow = census.flows(model, tokenizer, written)
-    tests = census.flow_tests(flow, right, written["pair"], written["e2"], permutations=20)
+    assert len(failures.first_readable(reading, written["e2"])) == 8
+    flow = failures.flows(model, tokenizer, written)
+    tests = failures.flow_tests(flow, right, written["pair"], written["e2"], permutations=20)
     assert tests["holds"].dtype == bool and len(tests) == 3
-    windows = census.hide_windows(model, tokenizer, written, right, width=15)
+    windows = failures.hide_windows(model, tokenizer, written, right, width=15)
     assert len(windows) == 2 * 2 * 2 * 2
 
 
 def test_the_difference_read_is_the_models_own_at_the_end(llama, written):
     from backattn.residual import encode, next_log_probs
 
-    reading = census.read_conflict(*llama, written)
+    reading = failures.read_conflict(*llama, written)
     logs = next_log_probs(llama[0], encode(llama[1], written["two_hop"].tolist(), side="left")).numpy()
-    ids = census.pair_ids(llama[1], written)
+    ids = failures.pair_ids(llama[1], written)
     expected = [row[e3] - row[e2] for row, (e3, e2) in zip(logs, ids, strict=True)]
     assert np.allclose(reading.difference[:, 3, -1], expected, atol=1e-3)
 
 
 def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     model, tokenizer = llama
-    whole = census.back_patching(model, tokenizer, written, range(len(written)))
+    whole = failures.back_patching(model, tokenizer, written, range(len(written)))
     path = tmp_path / "grid.safetensors"
-    census.save_grid(whole, path, "tiny-llama")
-    assert census.load_grid(path, "another") is None and census.load_grid(tmp_path / "none", "x") is None
-    shipped = census.load_grid(path, "tiny-llama")
-    fresh = census.back_patching(model, tokenizer, written, [1])
+    failures.save_grid(whole, path, "tiny-llama")
+    assert failures.load_grid(path, "another") is None and failures.load_grid(tmp_path / "none", "x") is None
+    shipped = failures.load_grid(path, "tiny-llama")
+    fresh = failures.back_patching(model, tokenizer, written, [1])
     keys = written["two_hop"].tolist()
-    merged, compared = census.merge_grids(fresh, shipped, keys)
+    merged, compared = failures.merge_grids(fresh, shipped, keys)
     assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
-    for arm in census.ARMS:
+    for arm in failures.ARMS:
         assert (merged.said[arm] == whole.said[arm]).all()
     shipped.said["r1"][1] += 1
-    assert census.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen
-    alone, compared = census.merge_grids(fresh, None, keys)
+    assert failures.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen
+    alone, compared = failures.merge_grids(fresh, None, keys)
     assert alone.keys == keys[1:2] and compared["prompts"] == 0
-    assert census.staircase_error(model, tokenizer, written.head(2), pairs=3) < 1e-3
+    assert failures.staircase_error(model, tokenizer, written.head(2), pairs=3) < 1e-3
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
-        census.load_grid(path, "tiny-llama")
+        failures.load_grid(path, "tiny-llama")
 
 
 def test_generation_names_somebody_or_other(llama, written):

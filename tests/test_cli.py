@@ -1,6 +1,7 @@
 """The runner and the checks: what fails is reported as what it is, and what is done is not done again."""
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -137,6 +138,26 @@ def test_update_after_a_finished_run_still_updates(place, monkeypatch):
     assert cli.main(["--update"]) == 0
     assert nbformat.read(path, as_version=4).cells[1].execution_count == 1
     assert "01_good" in json.loads((place / "data/MANIFEST.json").read_text())["runs"]["paper"]
+
+
+def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(place, monkeypatch):
+    made = (
+        f"p = pathlib.Path({str(place / 'build/full/data/made.safetensors')!r})\np.parent.mkdir()\np.write_text('new')"
+    )
+    path = write(place / "notebooks", "01_good", ["n = 3", f"import pathlib\n{made}"])
+    monkeypatch.setattr(paths, "FIGURES", place / "figures")
+    monkeypatch.setattr(paths, "DATA", place / "data")
+    assert cli.main(["--profile", "full", "--update"]) == 0
+    assert (place / "data/made.safetensors").read_text() == "new"
+    noted = json.loads((place / "data/MANIFEST.json").read_text())["results"]["made.safetensors"]
+    assert noted["sha256"] == hashlib.sha256(b"new").hexdigest() and noted["hardware"]
+    assert nbformat.read(path, as_version=4).cells[1].execution_count is None  # the notebook is the paper profile's
+
+
+def test_shipped_results_have_the_checksum_that_the_manifest_notes():
+    noted = json.loads((paths.DATA / "MANIFEST.json").read_text())["results"]
+    shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.DATA.glob("*.safetensors")}
+    assert shipped == {name: entry["sha256"] for name, entry in noted.items()} and shipped
 
 
 def test_update_is_refused_for_other_profiles_and_models():

@@ -24,7 +24,8 @@ def imported():
                     names |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     names.add(node.module.split(".")[0])
-    return names - PACKAGES - set(sys.stdlib_module_names)
+    own = {file.stem for file in paths.DATA.glob("*.py")}  # scripts that import each other
+    return names - PACKAGES - own - set(sys.stdlib_module_names)
 
 
 def test_conda_installs_python_and_pip_only():

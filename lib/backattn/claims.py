@@ -125,7 +125,7 @@ def failures_say_bridge(census: pd.DataFrame, failures: pd.DataFrame, three_way:
 
 
 def late_influence(tests: pd.DataFrame) -> Claim:
-    """C4. tests: from `census.flow_tests`. Three checks, its three rows."""
+    """C4. tests: from `failures.flow_tests`. Three checks, its three rows."""
     told = "; ".join(
         f"{r.question}: {r.mean:+.2f}"
         + (f" (p = {r.p:.2g})" if r.p == r.p else f" [{r.low:.2f}, {r.high:.2f}]")
@@ -161,7 +161,7 @@ def same_states(causality: pd.DataFrame, n: int) -> Claim:
 
 
 def back_patching_helps(mending: pd.DataFrame, difference: pd.DataFrame) -> Claim:
-    """C6. mending, difference: from `census.mending_table` and `census.against_donor`, place r1.
+    """C6. mending, difference: from `failures.mending_table` and `failures.against_donor`, place r1.
 
     Two checks, each that own states mend more wrong cases than a donor's, with the whole interval above zero: with one
     pair of layers chosen on the other half, and under the oracle that counts a case as mended when any pair mends it.

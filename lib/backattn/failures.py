@@ -1,0 +1,509 @@
+"""Why two-hop questions fail: the conflict of e2 and e3 inside, and what mends it (claims C4 to C6).
+
+Notation as in `census`. A place is the last token of e1's, r1's or r2's words in the two-hop prompt, or the last
+position.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .arch import describe
+from .census import wilson
+from .flow_back import flow_back
+from .lens import read_states
+from .logit_flow import continuation_ids, logit_flow
+from .patching import back_patch, back_patch_one, blocked_log_probs
+from .residual import capture, encode
+from .runtime import atomic_file, progress
+from .stages import bootstrap, grouped_flow, mean_interval
+from .tasks import label_tokens
+
+# ---------------------------------------------------------------- reading the conflict
+
+PLACES = ("e1", "r1", "r2", "last")
+READABLE = 10  # an entity can be read where its first token is among this many
+
+
+def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+    """What each token of the two-hop prompt is for: "e1", "r1", "r2", "last" or "context"."""
+    return label_tokens(tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")})
+
+
+def ends(labels: Sequence[np.ndarray], places: Sequence[str] = PLACES) -> list[list[int]]:
+    """The last token of each place in every prompt: [n][places]."""
+    return [[int(np.flatnonzero(row == place)[-1]) for place in places] for row in labels]
+
+
+def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
+    """First tokens of (e3, e2) by their proper names."""
+    first = {name: continuation_ids(tokenizer, name)[0] for name in {*frame["e3"], *frame["e2"]}}
+    return [(first[e3], first[e2]) for e3, e2 in zip(frame["e3"], frame["e2"], strict=True)]
+
+
+@dataclass
+class Reading:
+    """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
+
+    All are [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity -> whether its first token is
+    among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity -> whether its
+    logit is above that of the shuffled one (½ where both are the same token, as expected without information).
+    """
+
+    difference: np.ndarray
+    readable: dict[str, np.ndarray]
+    wins: dict[str, np.ndarray]
+
+
+def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Reading:
+    """Read e3 and e2 in every layer at the last token of each place, and the same for shuffled labels.
+
+    A prompt's shuffled labels are the e2 and e3 of another prompt of the same pair of relations with another e2.
+    """
+    ids = np.array(pair_ids(tokenizer, frame))
+    other = donors(frame, seed)
+    tokens = np.concatenate([ids, ids[other]], axis=1)  # e3, e2, e3 shuffled, e2 shuffled
+    where = ends(groups(tokenizer, frame))
+    logits, ranks = read_states(model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True)
+    names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
+    readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
+    wins = {}
+    for k, name in enumerate(("e3", "e2")):
+        same = (tokens[:, k] == tokens[:, k + 2])[:, None, None]  # continents: another prompt's e3 may be the same
+        wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
+    return Reading(logits[..., 0] - logits[..., 1], readable, wins)
+
+
+def donors(frame: pd.DataFrame, seed: int = 0) -> np.ndarray:
+    """Per prompt the row number of another one with another e2, of the same pair of relations where there is one."""
+    draw, chosen = np.random.default_rng(seed), np.empty(len(frame), dtype=int)
+    bridge, pair = frame["e2"].to_numpy(), frame["pair"].to_numpy()
+    for row in range(len(frame)):
+        fit = np.flatnonzero((bridge != bridge[row]) & (pair == pair[row]))
+        if not len(fit):
+            fit = np.flatnonzero(bridge != bridge[row])
+        if not len(fit):
+            raise ValueError("All prompts have the same bridge entity, so there is no other to draw: ask more facts.")
+        chosen[row] = draw.choice(fit)
+    return chosen
+
+
+def contrast(
+    values: np.ndarray, right: Sequence[bool], strata: Sequence, permutations: int = 2000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Right against wrong cases within strata (pairs of relations), at every point of [n, ...].
+
+    difference: the mean over strata of right less wrong, each weighted by how much it can tell (a regression on `right`
+    with one intercept per stratum). p: permutation test (right and wrong exchanged within strata), corrected for all
+    points at once by the largest |difference / its permutation spread|.
+    """
+    shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
+    right, (_, stratum) = np.asarray(right, dtype=float), np.unique(np.asarray(strata), return_inverse=True)
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        means = (
+            np.stack([np.bincount(stratum, weights=column) for column in x.T], axis=1) / np.bincount(stratum)[:, None]
+        )
+        return x - means[stratum]
+
+    own = centred(right[:, None])[:, 0]
+    total = (own**2).sum()
+    if total == 0:
+        raise ValueError("No pair of relations has both right and wrong cases: ask more facts.")
+    draw, null = np.random.default_rng(seed), []
+    order = np.argsort(stratum, kind="stable")
+    for _ in range(permutations):
+        shuffled = np.empty_like(own)
+        shuffled[order] = own[order][np.lexsort((draw.random(len(own)), stratum[order]))]
+        null.append(shuffled @ flat / total)
+    null, difference = np.array(null), own @ flat / total
+    spread = np.maximum(null.std(0), 1e-12)
+    largest = np.abs(null / spread).max(1)
+    p = (1 + (largest[:, None] >= np.abs(difference / spread)).sum(0)) / (permutations + 1)
+    return {"difference": difference.reshape(shape), "p": p.reshape(shape)}
+
+
+def conflict_table(reading: Reading, right: Sequence[bool], strata: Sequence, clusters: Sequence) -> pd.DataFrame:
+    """Logit e3 − e2 by place and layer for right and wrong cases, with 95 % bands over bridge entities (clusters).
+
+    Returns: place, layer, case ("right", "wrong"), mean, low, high, n, and, for both cases alike, contrast (right less
+    wrong within pairs of relations) and p (see `contrast`).
+    """
+    right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
+    test = contrast(reading.difference, right, strata)
+    for case, mask in (("right", right), ("wrong", ~right)):
+        mean, low, high = mean_interval(reading.difference[mask], clusters[mask])
+        for place, name in enumerate(PLACES):
+            part = {"layer": range(mean.shape[1]), "mean": mean[place], "low": low[place], "high": high[place]}
+            part |= {"contrast": test["difference"][place], "p": test["p"][place]}
+            rows.append(pd.DataFrame(part).assign(place=name, case=case, n=int(mask.sum())))
+    return pd.concat(rows, ignore_index=True)
+
+
+def readable_table(reading: Reading) -> pd.DataFrame:
+    """Share of prompts in which an entity can be read: place, entity, layer, share, shuffled (labels), wins."""
+    rows = []
+    for entity in ("e2", "e3"):
+        own, other = (reading.readable[name].mean(0) for name in (entity, f"{entity} shuffled"))  # [places, L+1]
+        for place, name in enumerate(PLACES):
+            wins = reading.wins[entity].mean(0)[place]
+            part = {"layer": range(own.shape[1]), "share": own[place], "shuffled": other[place], "wins": wins}
+            rows.append(pd.DataFrame(part).assign(place=name, entity=entity))
+    return pd.concat(rows, ignore_index=True)
+
+
+def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) -> pd.DataFrame:
+    """From which state on an entity can be told from another prompt's, by place.
+
+    Returns per place and entity: ever (share of prompts in which it is among the READABLE highest in some layer),
+    ever_shuffled (for shuffled labels), told: the first state from which on, up to the last but one, its logit beats
+    the shuffled entity's in more than half of the prompts, with the whole 95 % interval over clusters; missing where
+    there is none; wins: the share in which it does in the state that enters the last layer; n.
+    """
+    rows, weights = [], bootstrap(clusters, resamples)
+    for place, name in enumerate(PLACES):
+        for entity in ("e2", "e3"):
+            own, other = (reading.readable[key][:, place] for key in (entity, f"{entity} shuffled"))  # [n, L+1]
+            wins = reading.wins[entity][:, place, :-1]
+            low = np.percentile(weights @ wins, 2.5, axis=0) > 0.5
+            run = int(np.argmin(low[::-1])) if not low.all() else len(low)
+            row = {"place": name, "entity": entity, "ever": own.any(1).mean(), "ever_shuffled": other.any(1).mean()}
+            told = float(len(low) - run) if run else np.nan
+            rows.append({**row, "told": told, "wins": wins[:, -1].mean(), "n": len(own)})
+    return pd.DataFrame(rows)
+
+
+def causality(model, tokenizer, frame: pd.DataFrame, batch_size: int = 16) -> pd.DataFrame:
+    """C5: largest difference, relative to its norm, of the states in one-hop and two-hop prompts, at r1 and at the end.
+
+    The one-hop prompt is the two-hop prompt cut after r1, with the wording's own ending. Returns: layer, r1, last.
+    """
+    one = [text[: end[1]] + " is" for text, end in zip(frame["two_hop"], frame["r1_span"], strict=True)]
+    worst = []
+    for start in range(0, len(frame), batch_size):
+        pair = []
+        for prompts in (one, frame["two_hop"].tolist()):
+            batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
+            pair.append((batch, capture(model, batch, detail=False).hidden))
+        where = torch.tensor(
+            [end[0] for end in ends(groups(tokenizer, frame.iloc[start : start + batch_size]), ["r1"])]
+        )
+        (one_batch, one_hidden), (two_batch, two_hidden) = pair
+        rows = torch.arange(len(where))
+        spots = {"r1": (where, where), "last": (one_batch.last.cpu(), two_batch.last.cpu())}
+        for name, (a, b) in spots.items():
+            left, right = one_hidden[:, rows, a], two_hidden[:, rows, b]  # [L+1, B, D]
+            error = (left - right).norm(dim=-1) / right.norm(dim=-1)
+            part = {"layer": range(len(error)), "place": name, "difference": error.max(1).values.cpu().numpy()}
+            worst.append(pd.DataFrame(part))
+    table = pd.concat(worst).pivot_table(index="layer", columns="place", values="difference", aggfunc="max")
+    return table[["r1", "last"]].reset_index().rename_axis(columns=None)
+
+
+# ---------------------------------------------------------------- flow
+
+
+def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
+    """Flow into e3 and into e2 by layer, kind and place, along the linear route (logits).
+
+    Returns: prompt, entity, layer, kind, group, flow, direct.
+    """
+    labels, parts, ids = groups(tokenizer, frame), [], np.array(pair_ids(tokenizer, frame))
+    for k, entity in enumerate(("e3", "e2")):
+        first = [tokenizer.decode([token]).strip() for token in ids[:, k]]  # what the flow is scored on anyway
+        flow = logit_flow(model, tokenizer, frame["two_hop"], first, level="layer", batch_size=8)
+        back = flow_back(model, tokenizer, flow, route="linear", batch_size=8)
+        back.check()
+        parts.append(grouped_flow(back, labels).assign(entity=entity))
+    return pd.concat(parts, ignore_index=True)
+
+
+def late_flow(flow: pd.DataFrame, place: str, first_layer: int, kind: str = "attention") -> pd.DataFrame:
+    """What the layers from `first_layer` on send from one place into e3 and e2, per prompt: e3, e2 (logits)."""
+    part = flow[(flow["group"] == place) & (flow["kind"] == kind) & (flow["layer"] >= first_layer)]
+    wide = part.pivot_table(index="prompt", columns="entity", values="flow", aggfunc="sum")
+    return wide.reindex(sorted(flow["prompt"].unique())).fillna(0.0)[["e3", "e2"]]
+
+
+def centre(flow: pd.DataFrame, place: str, kind: str = "attention") -> np.ndarray:
+    """Mean layer of what is read at one place, weighted by the positive flow into e3 and e2 together: [prompts]."""
+    part = flow[(flow["group"] == place) & (flow["kind"] == kind)]
+    wide = part.assign(flow=part["flow"].clip(lower=0)).pivot_table(
+        index="prompt", columns="layer", values="flow", aggfunc="sum"
+    )
+    return (wide.to_numpy() * wide.columns.to_numpy()).sum(1) / np.maximum(wide.to_numpy().sum(1), 1e-12)
+
+
+def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
+    """Mean of per-prompt values with its 95 % bootstrap interval over clusters: mean, low, high, n."""
+    mean, low, high = mean_interval(values, clusters)
+    return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence, place: str) -> pd.DataFrame:
+    """Mean flow at one place by layer, into e3 and e2, right and wrong cases, with 95 % bands over clusters.
+
+    Returns: kind, entity, case, layer, mean, low, high.
+    """
+    right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
+    for (kind, entity), part in flow[flow["group"] == place].groupby(["kind", "entity"]):
+        wide = part.pivot_table(index="prompt", columns="layer", values="flow", aggfunc="sum")
+        wide = wide.reindex(range(len(right))).fillna(0.0).to_numpy()
+        for case, mask in (("right", right), ("wrong", ~right)):
+            mean, low, high = mean_interval(wide[mask], clusters[mask])
+            table = pd.DataFrame({"layer": range(len(mean)), "mean": mean, "low": low, "high": high})
+            rows.append(table.assign(kind=kind, entity=entity, case=case))
+    return pd.concat(rows, ignore_index=True)
+
+
+def flow_tests(
+    flow: pd.DataFrame, right: Sequence[bool], strata: Sequence, clusters: Sequence, permutations: int = 2000
+) -> pd.DataFrame:
+    """What C4 says of r1's high layers (the upper third), as numbers: question, mean, low, high, p, n, holds.
+
+    The first two rows compare wrong with right cases within pairs of relations (permutation test, no interval); the
+    third is about wrong cases alone (bootstrap interval over clusters).
+    """
+    right, clusters = np.asarray(right, dtype=bool), np.asarray(clusters)
+    top = int(flow["layer"].max()) + 1
+    late = late_flow(flow, "r1", -(-2 * top // 3)).to_numpy()  # [n, (e3, e2)]
+    rows = []
+    for question, values in (
+        ("late flow from r1, more in wrong cases (logits)", late.sum(1)),
+        ("mean layer at which r1 is read, higher in wrong cases", centre(flow, "r1")),
+    ):
+        test = contrast(values[:, None], right, strata, permutations)
+        mean, p = -float(test["difference"][0]), float(test["p"][0])
+        rows.append({"question": question, "mean": mean, "p": p, "n": len(right), "holds": bool(mean > 0 and p < 0.05)})
+    own = paired((late[:, 1] - late[:, 0])[~right], clusters[~right])
+    question = "late flow from r1 in wrong cases, into e2 less into e3 (logits)"
+    rows.append({"question": question, **own, "holds": bool(own["low"] > 0)})
+    return pd.DataFrame(rows)[["question", "mean", "low", "high", "p", "n", "holds"]]
+
+
+# ---------------------------------------------------------------- interventions
+
+
+def hide_windows(
+    model, tokenizer, frame: pd.DataFrame, right: Sequence[bool], width: int = 5, seed: int = 0
+) -> pd.DataFrame:
+    """Hide r1 from the last position in windows of layers; as control, as many random tokens of the context.
+
+    Returns: window (its first layer), hidden ("r1", "random context"), entity ("e3", "e2"), case, mean change of the
+    entity's log-probability, low, high (95 %, over bridge entities), n.
+    """
+    labels, ids, draw = groups(tokenizer, frame), np.array(pair_ids(tokenizer, frame)), np.random.default_rng(seed)
+    prompts, right, bridge = frame["two_hop"].tolist(), np.asarray(right, dtype=bool), frame["e2"].to_numpy()
+    own = [np.flatnonzero(row == "r1").tolist() for row in labels]
+    random = [
+        draw.choice(np.flatnonzero(row == "context")[1:], size=len(places), replace=False).tolist()
+        for row, places in zip(labels, own, strict=True)
+    ]
+
+    def log_probs(sources: Sequence, layers: Sequence[int]) -> np.ndarray:
+        logs = blocked_log_probs(model, tokenizer, prompts, sources, layers)
+        return logs.gather(1, torch.tensor(ids)).numpy()  # [n, (e3, e2)]
+
+    layers = len(describe(model).blocks)
+    base, rows = log_probs([[] for _ in prompts], []), []
+    for first in progress(range(0, layers, width), "hiding r1", unit="window"):
+        for hidden, sources in (("r1", own), ("random context", random)):
+            change = log_probs(sources, range(first, min(first + width, layers))) - base
+            for case, mask in (("right", right), ("wrong", ~right)):
+                for k, entity in enumerate(("e3", "e2")):
+                    row = {"window": first, "hidden": hidden, "entity": entity, "case": case}
+                    rows.append({**row, **paired(change[mask, k], bridge[mask])})
+    return pd.DataFrame(rows)
+
+
+@dataclass
+class Grid:
+    """Back-patching over all layer pairs of the analysis set, for every arm ("r1", "r1 donor", "last", "last donor").
+
+    keys: per prompt its text. said: arm -> [n, targets, sources] next tokens, -1 where undefined. log_prob: arm -> [n,
+    targets, sources] of e3, half precision. base: [n] the unpatched next token.
+    """
+
+    keys: list[str]
+    said: dict[str, np.ndarray]
+    log_prob: dict[str, np.ndarray]
+    base: np.ndarray
+
+
+ARMS = ("r1", "r1 donor", "last", "last donor")
+
+
+def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0) -> Grid:
+    """Run every (source above target) pair for some rows of the analysis set, in all arms.
+
+    The donor arms take the states of another prompt (`donors` of the whole frame), at the same place in it.
+    """
+    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed)
+    where = {name: [end[0] for end in ends(groups(tokenizer, frame), [name])] for name in ("r1", "last")}
+    said, log_prob, base = {}, {}, None
+    for arm in ARMS:
+        places = where[arm.split()[0]]
+        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
+        chosen = [prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]
+        patched = back_patch(model, tokenizer, *chosen, donors=given)
+        said[arm], log_prob[arm] = patched.said.numpy(), patched.log_probs[..., 0].half().numpy()
+        base = patched.base.numpy()
+    return Grid([prompts[row] for row in rows], said, log_prob, base)
+
+
+def mended(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
+    """Whether each patch makes the model say e3: arm -> [n, targets, sources]."""
+    sets = [np.array(sorted(ids)) for ids in answers]
+    return {
+        arm: np.stack([np.isin(x, ids) for x, ids in zip(said, sets, strict=True)]) for arm, said in grid.said.items()
+    }
+
+
+def halves(bridges: Sequence) -> np.ndarray:
+    """True for the first half: bridge entities in turn, so that no entity is on both sides."""
+    names = sorted(set(bridges))
+    return np.array([names.index(bridge) % 2 == 0 for bridge in bridges])
+
+
+def honest_choice(
+    success: np.ndarray, right: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Choose the (target, source) that mends most wrong cases of one half, and try it on the other; both ways round.
+
+    success: [n, targets, sources]; right: [n] right without a patch; first: [n] which half.
+
+    Returns (success of each prompt under the pair chosen on the other half [n], the pairs chosen on first and second).
+    """
+    result, pairs = np.zeros(len(success), dtype=bool), []
+    defined = np.triu(np.ones(success.shape[1:], dtype=bool), 1)  # sources above targets
+    for chooser in (first, ~first):
+        score = np.where(defined, success[chooser & ~right].sum(0), -1)
+        target, source = (int(i) for i in np.unravel_index(score.argmax(), score.shape))
+        pairs.append((target, source))
+        result[~chooser] = success[~chooser, target, source]
+    return result, pairs
+
+
+def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence) -> pd.DataFrame:
+    """How many wrong cases back-patching mends, and how many right ones it breaks, by arm.
+
+    honest: the pair was chosen on the other half. oracle: any pair mends it (as published). any_pair: the mean over
+    pairs. broken: the share of right cases that the honest pair breaks. Shares with Wilson intervals; pairs are
+    "target ← source", chosen on the first and on the second half.
+    """
+    rows, first, wrong = [], halves(bridges), ~right
+    for arm, table in success.items():
+        chosen, pairs = honest_choice(table, right, first)
+        row = {"arm": arm, "wrong": int(wrong.sum())}
+        for name, hit in (("honest", chosen), ("oracle", table.any((1, 2)))):
+            low, high = wilson(hit[wrong].sum(), wrong.sum())
+            row |= {name: hit[wrong].mean(), f"{name}_low": low, f"{name}_high": high}
+        defined = np.triu_indices(table.shape[1], 1, table.shape[2])
+        row |= {"any_pair": table[wrong][:, defined[0], defined[1]].mean(), "right": int(right.sum())}
+        row |= {"broken": 1 - chosen[right].mean() if right.any() else np.nan}
+        row["pairs"] = ", ".join(f"{t} ← {s}" for t, s in pairs)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def against_donor(success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence) -> pd.DataFrame:
+    """Share of wrong cases mended, own states less a donor's: place, how, mean, low, high (over bridge entities), n."""
+    rows, first, wrong, bridges = [], halves(bridges), ~right, np.asarray(bridges)
+    for place in ("r1", "last"):
+        own, donor = success[place], success[f"{place} donor"]
+        pairs = (honest_choice(x, right, first)[0] for x in (own, donor))
+        for how, (a, b) in (("honest", pairs), ("oracle", (own.any((1, 2)), donor.any((1, 2))))):
+            rows.append({"place": place, "how": how, **paired(a[wrong].astype(float) - b[wrong], bridges[wrong])})
+    return pd.DataFrame(rows)
+
+
+def pair_maps(success: dict[str, np.ndarray], right: np.ndarray) -> pd.DataFrame:
+    """Share of wrong cases that each pair mends: arm, target, source, share."""
+    rows = []
+    for arm, table in success.items():
+        target, source = np.triu_indices(table.shape[1], 1, table.shape[2])
+        share = table[~right].mean(0)[target, source]
+        rows.append(pd.DataFrame({"arm": arm, "target": target, "source": source, "share": share}))
+    return pd.concat(rows, ignore_index=True)
+
+
+def staircase_error(model, tokenizer, frame: pd.DataFrame, pairs: int, seed: int = 0) -> float:
+    """Largest difference of log p(e3) between the staircase and plain forward passes, over random pairs at r1."""
+    places = [end[0] for end in ends(groups(tokenizer, frame), ["r1"])]
+    ids, prompts, draw = (
+        [pair[:1] for pair in pair_ids(tokenizer, frame)],
+        frame["two_hop"].tolist(),
+        np.random.default_rng(seed),
+    )
+    patched, errors = back_patch(model, tokenizer, prompts, places, ids), []
+    targets, sources = np.triu_indices(patched.said.shape[1], 1, patched.said.shape[2])
+    for index, prompt in enumerate(prompts):
+        for pair in draw.choice(len(targets), size=min(pairs, len(targets)), replace=False):
+            target, source = int(targets[pair]), int(sources[pair])
+            plain = back_patch_one(model, tokenizer, prompt, places[index], source, target)[ids[index][0]].item()
+            errors.append(abs(plain - patched.log_probs[index, target, source, 0].item()))
+    return max(errors)
+
+
+def save_grid(grid: Grid, path: Path, model_name: str) -> None:
+    """Write a grid as safetensors, with its prompts and the model's name in the header."""
+    tensors = {f"said {arm}": x.astype(np.int32) for arm, x in grid.said.items()}
+    tensors |= {f"log_prob {arm}": x for arm, x in grid.log_prob.items()} | {"base": grid.base.astype(np.int32)}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"model": model_name, "prompts": json.dumps(grid.keys)})
+
+
+def load_grid(path: Path, model_name: str) -> Grid | None:
+    """A grid written by `save_grid`, or None when there is none for this model.
+
+    Raises ValueError when the file cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in ARMS} for kind in ("said", "log_prob"))
+        grid = Grid(json.loads(about["prompts"]), said, log_prob, tensors["base"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): take it again from the repository (git checkout)."
+        ) from error
+    return grid if about["model"] == model_name else None
+
+
+def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple[Grid, dict[str, float]]:
+    """The fresh results, and the shipped ones for those of `keys` that were not run again.
+
+    Returns (grid over the keys that either has, in their order; comparison on the prompts that both have: prompts, said
+    (share of equal next tokens) and log_prob (largest difference)).
+    """
+    grids = [fresh, *([shipped] if shipped else [])]
+    place = {key: (g, grid.keys.index(key)) for g, grid in reversed(list(enumerate(grids))) for key in grid.keys}
+    chosen = [place[key] for key in keys if key in place]
+
+    def pick(name: str, arm: str) -> np.ndarray:
+        return np.stack([getattr(grids[g], name)[arm][row] for g, row in chosen])
+
+    said, log_prob = ({arm: pick(name, arm) for arm in ARMS} for name in ("said", "log_prob"))
+    base = np.array([grids[g].base[row] for g, row in chosen])
+    merged = Grid([key for key in keys if key in place], said, log_prob, base)
+    both = [key for key in fresh.keys if shipped and key in shipped.keys]
+    compared: dict[str, float] = {"prompts": len(both), "said": float("nan"), "log_prob": float("nan")}
+    if both:
+        mine, theirs = ([grid.keys.index(key) for key in both] for grid in (fresh, shipped))
+        defined = fresh.said["r1"][0] >= 0
+        compared["said"] = float(np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in ARMS]))
+        compared["log_prob"] = max(
+            float(np.abs(fresh.log_prob[a][mine].astype(float) - shipped.log_prob[a][theirs])[:, defined].max())
+            for a in ARMS
+        )
+    return merged, compared
