@@ -69,15 +69,14 @@ TYPES |= dict.fromkeys(KIN, "person")
 ALIASES = {
     "United States": ("USA", "America", "US"),
     "United Kingdom": ("UK", "Britain", "Great Britain", "England"),
-    "Netherlands": ("Holland"),
-    "Czechia": ("Czech Republic"),
+    "Netherlands": ("Holland",),
+    "Czechia": ("Czech Republic",),
     "Democratic Republic of the Congo": ("DR Congo", "Congo"),
-    "Republic of the Congo": ("Congo"),
+    "Republic of the Congo": ("Congo",),
     "Ivory Coast": ("Côte d'Ivoire",),
     "Myanmar": ("Burma",),
-    "Türkiye": ("Turkey",),
     "Cabo Verde": ("Cape Verde",),
-    "United Arab Emirates": ("UAE"),
+    "United Arab Emirates": ("UAE",),
     "South Korea": ("Korea",),
     "Kyiv": ("Kiev",),
     "Washington": ("Washington, D.C.",),
@@ -120,6 +119,8 @@ def neighbours() -> dict[str, list[str]]:
     countries = {c["iso"]: c for c in source if c["population"] >= 300_000}
     found = {}
     for c in countries.values():
+        if c["iso"] == "CU":  # GeoNames counts Guantánamo
+            continue
         others = [countries[code] for code in c["neighbours"].split(",") if code in countries]
         if others:
             found[plain(c["name"])] = [plain(o["name"]) for o in sorted(others, key=lambda o: -o["population"])]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -144,15 +145,28 @@ def test_prompts_hold_their_spans_and_no_answer(template, examples):
         assert row.e2 not in row.first and row.e3 not in row.second + row.shortcut_prompt
 
 
-def test_no_real_prompt_holds_its_answer_beyond_the_question():
-    """Over all facts: e3 stands in no prompt, and e2 only where the second hop names it."""
+def test_no_real_prompt_shows_its_answer_in_the_examples():
+    """Over many facts: no name or alias of e1, e2 or e3 stands in front of the question."""
     written = tasks.two_hop_prompts(tasks.two_hop_facts(), per_pair=200)
-    for form in ("first", "two_hop"):
-        hidden = [f" {e2} " in f" {text} " for e2, text in zip(written["e2"], written[form], strict=True)]
-        assert not any(hidden), written.loc[hidden, form].tolist()[:2]
-    for form in ("second", "shortcut_prompt", "two_hop"):
-        shown = [f" {e3}." in text for e3, text in zip(written["e3"], written[form], strict=True)]
-        assert not any(shown), written.loc[shown, form].tolist()[:2]
+    for row in written.itertuples():
+        names = {row.e1, row.e2, row.e3, *row.e2_aliases.split("|"), *row.e3_aliases.split("|")} - {""}
+        front = row.head + row.first.rpartition(". ")[0] + "." + row.second.rpartition(". ")[0] + "."
+        shown = [name for name in names if re.search(rf"\b{re.escape(name)}\b", front)]
+        assert not shown, (shown, front)
+
+
+def test_the_head_of_a_pair_keeps_the_files_order():
+    facts = tasks.two_hop_facts()
+    kin = facts[facts["pair"] == "person-kin-kin"]
+    order = {tuple(row): index for index, row in enumerate(kin[["e1", "r1", "r2"]].to_numpy())}
+    places = [order[tuple(row)] for row in tasks.two_hop_prompts(kin, per_pair=20)[["e1", "r1", "r2"]].to_numpy()]
+    assert places == sorted(places)
+
+
+def test_aliases_are_whole_names():
+    frame = tasks.two_hop_facts()
+    words = {word for name in ("e2_aliases", "e3_aliases") for cell in frame[name] for word in cell.split("|")} - {""}
+    assert "Holland" in words and "UAE" in words and min(map(len, words)) > 1
 
 
 def test_equal_relation_words_are_told_apart():
@@ -280,29 +294,42 @@ def test_the_filter_asks_step_by_step(llama, monkeypatch):
 
 def test_contrast_finds_a_difference_within_strata_and_none_between():
     draw = np.random.default_rng(0)
-    strata = np.repeat(["a", "b"], 60)
+    strata, clusters = np.repeat(["a", "b"], 60), np.arange(120)
     right = np.r_[draw.random(60) < 0.8, draw.random(60) < 0.2]
     values = np.stack([draw.normal(size=120) + 5 * (strata == "a"), draw.normal(size=120) + 1.5 * right], axis=1)
-    test = failures.contrast(values, right, strata, permutations=400)
+    test = failures.contrast(values, right, strata, clusters, permutations=400)
     assert abs(test["difference"][0]) < 0.6 and test["p"][0] > 0.05
     assert abs(test["difference"][1] - 1.5) < 0.6 and test["p"][1] < 0.05
     with pytest.raises(ValueError, match="both right and wrong"):
-        failures.contrast(values, strata == "a", strata)
+        failures.contrast(values, strata == "a", strata, clusters)
+
+
+def test_contrast_is_not_fooled_by_copies_of_one_bridge_entity():
+    """Ten prompts about each of four entities, all of an entity alike: four points, which can show nothing at 5 %."""
+    clusters = np.repeat(np.arange(4), 10)
+    right = clusters < 2
+    values = right[:, None] + np.random.default_rng(0).normal(size=4)[clusters][:, None] / 100
+    assert failures.contrast(values, right, np.zeros(40), clusters, permutations=400)["p"][0] > 0.05
+    alone = failures.contrast(values, right, np.zeros(40), np.arange(40), permutations=400)["p"][0]
+    assert alone < 0.05
 
 
 def test_the_honest_pair_is_chosen_on_the_other_half():
     success = np.zeros((8, 3, 4), dtype=bool)
     first = np.array([True] * 4 + [False] * 4)
-    right = np.zeros(8, dtype=bool)
+    right = np.zeros(8, dtype=bool)  # without a patch
     success[:4, 0, 2] = True  # mends the whole first half and nothing else
     success[4:6, 1, 3] = True  # mends half of the second
-    chosen, pairs = failures.honest_choice(success, right, first)
+    chosen, pairs = failures.honest_choice(success, first)
     assert pairs == [(0, 2), (1, 3)]
     assert not chosen.any()  # neither pair helps the half on which it was not chosen
-    nothing = failures.honest_choice(np.zeros_like(success), right, first)[1]
+    nothing = failures.honest_choice(np.zeros_like(success), first)[1]
     assert all(target < source for target, source in nothing)
     table = failures.mending_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
     assert table["oracle"] == 6 / 8
+    most = np.arange(8) > 0
+    everyone = failures.mending_table({"r1": success}, most, [f"e{i}" for i in range(8)]).iloc[0]
+    assert everyone["net"] < 0 and everyone["broken"] > 0  # what was right is broken by the pair
 
 
 def test_halves_never_share_a_bridge_entity():
@@ -313,11 +340,96 @@ def test_halves_never_share_a_bridge_entity():
     )
 
 
-def test_donors_have_another_bridge_entity():
-    other = failures.donors(FACTS)
-    assert all(FACTS["e2"][a] != FACTS["e2"][b] for a, b in enumerate(other))
-    with pytest.raises(ValueError, match="same bridge entity"):
-        failures.donors(FACTS[FACTS["e2"] == "France"])
+def test_donors_know_none_of_the_right_answers():
+    frame = FACTS.copy()
+    frame.loc[4, "e3"] = "Rome"  # a Norwegian donor would bring Milan's answer
+    frame.loc[3, "e3_aliases"] = "Berlin"
+    other = failures.donors(frame)
+    for row, donor in enumerate(other):
+        answers = {frame["e3"][row], frame["e2"][row], *frame["e3_aliases"][row].split("|")}
+        assert not {frame["e2"][donor], frame["e3"][donor]} & answers
+    with pytest.raises(ValueError, match="No other prompt is about other entities"):
+        failures.donors(frame[frame["e2"] == "France"])
+
+
+def test_own_against_donor_counts_wrong_cases_only():
+    own, donor = np.zeros((8, 2, 3), dtype=bool), np.zeros((8, 2, 3), dtype=bool)
+    own[:, 0, 1] = True
+    success = {"r1": own, "r1 donor": donor, "last": donor, "last donor": donor}
+    right = np.arange(8) < 2
+    table = failures.against_donor(success, right, [f"e{i}" for i in range(8)]).set_index(["place", "how"])
+    assert table.loc[("r1", "oracle"), "mean"] == 1 and table.loc[("r1", "oracle"), "n"] == 6
+    assert table.loc[("last", "honest"), "mean"] == 0
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def flow_table(means, ps):
+    table = pd.DataFrame({"question": list("abc"), "mean": means, "p": ps, "n": 9})
+    return table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / 3))
+
+
+@pytest.mark.parametrize(
+    ("means", "ps", "verdict"),
+    [
+        ([1, 1, 1], [0.001] * 3, "reproduced"),
+        ([1, 1, 1], [0.001, 0.5, 0.5], "partly"),
+        ([1, 1, 1], [0.04, 0.5, 0.5], "not at this scale"),  # one of three at 0.05 is chance
+        ([-1, -1, -1], [0.001] * 3, "contradicted"),
+    ],
+)
+def test_c4_by_rule(means, ps, verdict):
+    assert claims.late_influence(flow_table(means, ps)).verdict == verdict
+
+
+def patched(net, honest, oracle):
+    row = {"oracle": 0.5, "oracle_low": 0.4, "oracle_high": 0.6, "honest": 0.1, "honest_low": 0.05, "honest_high": 0.2}
+    row |= {"net": net, "net_low": net - 0.1, "net_high": net + 0.1, "wrong": 50}
+    mending = pd.DataFrame([{"arm": arm, **row} for arm in failures.ARMS])
+    rows = [
+        {"place": "r1", "how": how, "low": x - 0.1, "high": x + 0.1}
+        for how, x in (("honest", honest), ("oracle", oracle))
+    ]
+    return claims.back_patching_helps(mending, pd.DataFrame(rows)).verdict
+
+
+def test_c6_by_rule():
+    assert patched(0.2, 0.2, 0.2) == "reproduced"
+    assert patched(0, 0.2, 0) == "partly"
+    assert patched(0, 0, 0) == "not at this scale"
+    assert patched(-0.2, -0.2, -0.2) == "contradicted"
+
+
+def bridged(lead, share):
+    rows = [
+        {"wording": w, "outcome": o, "share": 0.2, "low": 0.1, "high": 0.3}
+        for w in tasks.TEMPLATES
+        for o in census.OUTCOMES
+    ]
+    around = {
+        "lead": lead,
+        "lead_low": lead - 0.1,
+        "lead_high": lead + 0.1,
+        "share_low": share - 0.1,
+        "share_high": share + 0.1,
+    }
+    leads = pd.DataFrame([{"wording": w, **around} for w in tasks.TEMPLATES])
+    return claims.failures_say_bridge(pd.DataFrame(rows), leads, pd.DataFrame(rows), n=9).verdict
+
+
+def test_c3_by_rule():
+    assert bridged(0.3, 0.8) == "reproduced"
+    assert bridged(0.3, 0.3) == "partly"
+    assert bridged(0, 0.5) == "not at this scale"
+    assert bridged(-0.3, 0.2) == "contradicted"
+
+
+def test_the_lead_of_e2_is_over_failures():
+    rows = [("x", "e2")] * 6 + [("x", "e1")] * 2 + [("x", "other")] * 2
+    table = census.bridge_lead(pd.DataFrame(rows, columns=["w", "outcome"]).assign(e2=range(10)), "w").iloc[0]
+    assert (table["share"], round(table["lead"], 9), table["n"]) == (0.6, 0.4, 10)
+    assert table["lead_low"] < 0.4 < table["lead_high"]
 
 
 # ---------------------------------------------------------------- on a model
@@ -386,7 +498,7 @@ def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     assert failures.load_grid(path, "another") is None and failures.load_grid(tmp_path / "none", "x") is None
     shipped = failures.load_grid(path, "tiny-llama")
     fresh = failures.back_patching(model, tokenizer, written, [1])
-    keys = written["two_hop"].tolist()
+    keys = failures.grid_keys(written)
     merged, compared = failures.merge_grids(fresh, shipped, keys)
     assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
     for arm in failures.ARMS:

@@ -14,6 +14,7 @@ from scipy import stats
 from .logit_flow import continuation_ids
 from .residual import encode, next_log_probs
 from .runtime import progress
+from .stages import mean_interval
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
 ENTITIES = OUTCOMES[:-1]
@@ -39,15 +40,16 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 
     collides = np.zeros(len(frame), dtype=bool)
     sets = {entity: [frozenset()] * len(frame) for entity in ENTITIES}
+    answers = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)
     for entity, relation in (("e2", "r1"), ("e3", "r2")):
         for _, part in frame.groupby(relation):
-            answers, owners = set(part[entity]), {}
+            owners: dict[int, set[str]] = {}
             words = [
                 [name, *filter(None, more.split("|"))]
                 for name, more in zip(part[entity], part[f"{entity}_aliases"], strict=True)
             ]
             for own in words:
-                for word in own:  # an alias may be an answer of its own (neighbours)
+                for word in own:
                     owners.setdefault(first(word), set()).add(word if word in answers else own[0])
             for row, own in zip(part.index, words, strict=True):
                 main = first(own[0])
@@ -63,16 +65,25 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{f"{entity}_ids": ids for entity, ids in sets.items()}, collides=collides)
 
 
-def ask(model, tokenizer, prompts: pd.Series, keys: pd.Series, batch_size: int = 32) -> tuple[np.ndarray, list]:
+def ask(
+    model,
+    tokenizer,
+    prompts: pd.Series,
+    keys: pd.Series,
+    wanted: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 32,
+) -> tuple[np.ndarray, list[dict[int, float]]]:
     """The model's next token and all log-probabilities after each prompt.
 
     keys: prompts with equal keys begin alike (worked examples), which is then computed once.
 
-    Returns (said [n], log-probabilities in half precision, n of [V]). Raises ValueError when there are no prompts.
+    wanted: per prompt the tokens whose log-probabilities are returned.
+
+    Returns (said [n], per prompt token -> log-probability). Raises ValueError when there are no prompts.
     """
     if not len(prompts):
         raise ValueError("There is nothing to ask: the set is empty. Ask more facts, or a model that knows more.")
-    said, logs = np.empty(len(prompts), dtype=int), [None] * len(prompts)
+    said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
     texts, lengths = prompts.to_numpy(), prompts.str.len().to_numpy()
     groups = [rows[np.argsort(lengths[rows], kind="stable")] for rows in keys.groupby(keys.to_numpy()).indices.values()]
     batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
@@ -80,8 +91,8 @@ def ask(model, tokenizer, prompts: pd.Series, keys: pd.Series, batch_size: int =
         batch = encode(tokenizer, texts[rows].tolist(), side="left", device=model.device)
         log_probs = next_log_probs(model, batch, share=True)
         said[rows] = log_probs.argmax(-1).cpu().numpy()
-        for row, values in zip(rows, log_probs.half().cpu(), strict=True):
-            logs[row] = values
+        for row, values in zip(rows, log_probs, strict=True):
+            logs[row] = {token: values[token].item() for token in (wanted[row] if wanted else ())}
     return said, logs
 
 
@@ -145,11 +156,12 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     Returns `frame` with: outcome (open vocabulary, by the model's own first token), said (that token), three_way (the
     likeliest of e3, e2 and, where it exists and differs, the shortcut) and log_prob_e3, log_prob_e2.
     """
-    said, logs = ask(model, tokenizer, frame["two_hop"], frame["pair"] + frame["r1"] + frame["r2"])
+    wanted = [sorted(frozenset().union(*each)) for each in zip(*(frame[name] for name in IDS), strict=True)]
+    said, logs = ask(model, tokenizer, frame["two_hop"], frame["pair"] + frame["r1"] + frame["r2"], wanted)
     rows = []
     for token, values, row in zip(said, logs, frame.itertuples(), strict=True):
         ids = _ids_of(row)
-        best = {name: max(values[i].item() for i in ids[name]) for name in ("e3", "e2", "shortcut") if ids[name]}
+        best = {name: max(values[i] for i in ids[name]) for name in ("e3", "e2", "shortcut") if ids[name]}
         rows.append(
             {
                 "outcome": outcome(token, ids),
@@ -165,7 +177,7 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_size: int = 32) -> pd.DataFrame:
     """Let the model write on after each two-hop prompt, greedily, and see whom it names first.
 
-    Returns `frame` with: written (up to the first full stop or line end) and named, the outcome whose name or alias
+    Returns `frame` with: written (up to the line's end) and named, the outcome whose name or alias
     stands first in it (the longest where two begin together), "other" when there is none.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -181,7 +193,7 @@ def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_
                 pad_token_id=pad,
             )
         written += tokenizer.batch_decode(tokens[:, batch.ids.shape[1] :], skip_special_tokens=True)
-    written = [text.strip().split("\n")[0].split(". ")[0] for text in written]
+    written = [text.strip().split("\n")[0] for text in written]
     named = [_named(text, row) for text, row in zip(written, frame.itertuples(), strict=True)]
     return frame.assign(written=written, named=named)
 
@@ -237,3 +249,31 @@ def shares_by(frame: pd.DataFrame, by: str | Sequence[str], column: str = "outco
         if len(part) >= least
     ]
     return pd.concat(parts, ignore_index=True)[[*by, "outcome", "count", "n", "share", "low", "high"]]
+
+
+def bridge_lead(failures: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Among failures (rows not answered e3): the share that says e2, and how far it is ahead of the share that says e1.
+
+    Returns per value of `by`: share, share_low, share_high, lead, lead_low, lead_high (95 %, over bridge entities), n.
+    """
+    rows = []
+    for key, part in failures.groupby(by, sort=False):
+        e2, e1 = ((part["outcome"] == name).to_numpy(dtype=float) for name in ("e2", "e1"))
+        row = {by: key}
+        for name, values in (("share", e2), ("lead", e2 - e1)):
+            mean, low, high = mean_interval(values, part["e2"])
+            row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+        rows.append({**row, "n": len(part)})
+    return pd.DataFrame(rows)
+
+
+def clear_cases(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
+    """The prompts of `two_hops` and `generated` that are plainly right or wrong.
+
+    Right: the next token is the first of e3's proper name. Wrong: it belongs to no name of e3, and what is written on
+    does not name e3 first either.
+    """
+    first = {name: tokenizer.decode([continuation_ids(tokenizer, name)[0]]) for name in frame["e3"].unique()}
+    right = frame["said"] == frame["e3"].map(first)
+    wrong = (frame["outcome"] != "e3") & (frame["named"] != "e3")
+    return frame[right | wrong].reset_index(drop=True)

@@ -33,7 +33,7 @@ PROFILES: dict[str, dict[str, dict]] = {
             "read_prompts": 60,
             "flow_prompts": 40,
             "hidden_prompts": 40,
-            "grid_prompts": 12,
+            "grid_prompts": 40,
             "grid_recomputed": 2,
         },
     },

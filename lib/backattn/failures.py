@@ -82,40 +82,59 @@ def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Readi
 
 
 def donors(frame: pd.DataFrame, seed: int = 0) -> np.ndarray:
-    """Per prompt the row number of another one with another e2, of the same pair of relations where there is one."""
+    """Per prompt the row number of another one whose e2 and e3 are none of this one's right answers, nor its e2.
+
+    Drawn among the prompts with the same relations where there is one, else of the same pair, else among all.
+
+    Raises ValueError when there is none.
+    """
     draw, chosen = np.random.default_rng(seed), np.empty(len(frame), dtype=int)
-    bridge, pair = frame["e2"].to_numpy(), frame["pair"].to_numpy()
-    for row in range(len(frame)):
-        fit = np.flatnonzero((bridge != bridge[row]) & (pair == pair[row]))
+    relations = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
+    pair, e2, e3 = (frame[name].to_numpy() for name in ("pair", "e2", "e3"))
+    for row, (second, third) in enumerate(zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)):
+        own = [e2[row], e3[row], *second.split("|"), *third.split("|")]
+        other = ~np.isin(e2, own) & ~np.isin(e3, own)
+        fit = other & (relations == relations[row])
+        fit = fit if fit.any() else other & (pair == pair[row])
+        fit = np.flatnonzero(fit if fit.any() else other)
         if not len(fit):
-            fit = np.flatnonzero(bridge != bridge[row])
-        if not len(fit):
-            raise ValueError("All prompts have the same bridge entity, so there is no other to draw: ask more facts.")
+            raise ValueError(
+                f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: ask more facts."
+            )
         chosen[row] = draw.choice(fit)
     return chosen
 
 
 def contrast(
-    values: np.ndarray, right: Sequence[bool], strata: Sequence, permutations: int = 2000, seed: int = 0
+    values: np.ndarray,
+    right: Sequence[bool],
+    strata: Sequence,
+    clusters: Sequence,
+    permutations: int = 2000,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Right against wrong cases within strata (pairs of relations), at every point of [n, ...].
 
-    difference: the mean over strata of right less wrong, each weighted by how much it can tell (a regression on `right`
-    with one intercept per stratum). p: permutation test (right and wrong exchanged within strata), corrected for all
-    points at once by the largest |difference / its permutation spread|.
+    Prompts of one cluster (bridge entity) and stratum are not independent, so they are averaged and count as one, with
+    the share of them that is right.
+
+    difference: right less wrong, from a regression on that share with one intercept per stratum. p: permutation test
+    (shares exchanged within strata), corrected for all points at once by the largest |difference / its permutation
+    spread|. Raises ValueError when no stratum has both right and wrong cases.
     """
     shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
-    right, (_, stratum) = np.asarray(right, dtype=float), np.unique(np.asarray(strata), return_inverse=True)
-
-    def centred(x: np.ndarray) -> np.ndarray:
-        means = (
-            np.stack([np.bincount(stratum, weights=column) for column in x.T], axis=1) / np.bincount(stratum)[:, None]
-        )
-        return x - means[stratum]
-
-    own = centred(right[:, None])[:, 0]
+    keys = pd.DataFrame({"stratum": np.asarray(strata), "cluster": np.asarray(clusters)})
+    units = (
+        pd.DataFrame(flat)
+        .assign(right=np.asarray(right, dtype=float))
+        .groupby([keys["stratum"], keys["cluster"]])
+        .mean()
+    )
+    stratum = units.index.codes[0]
+    share, flat = units.pop("right").to_numpy(), units.to_numpy()
+    own = share - (np.bincount(stratum, weights=share) / np.bincount(stratum))[stratum]
     total = (own**2).sum()
-    if total == 0:
+    if total < 1e-12:
         raise ValueError("No pair of relations has both right and wrong cases: ask more facts.")
     draw, null = np.random.default_rng(seed), []
     order = np.argsort(stratum, kind="stable")
@@ -130,14 +149,16 @@ def contrast(
     return {"difference": difference.reshape(shape), "p": p.reshape(shape)}
 
 
-def conflict_table(reading: Reading, right: Sequence[bool], strata: Sequence, clusters: Sequence) -> pd.DataFrame:
+def conflict_table(
+    reading: Reading, right: Sequence[bool], strata: Sequence, clusters: Sequence, permutations: int = 2000
+) -> pd.DataFrame:
     """Logit e3 − e2 by place and layer for right and wrong cases, with 95 % bands over bridge entities (clusters).
 
     Returns: place, layer, case ("right", "wrong"), mean, low, high, n, and, for both cases alike, contrast (right less
     wrong within pairs of relations) and p (see `contrast`).
     """
     right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
-    test = contrast(reading.difference, right, strata)
+    test = contrast(reading.difference, right, strata, clusters, permutations)
     for case, mask in (("right", right), ("wrong", ~right)):
         mean, low, high = mean_interval(reading.difference[mask], clusters[mask])
         for place, name in enumerate(PLACES):
@@ -183,7 +204,9 @@ def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) 
 def causality(model, tokenizer, frame: pd.DataFrame, batch_size: int = 16) -> pd.DataFrame:
     """C5: largest difference, relative to its norm, of the states in one-hop and two-hop prompts, at r1 and at the end.
 
-    The one-hop prompt is the two-hop prompt cut after r1, with the wording's own ending. Returns: layer, r1, last.
+    For the wording "possessive" only: the one-hop prompt is the two-hop prompt cut after r1, with " is".
+
+    Returns: layer, r1, last.
     """
     one = [text[: end[1]] + " is" for text, end in zip(frame["two_hop"], frame["r1_span"], strict=True)]
     worst = []
@@ -221,24 +244,17 @@ def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
         flow = logit_flow(model, tokenizer, frame["two_hop"], first, level="layer", batch_size=8)
         back = flow_back(model, tokenizer, flow, route="linear", batch_size=8)
         back.check()
+        assert flow.answer_ids == ids[:, k].tolist()
         parts.append(grouped_flow(back, labels).assign(entity=entity))
     return pd.concat(parts, ignore_index=True)
 
 
-def late_flow(flow: pd.DataFrame, place: str, first_layer: int, kind: str = "attention") -> pd.DataFrame:
-    """What the layers from `first_layer` on send from one place into e3 and e2, per prompt: e3, e2 (logits)."""
-    part = flow[(flow["group"] == place) & (flow["kind"] == kind) & (flow["layer"] >= first_layer)]
-    wide = part.pivot_table(index="prompt", columns="entity", values="flow", aggfunc="sum")
-    return wide.reindex(sorted(flow["prompt"].unique())).fillna(0.0)[["e3", "e2"]]
-
-
-def centre(flow: pd.DataFrame, place: str, kind: str = "attention") -> np.ndarray:
-    """Mean layer of what is read at one place, weighted by the positive flow into e3 and e2 together: [prompts]."""
-    part = flow[(flow["group"] == place) & (flow["kind"] == kind)]
-    wide = part.assign(flow=part["flow"].clip(lower=0)).pivot_table(
-        index="prompt", columns="layer", values="flow", aggfunc="sum"
-    )
-    return (wide.to_numpy() * wide.columns.to_numpy()).sum(1) / np.maximum(wide.to_numpy().sum(1), 1e-12)
+def straight(flow: pd.DataFrame, place: str, entity: str) -> np.ndarray:
+    """What the last position's attention takes from one place straight into an entity's logit: [prompts, layers]."""
+    part = flow[(flow["group"] == place) & (flow["kind"] == "attention") & (flow["entity"] == entity)]
+    wide = part.pivot_table(index="prompt", columns="layer", values="direct", aggfunc="sum")
+    prompts, layers = int(flow["prompt"].max()) + 1, int(flow["layer"].max()) + 1
+    return wide.reindex(index=range(prompts), columns=range(layers)).fillna(0.0).to_numpy()
 
 
 def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
@@ -247,19 +263,19 @@ def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
     return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence, place: str) -> pd.DataFrame:
-    """Mean flow at one place by layer, into e3 and e2, right and wrong cases, with 95 % bands over clusters.
+def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence) -> pd.DataFrame:
+    """`straight` from r1 and from e1 by layer, right and wrong cases, with 95 % bands over clusters.
 
-    Returns: kind, entity, case, layer, mean, low, high.
+    Returns: place, entity, case, layer, mean, low, high.
     """
     right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
-    for (kind, entity), part in flow[flow["group"] == place].groupby(["kind", "entity"]):
-        wide = part.pivot_table(index="prompt", columns="layer", values="flow", aggfunc="sum")
-        wide = wide.reindex(range(len(right))).fillna(0.0).to_numpy()
-        for case, mask in (("right", right), ("wrong", ~right)):
-            mean, low, high = mean_interval(wide[mask], clusters[mask])
-            table = pd.DataFrame({"layer": range(len(mean)), "mean": mean, "low": low, "high": high})
-            rows.append(table.assign(kind=kind, entity=entity, case=case))
+    for place in ("e1", "r1"):
+        for entity in ("e3", "e2"):
+            values = straight(flow, place, entity)
+            for case, mask in (("right", right), ("wrong", ~right)):
+                mean, low, high = mean_interval(values[mask], clusters[mask])
+                table = pd.DataFrame({"layer": range(len(mean)), "mean": mean, "low": low, "high": high})
+                rows.append(table.assign(place=place, entity=entity, case=case))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -268,24 +284,30 @@ def flow_tests(
 ) -> pd.DataFrame:
     """What C4 says of r1's high layers (the upper third), as numbers: question, mean, low, high, p, n, holds.
 
-    The first two rows compare wrong with right cases within pairs of relations (permutation test, no interval); the
-    third is about wrong cases alone (bootstrap interval over clusters).
+    The first two rows compare wrong with right cases within pairs of relations (`contrast`, no interval); the third is
+    about wrong cases alone (interval and p by bootstrap over clusters). holds: above zero with p < 0.05 / 3.
     """
     right, clusters = np.asarray(right, dtype=bool), np.asarray(clusters)
-    top = int(flow["layer"].max()) + 1
-    late = late_flow(flow, "r1", -(-2 * top // 3)).to_numpy()  # [n, (e3, e2)]
+    e3, e2 = (straight(flow, "r1", entity) for entity in ("e3", "e2"))  # [n, layers]
+    layers = np.arange(e2.shape[1])
+    late, positive = layers >= -(-2 * len(layers) // 3), np.clip(e2, 0, None)
     rows = []
     for question, values in (
-        ("late flow from r1, more in wrong cases (logits)", late.sum(1)),
-        ("mean layer at which r1 is read, higher in wrong cases", centre(flow, "r1")),
+        ("late flow from r1 into e2, wrong less right cases (logits)", e2[:, late].sum(1)),
+        (
+            "mean layer of the flow from r1 into e2, wrong less right cases",
+            positive @ layers / (positive.sum(1) + 1e-12),
+        ),
     ):
-        test = contrast(values[:, None], right, strata, permutations)
-        mean, p = -float(test["difference"][0]), float(test["p"][0])
-        rows.append({"question": question, "mean": mean, "p": p, "n": len(right), "holds": bool(mean > 0 and p < 0.05)})
-    own = paired((late[:, 1] - late[:, 0])[~right], clusters[~right])
+        test = contrast(values[:, None], right, strata, clusters, permutations)
+        rows.append({"question": question, "mean": -test["difference"][0], "p": test["p"][0], "n": len(right)})
+    ahead = (e2 - e3)[:, late].sum(1)[~right]
+    resampled = bootstrap(clusters[~right], permutations) @ ahead
+    p = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean()) + 1 / permutations
     question = "late flow from r1 in wrong cases, into e2 less into e3 (logits)"
-    rows.append({"question": question, **own, "holds": bool(own["low"] > 0)})
-    return pd.DataFrame(rows)[["question", "mean", "low", "high", "p", "n", "holds"]]
+    rows.append({"question": question, **paired(ahead, clusters[~right]), "p": p})
+    table = pd.DataFrame(rows)[["question", "mean", "low", "high", "p", "n"]]
+    return table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / len(table)))
 
 
 # ---------------------------------------------------------------- interventions
@@ -294,16 +316,16 @@ def flow_tests(
 def hide_windows(
     model, tokenizer, frame: pd.DataFrame, right: Sequence[bool], width: int = 5, seed: int = 0
 ) -> pd.DataFrame:
-    """Hide r1 from the last position in windows of layers; as control, as many random tokens of the context.
+    """Hide r1 from the last position in windows of layers; as control, as many random tokens of the examples in front.
 
-    Returns: window (its first layer), hidden ("r1", "random context"), entity ("e3", "e2"), case, mean change of the
+    Returns: window (its first layer), hidden ("r1", "examples"), entity ("e3", "e2"), case, mean change of the
     entity's log-probability, low, high (95 %, over bridge entities), n.
     """
     labels, ids, draw = groups(tokenizer, frame), np.array(pair_ids(tokenizer, frame)), np.random.default_rng(seed)
     prompts, right, bridge = frame["two_hop"].tolist(), np.asarray(right, dtype=bool), frame["e2"].to_numpy()
     own = [np.flatnonzero(row == "r1").tolist() for row in labels]
     random = [
-        draw.choice(np.flatnonzero(row == "context")[1:], size=len(places), replace=False).tolist()
+        draw.choice(np.arange(1, np.flatnonzero(row == "e1")[0]), size=len(places), replace=False).tolist()
         for row, places in zip(labels, own, strict=True)
     ]
 
@@ -314,7 +336,7 @@ def hide_windows(
     layers = len(describe(model).blocks)
     base, rows = log_probs([[] for _ in prompts], []), []
     for first in progress(range(0, layers, width), "hiding r1", unit="window"):
-        for hidden, sources in (("r1", own), ("random context", random)):
+        for hidden, sources in (("r1", own), ("examples", random)):
             change = log_probs(sources, range(first, min(first + width, layers))) - base
             for case, mask in (("right", right), ("wrong", ~right)):
                 for k, entity in enumerate(("e3", "e2")):
@@ -327,8 +349,8 @@ def hide_windows(
 class Grid:
     """Back-patching over all layer pairs of the analysis set, for every arm ("r1", "r1 donor", "last", "last donor").
 
-    keys: per prompt its text. said: arm -> [n, targets, sources] next tokens, -1 where undefined. log_prob: arm -> [n,
-    targets, sources] of e3, half precision. base: [n] the unpatched next token.
+    keys: per prompt its text and its donor's (`grid_keys`). said: arm -> [n, targets, sources] next tokens, -1 where
+    undefined. log_prob: arm -> [n, targets, sources] of e3, half precision. base: [n] the unpatched next token.
     """
 
     keys: list[str]
@@ -355,7 +377,14 @@ def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], se
         patched = back_patch(model, tokenizer, *chosen, donors=given)
         said[arm], log_prob[arm] = patched.said.numpy(), patched.log_probs[..., 0].half().numpy()
         base = patched.base.numpy()
-    return Grid([prompts[row] for row in rows], said, log_prob, base)
+    keys = grid_keys(frame, seed)
+    return Grid([keys[row] for row in rows], said, log_prob, base)
+
+
+def grid_keys(frame: pd.DataFrame, seed: int = 0) -> list[str]:
+    """What a row of the grid depends on: the prompt and its donor."""
+    prompts = frame["two_hop"].to_numpy()
+    return [f"{own}\t{other}" for own, other in zip(prompts, prompts[donors(frame, seed)], strict=True)]
 
 
 def mended(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
@@ -372,19 +401,18 @@ def halves(bridges: Sequence) -> np.ndarray:
     return np.array([names.index(bridge) % 2 == 0 for bridge in bridges])
 
 
-def honest_choice(
-    success: np.ndarray, right: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Choose the (target, source) that mends most wrong cases of one half, and try it on the other; both ways round.
+def honest_choice(success: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Choose the (target, source) after which most prompts of one half are right, and try it on the other; both ways.
 
-    success: [n, targets, sources]; right: [n] right without a patch; first: [n] which half.
+    success: [n, targets, sources], right with the patch; first: [n] which half. All prompts count, so that a pair that
+    mends some wrong cases and breaks more right ones is not chosen.
 
     Returns (success of each prompt under the pair chosen on the other half [n], the pairs chosen on first and second).
     """
     result, pairs = np.zeros(len(success), dtype=bool), []
     defined = np.triu(np.ones(success.shape[1:], dtype=bool), 1)  # sources above targets
     for chooser in (first, ~first):
-        score = np.where(defined, success[chooser & ~right].sum(0), -1)
+        score = np.where(defined, success[chooser].sum(0), -1)
         target, source = (int(i) for i in np.unravel_index(score.argmax(), score.shape))
         pairs.append((target, source))
         result[~chooser] = success[~chooser, target, source]
@@ -394,13 +422,14 @@ def honest_choice(
 def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence) -> pd.DataFrame:
     """How many wrong cases back-patching mends, and how many right ones it breaks, by arm.
 
-    honest: the pair was chosen on the other half. oracle: any pair mends it (as published). any_pair: the mean over
-    pairs. broken: the share of right cases that the honest pair breaks. Shares with Wilson intervals; pairs are
+    honest: share of wrong cases mended by the pair chosen on the other half. oracle: by any pair (as published).
+    any_pair: the mean over pairs. broken: share of right cases that the honest pair breaks. net: change of the share of
+    all prompts that are right, with the honest pair (interval over bridge entities; the others are Wilson's). pairs are
     "target ← source", chosen on the first and on the second half.
     """
     rows, first, wrong = [], halves(bridges), ~right
     for arm, table in success.items():
-        chosen, pairs = honest_choice(table, right, first)
+        chosen, pairs = honest_choice(table, first)
         row = {"arm": arm, "wrong": int(wrong.sum())}
         for name, hit in (("honest", chosen), ("oracle", table.any((1, 2)))):
             low, high = wilson(hit[wrong].sum(), wrong.sum())
@@ -408,8 +437,9 @@ def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
         defined = np.triu_indices(table.shape[1], 1, table.shape[2])
         row |= {"any_pair": table[wrong][:, defined[0], defined[1]].mean(), "right": int(right.sum())}
         row |= {"broken": 1 - chosen[right].mean() if right.any() else np.nan}
-        row["pairs"] = ", ".join(f"{t} ← {s}" for t, s in pairs)
-        rows.append(row)
+        net = paired(chosen.astype(float) - right, bridges)
+        row |= {"net": net["mean"], "net_low": net["low"], "net_high": net["high"]}
+        rows.append({**row, "pairs": ", ".join(f"{t} ← {s}" for t, s in pairs)})
     return pd.DataFrame(rows)
 
 
@@ -418,7 +448,7 @@ def against_donor(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
     rows, first, wrong, bridges = [], halves(bridges), ~right, np.asarray(bridges)
     for place in ("r1", "last"):
         own, donor = success[place], success[f"{place} donor"]
-        pairs = (honest_choice(x, right, first)[0] for x in (own, donor))
+        pairs = (honest_choice(x, first)[0] for x in (own, donor))
         for how, (a, b) in (("honest", pairs), ("oracle", (own.any((1, 2)), donor.any((1, 2))))):
             rows.append({"place": place, "how": how, **paired(a[wrong].astype(float) - b[wrong], bridges[wrong])})
     return pd.DataFrame(rows)

@@ -262,7 +262,7 @@ def window_bars(table: pd.DataFrame, ax: Axes | None = None, title: str = "") ->
     """Change of a log-probability by window of hidden layers; table: window, hidden, mean, low, high."""
     ax = _axes(ax)
     windows = sorted(table["window"].unique())
-    for offset, (hidden, colour) in zip((-0.2, 0.2), (("r1", PALETTE[4]), ("random context", "0.75")), strict=True):
+    for offset, (hidden, colour) in zip((-0.2, 0.2), (("r1", PALETTE[4]), ("examples", "0.75")), strict=True):
         part = table[table["hidden"] == hidden].sort_values("window")
         error = [part["mean"] - part["low"], part["high"] - part["mean"]]
         ax.bar(np.arange(len(windows)) + offset, part["mean"], 0.38, yerr=error, color=colour, label=hidden, capsize=2)

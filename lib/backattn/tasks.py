@@ -272,8 +272,8 @@ def two_hop_prompts(
     """Write the four prompts of every two-hop fact.
 
     Two worked examples stand in front, the same for all facts with the same two relations. The first hop is asked
-    after two first hops, the second hop and the shortcut after two second hops. Facts that share an entity with the
-    examples are not asked: their answer would stand in the prompt.
+    after two first hops, the second hop and the shortcut after two second hops. Facts one of
+    whose names or aliases stands in the examples are not asked: their answer would stand in the prompt.
 
     Args:
         frame: see `two_hop_facts`.
@@ -306,9 +306,11 @@ def two_hop_prompts(
         )
         one = f"{say(a['e1'], a['r1'])} {a['e2']}. {say(b['e2'], b['r2'])} {b['e3']}. "
         head = {"one-hop": one, "two-hop": both, "none": ""}[examples]
-        taken = {x[e] for x in shown for e in ("e1", "e2", "e3")}
-        for row in part.to_dict("records"):
-            if taken & {row["e1"], row["e2"], row["e3"]}:
+        for index, row in zip(part.index, part.to_dict("records"), strict=True):
+            names = {row["e1"], row["e2"], row["e3"], *row["e2_aliases"].split("|"), *row["e3_aliases"].split("|")} - {
+                ""
+            }
+            if any(re.search(rf"\b{re.escape(name)}\b", firsts + seconds + both) for name in names):
                 continue
             asked = say(row["e1"], row["r1"], row["r2"])
             prompt = head + asked
@@ -318,6 +320,7 @@ def two_hop_prompts(
             rows.append(
                 {
                     **row,
+                    "order": index,
                     "first": firsts + say(row["e1"], row["r1"]),
                     "second": seconds + say(row["e2"], row["r2"]),
                     "shortcut_prompt": seconds + say(row["e1"], row["r2"]),
@@ -331,6 +334,7 @@ def two_hop_prompts(
     written = pd.DataFrame(rows)
     if written.empty:
         raise ValueError("No pair of relations has two facts to show and one to ask: give more facts.")
+    written = written.sort_values("order", kind="stable").drop(columns="order")
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
 
 
