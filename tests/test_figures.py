@@ -52,3 +52,37 @@ def test_tables_come_in_three_forms_with_the_same_numbers(tmp_path):
         assert "1.235" in text and "-2" in text
     assert r"A\_1" in (tmp_path / "t.tex").read_text()
     assert (tmp_path / "t.md").read_text().startswith("| stage")
+
+
+def test_outcome_bars_keep_order_and_shares():
+    rows = [
+        {"label": label, "outcome": outcome, "share": share}
+        for label, shares in (("first", (0.5, 0.3, 0, 0.1, 0.1)), ("second", (1, 0, 0, 0, 0)))
+        for outcome, share in zip(figures.OUTCOME_COLOURS, shares, strict=True)
+    ]
+    ax = figures.outcome_bars(pd.DataFrame(rows))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"]
+    assert ax.get_yticks()[0] > ax.get_yticks()[1]  # the first on top
+    ends = [patch.get_x() + patch.get_width() for patch in ax.containers[-1]]
+    assert np.allclose(ends, 1)
+
+
+def test_differences_are_marked_where_p_is_small():
+    layers = np.tile(np.arange(4), 2)
+    table = pd.DataFrame(
+        {"layer": layers, "case": np.repeat(["right", "wrong"], 4), "mean": 1.0, "low": 0.5, "high": 2.0}
+    )
+    ax = figures.right_and_wrong(table.assign(p=np.tile([0.5, 0.01, 0.5, 0.02], 2)))
+    marks = next(line for line in ax.lines if line.get_label() == "p < 0.05")
+    assert marks.get_xdata().tolist() == [1, 3]
+
+
+def test_pairs_are_labelled_with_their_own_layers():
+    grid = pd.DataFrame(np.zeros((6, 6)), index=range(6), columns=range(1, 7))
+    ax = figures.pair_heatmap(grid, 0.5)
+    assert [(tick, text.get_text()) for tick, text in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)] == [
+        (4.5, "5")
+    ]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "5"]
+    bottom, above = ax.get_ylim()
+    assert bottom < above  # low targets at the bottom

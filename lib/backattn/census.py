@@ -218,7 +218,9 @@ def _plain(text: str) -> str:
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
+    """95 % Wilson interval of a share; NaN where there is nothing to count."""
+    if not total:
+        return float("nan"), float("nan")
     interval = stats.binomtest(int(count), int(total)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

@@ -271,13 +271,13 @@ def window_bars(table: pd.DataFrame, ax: Axes | None = None, title: str = "") ->
     return ax
 
 
-def pair_heatmap(grid: np.ndarray, top: float, ax: Axes | None = None, title: str = "") -> Axes:
-    """Share of wrong cases mended by (target, source) pair; grid: [targets, sources], NaN where undefined."""
+def pair_heatmap(grid: pd.DataFrame, top: float, ax: Axes | None = None, title: str = "") -> Axes:
+    """Share of wrong cases mended by (target, source) pair; grid: targets × sources, NaN where undefined."""
     ax = _axes(ax, width=3.4, height=3.0)
-    sns.heatmap(grid, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"label": "share of wrong cases mended"})
-    ticks = range(0, grid.shape[1], 5)
-    ax.set_xticks([tick + 0.5 for tick in ticks], ticks)
-    ax.set_yticks([tick + 0.5 for tick in ticks if tick < grid.shape[0]], [t for t in ticks if t < grid.shape[0]])
+    sns.heatmap(grid, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"label": "wrong cases mended"})
+    for labels, set_ticks in ((grid.columns, ax.set_xticks), (grid.index, ax.set_yticks)):
+        shown = [place for place, layer in enumerate(labels) if layer % 5 == 0]
+        set_ticks([place + 0.5 for place in shown], [str(labels[place]) for place in shown])
     ax.tick_params(axis="both", rotation=0)
     ax.invert_yaxis()
     ax.set(xlabel="state taken from entering layer", ylabel="put into layer", title=title)
