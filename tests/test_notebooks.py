@@ -97,8 +97,8 @@ def test_it_shows_its_figures_each_with_a_finding(path, notebook):
 
 def test_every_saved_figure_and_table_is_committed(notebook):
     source = "\n".join(cell.source for cell in code(notebook))
-    figures = re.findall(r'run\.figure\(.*?, "(\w+)"', source)
-    tables = re.findall(r'run\.table\(.*?, "(\w+)"', source)
+    figures = re.findall(r'run\.figure\(.*?, "(\d\d_\w+)"', source)
+    tables = re.findall(r'run\.table\(.*?, "(\d\d_\w+)"', source)
     assert figures
     for name in figures:
         assert all((paths.FIGURES / f"{name}.{suffix}").exists() for suffix in ("pdf", "png", "csv"))

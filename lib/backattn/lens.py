@@ -73,24 +73,24 @@ def read_states(
 
     Returns (logits, ranks), each [n, P, L+1, K] or None; the last state is the one that leaves the model.
     """
-    lens, logits, places = Lens(describe(model)), [], []
+    lens = Lens(describe(model))
+    shape = len(prompts), len(positions[0]), len(describe(model).blocks) + 1, len(tokens[0])
+    logits, places = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int64) if ranks else None
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, list(prompts[part]), device=model.device)
         hidden = capture(model, batch, detail=False).hidden  # [L+1, B, T, D]
         where = torch.tensor([list(p) for p in positions[part]], device=hidden.device) + batch.start[:, None]  # [B, P]
         rows = torch.arange(len(where), device=hidden.device)[:, None]
-        states = hidden[:, rows, where].permute(1, 2, 0, 3)  # [B, P, L+1, D]
-        ids = torch.tensor([list(t) for t in tokens[part]], device=hidden.device)  # [B, K]
-        if not ranks:
-            read = lens.norm.linear(states, lens.scale(states))
-            chosen = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
-            logits.append(lens.cap(chosen).cpu().numpy())
-            continue
-        for state, own in zip(states, ids, strict=True):  # one prompt at a time: the whole vocabulary is wide
-            raw = lens.raw_logits(state)  # [P, L+1, V]
-            chosen = raw[..., own]
-            logits.append(lens.cap(chosen).cpu().numpy()[None])
-            above = torch.stack([(raw > chosen[..., k : k + 1]).sum(-1) for k in range(len(own))], dim=-1)
-            places.append(above.cpu().numpy()[None])
-    return np.concatenate(logits), np.concatenate(places) if ranks else None
+        states = hidden[:, rows, where].permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
+        del hidden
+        ids = torch.tensor([list(t) for t in tokens[part]], device=states.device)  # [B, K]
+        read = lens.norm.linear(states, lens.scale(states))
+        raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
+        logits[part] = lens.cap(raw).cpu().numpy()
+        for row in range(len(states)) if ranks else ():  # one prompt at a time: the whole vocabulary is wide
+            everything = lens.raw_logits(states[row])  # [P, L+1, V]
+            for k, token in enumerate(ids[row].tolist()):
+                above = (everything > everything[..., token : token + 1]).sum(-1)
+                places[start + row, ..., k] = above.cpu().numpy()
+    return logits, places
