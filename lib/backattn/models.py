@@ -130,6 +130,8 @@ def load_model(
         model, tokenizer = _load_embedded(name, dtype)
     else:
         model, tokenizer = _load_hub(name, dtype, revision)
+    if name.startswith("tiny-") or name in EMBEDDED:
+        model.config.name_or_path = name  # what load_model takes, not where the copy happens to lie
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer

@@ -1,0 +1,427 @@
+"""The public promises of back attention, on a tiny random model of every family."""
+
+import json
+
+import pytest
+import torch
+from conftest import PROMPTS
+from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
+
+from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model
+from backattn.back_attention import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from backattn.models import tiny_names
+from backattn.residual import encode
+
+CONFIGS = {
+    "one source": BackAttentionConfig(source_layer=1, dim=8),
+    "two heads, per layer": BackAttentionConfig(source_layer=1, dim=8, heads=2, softmax="per-layer"),
+    "two sources": BackAttentionConfig(source_layer=(0, 2), dim=8),
+    "high states only, raw": BackAttentionConfig(source_layer=1, dim=8, memory_layers=(3, 4), norm=False),
+    "own layer only": BackAttentionConfig(source_layer=1, dim=8, memory_layers=(1,)),
+}
+
+
+@pytest.fixture(params=tiny_names())
+def fresh(request):
+    """A model of its own, since an adapter stays on it."""
+    return load_model(request.param)
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request):
+    return request.param
+
+
+def trained(model, config, size=0.3, **options):
+    """Back attention as it might be after training: nothing is zero."""
+    wrapped = get_back_attention_model(model, config, **options)
+    with torch.no_grad():
+        for update in wrapped.updates.values():
+            update.o_proj.weight.normal_(std=size)
+    return wrapped
+
+
+def logits(model, batch, **options):
+    with torch.no_grad():
+        return model(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False, **options
+        ).logits
+
+
+def test_untrained_changes_nothing_to_the_bit(fresh, config):
+    model, tok = fresh
+    batch = encode(tok, PROMPTS)
+    before = logits(model, batch)
+    assert torch.equal(logits(get_back_attention_model(model, config), batch), before)
+
+
+def test_two_passes_equal_a_plain_reimplementation(fresh):
+    """Against the definition: every layer by hand, the update written out with loops."""
+    model, tok = fresh
+    batch = encode(tok, PROMPTS[:1])
+    wrapped = trained(model, CONFIGS["one source"])
+    arch, update = wrapped._arch, wrapped.updates["1"]
+    kept, handles = {}, []
+    for t, module in enumerate([*(block.module for block in arch.blocks), arch.final_norm_module]):
+
+        def keep(module, args, kwargs, t=t):
+            kept[t] = (args, kwargs)
+
+        handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    with wrapped.disable_adapter(), torch.no_grad():
+        logits(model, batch)
+    for handle in handles:
+        handle.remove()
+    states = [(kept[t][0] or (kept[t][1]["hidden_states"],))[0][0] for t in range(5)]  # 5 of [T, D]
+
+    def n(x):
+        return x / (x.pow(2).mean() + 1e-6).sqrt()
+
+    new = states[1].clone()
+    for i in range(len(new)):
+        pairs = [(t, j) for t in range(1, 5) for j in range(i + 1)]
+        query = update.q_proj.weight @ n(states[1][i])
+        scores = torch.stack([query @ (update.k_proj.weight @ n(states[t][j])) / 8**0.5 for t, j in pairs])
+        values = torch.stack([update.v_proj.weight @ n(states[t][j]) for t, j in pairs])
+        new[i] += update.o_proj.weight @ (scores.softmax(0) @ values)
+    h = new[None]
+    with torch.no_grad(), wrapped.disable_adapter():
+        for t in range(1, 4):
+            args, kwargs = kept[t]
+            h = arch.blocks[t].module(h, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+            h = h[0] if isinstance(h, tuple) else h
+        expected = arch.unembedding_module(arch.final_norm_module(h))
+    if arch.softcap:
+        expected = arch.softcap * torch.tanh(expected / arch.softcap)
+    assert torch.allclose(logits(wrapped, batch), expected, atol=1e-4)
+
+
+def test_is_causal(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS[1:2])
+    before = logits(wrapped, batch)
+    changed = batch.ids.clone()
+    changed[:, 5:] = 7
+    after = logits(wrapped, type(batch)(changed, batch.mask))
+    assert torch.allclose(before[:, :5], after[:, :5], atol=1e-5)
+    assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(fresh, config, side):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    together = encode(tok, PROMPTS, side)
+    ends = together.at_last(logits(wrapped, together))
+    for prompt, end in zip(PROMPTS, ends, strict=True):
+        alone = encode(tok, [prompt])
+        assert torch.allclose(alone.at_last(logits(wrapped, alone))[0], end, atol=1e-4)
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(fresh, config):
+    model, tok = fresh
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    optimiser = torch.optim.SGD(wrapped.updates.parameters(), lr=0.1)
+    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    optimiser.step()
+    assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in wrapped.updates.parameters())
+
+
+def test_an_untrained_adapter_can_begin_to_learn(llama):
+    wrapped = get_back_attention_model(load_model("tiny-llama")[0], CONFIGS["one source"])
+    batch = encode(llama[1], PROMPTS, "left")
+    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    assert wrapped.updates["1"].o_proj.weight.grad.abs().max() > 0
+
+
+def test_a_base_model_from_scratch_gets_gradients_through_both_passes(fresh):
+    model, tok = fresh
+    wrapped = trained(model, CONFIGS["one source"], freeze_base=False)
+    batch = encode(tok, PROMPTS, "left")
+    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    analytic = wrapped._arch.blocks[2].attention_out  # a weight that acts in both passes
+    weight = wrapped._arch.blocks[2].get(wrapped._arch.family.attention_out).weight
+    assert analytic.weight.shape[0] == wrapped._arch.width
+    place = divmod(int(weight.grad.abs().argmax()), weight.shape[1])
+    step = 1e-2
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[place] += sign * step
+            ends.append(wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.item())
+            weight[place] -= sign * step
+    slope = (ends[0] - ends[1]) / (2 * step)
+    assert slope == pytest.approx(weight.grad[place].item(), rel=0.05, abs=1e-3)
+
+
+def test_saved_and_loaded_is_the_same(fresh, config, tmp_path):
+    model, tok = fresh
+    batch = encode(tok, PROMPTS)
+    wrapped = trained(model, config)
+    expected = logits(wrapped, batch)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    again = BackAttentionModel.from_pretrained(wrapped.unload(), tmp_path / "adapter")
+    assert again.back_attention_config == config
+    assert torch.equal(logits(again, batch), expected)
+
+
+def test_disable_enable_unload(fresh, config):
+    model, tok = fresh
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    batch = encode(tok, PROMPTS)
+    before = logits(model, batch)
+    wrapped = trained(model, config)
+    on = logits(wrapped, batch)
+    assert not torch.allclose(on, before, atol=1e-3)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped, batch), before)
+    assert torch.equal(logits(wrapped, batch), on)
+    assert torch.equal(logits(wrapped.unload(), batch), before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == required
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_given_first_pass_states_give_the_same(fresh, config, side):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, side)
+    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    assert states.shape[0] == len(wrapped.needed)
+    whole = logits(wrapped, batch)
+    given = logits(wrapped, batch, first_pass=states)
+    real = batch.mask.bool()
+    assert torch.allclose(whole[real], given[real], atol=1e-5)
+    assert torch.allclose(logits(wrapped, batch)[real], whole[real])  # and the layers work again
+
+
+def test_cached_generation_equals_full_recomputation(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    made = wrapped.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    start = batch.ids.shape[1]
+    for step in range(6):
+        ids = made.sequences[:, : start + step]
+        mask = torch.cat([batch.mask, torch.ones(len(ids), step, dtype=batch.mask.dtype)], 1)
+        full = logits(wrapped, type(batch)(ids, mask))[:, -1]
+        assert torch.allclose(made.logits[step], full, atol=1e-4), step
+
+
+def test_beams_follow_their_memory(fresh):
+    """Beam search reorders the cache; its scores must be those of the sequences it returns."""
+    model, tok = fresh
+    wrapped = trained(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS[:2], "left")
+    made = wrapped.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        num_beams=3,
+        do_sample=False,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    start = batch.ids.shape[1]
+    mask = torch.cat([batch.mask, torch.ones(2, 4, dtype=batch.mask.dtype)], 1)
+    logs = logits(wrapped, type(batch)(made.sequences, mask))[:, start - 1 : -1].log_softmax(-1)
+    scores = logs.gather(-1, made.sequences[:, start:, None]).sum((1, 2))
+    assert torch.allclose(made.sequences_scores, scores, atol=1e-3)
+
+
+def test_several_tokens_at_once_on_a_filled_cache(llama):
+    model, tok = load_model("tiny-llama")
+    wrapped = trained(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS[1:2])
+    cache = DynamicCache()
+    with torch.no_grad():
+        wrapped(input_ids=batch.ids[:, :4], past_key_values=cache, use_cache=True)
+        rest = wrapped(input_ids=batch.ids[:, 4:], past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(rest, logits(wrapped, batch)[:, 4:], atol=1e-4)
+
+
+def test_a_cache_filled_without_the_adapter_is_refused(llama):
+    model, tok = load_model("tiny-llama")
+    wrapped = trained(model, CONFIGS["one source"])
+    ids, cache = encode(tok, PROMPTS[1:2]).ids, DynamicCache()
+    with wrapped.disable_adapter(), torch.no_grad():
+        wrapped(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="while the adapter was off"):
+        wrapped(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True)
+
+
+def test_static_caches_and_odd_masks_are_refused(llama):
+    model, tok = load_model("tiny-llama")
+    wrapped = trained(model, CONFIGS["one source"])
+    ids = encode(tok, PROMPTS[:1]).ids
+    with pytest.raises(ValueError, match="DynamicCache"):
+        wrapped.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"\[batch, time\]"):
+        wrapped(input_ids=ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1]))
+    assert wrapped._pass is None
+    wrapped(input_ids=ids)  # nothing is left behind
+
+
+def test_attention_maps_sum_to_one_and_are_those_of_the_update(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    with wrapped.attention_maps() as maps:
+        logits(wrapped, batch)
+    assert sorted(maps) == list(config.sources)
+    for weights in maps.values():
+        assert weights.shape[-2:] == (len(wrapped.memory_layers), batch.ids.shape[1])
+        assert torch.allclose(weights.sum((-1, -2)), torch.ones(()), atol=1e-5)
+        hidden = weights[2, :, -1, :, : int(batch.start[2])]
+        assert hidden.abs().max() == 0  # padding is not read
+
+
+def test_fp32_adapter_on_a_bf16_base():
+    model, tok = load_model("tiny-llama", dtype=torch.bfloat16)
+    batch = encode(tok, PROMPTS)
+    before = logits(model, batch)
+    wrapped = get_back_attention_model(model, CONFIGS["one source"])
+    assert torch.equal(logits(wrapped, batch), before)
+    assert all(p.dtype == torch.float32 for p in wrapped.updates.parameters())
+    with torch.no_grad():
+        wrapped.updates["1"].o_proj.weight.normal_()
+    out = logits(wrapped, batch)
+    assert out.dtype == torch.bfloat16 and out.isfinite().all() and not torch.equal(out, before)
+
+
+def test_works_in_trainer_and_pipeline(tmp_path, caplog):
+    model, tok = load_model("tiny-llama")
+    wrapped = get_back_attention_model(model, CONFIGS["one source"])
+    rows = [{"input_ids": ids, "labels": ids} for ids in encode(tok, PROMPTS[:1] * 8).ids.tolist()]
+    settings = TrainingArguments(
+        str(tmp_path / "run"), max_steps=12, learning_rate=0.05, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model=wrapped, args=settings, train_dataset=rows)
+    before = wrapped(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])).loss
+    trainer.train()
+    after = wrapped(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])).loss
+    assert after < before - 0.1
+    trainer.save_model(str(tmp_path / "kept"))
+    kept = {p.name: p.stat().st_size for p in (tmp_path / "kept").iterdir()}
+    assert kept["model.safetensors"] < 10_000  # the adapter only
+    write = pipeline("text-generation", model=wrapped, tokenizer=tok)
+    text = write(PROMPTS[0], max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    assert text.startswith(PROMPTS[0]) and len(text) > len(PROMPTS[0])
+    assert "not supported" not in caplog.text
+
+
+def test_counts_weights(llama, capsys):
+    model, _ = load_model("tiny-llama")
+    wrapped = get_back_attention_model(model, CONFIGS["one source"])
+    wrapped.print_trainable_parameters()
+    assert wrapped.trainable()[0] == 4 * 32 * 8
+    assert "trainable params: 1,024 ||" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(source_layer=4), "0 … 3"),
+        (dict(source_layer=-1), "0 … 3"),
+        (dict(source_layer=(1, 1)), "each once"),
+        (dict(source_layer=1, memory_layers=(5,)), "0 … 4"),
+        (dict(source_layer=1, memory_layers=()), "0 … 4"),
+        (dict(source_layer=1, dim=0), "positive multiple"),
+        (dict(source_layer=1, dim=6, heads=4), "positive multiple"),
+        (dict(source_layer=1, softmax="both"), "joint"),
+    ],
+)
+def test_bad_configs_are_refused(options, message):
+    model, _ = load_model("tiny-llama")
+    with pytest.raises(ValueError, match=message):
+        get_back_attention_model(model, BackAttentionConfig(**options))
+    get_back_attention_model(model, CONFIGS["one source"])  # and the model is still free
+
+
+def test_a_wrapped_model_is_not_wrapped_again():
+    model, _ = load_model("tiny-llama")
+    wrapped = get_back_attention_model(model, CONFIGS["one source"])
+    with pytest.raises(ValueError, match="unload"):
+        get_back_attention_model(model, CONFIGS["one source"])
+    get_back_attention_model(wrapped.unload(), CONFIGS["one source"])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, _ = load_model("tiny-llama")
+    wrapped = trained(model, CONFIGS["one source"])
+    wrapped.save_pretrained(tmp_path / "adapter")
+    return wrapped.unload(), tmp_path / "adapter"
+
+
+def damage(folder, how):
+    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    about = json.loads(config.read_text())
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "gone":
+        weights.unlink()
+    elif how == "pickle":
+        torch.save({"a": torch.ones(1)}, weights)
+    elif how == "no json":
+        config.write_text("{")
+    elif how == "lora":
+        config.write_text(json.dumps({**about, "peft_type": "LORA"}))
+    elif how == "other size":
+        config.write_text(json.dumps({**about, "dim": 4}))
+    elif how == "other option":
+        config.write_text(json.dumps({**about, "source_layer": 9}))
+    elif how == "no number":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        next(iter(tensors.values()))[0] = float("nan")
+        save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("cut", "damaged"),
+        ("gone", "lacks adapter_model"),
+        ("pickle", "damaged"),
+        ("no json", "damaged"),
+        ("lora", "type 'LORA'"),
+        ("other size", "misshapen"),
+        ("other option", "does not fit"),
+        ("no number", "not finite"),
+    ],
+)
+def test_a_bad_folder_is_refused_and_leaves_the_model_free(saved, how, message):
+    model, folder = saved
+    damage(folder, how)
+    with pytest.raises(AdapterError, match=message):
+        BackAttentionModel.from_pretrained(model, folder)
+    get_back_attention_model(model, CONFIGS["one source"])
+
+
+def test_another_base_model_is_refused(saved):
+    _, folder = saved
+    other, _ = load_model("tiny-qwen2")
+    with pytest.raises(AdapterError, match=r"tiny-llama.*differs from this model's"):
+        BackAttentionModel.from_pretrained(other, folder)
+
+
+def test_a_missing_folder_says_so(llama, tmp_path):
+    with pytest.raises(AdapterError, match="lacks adapter_config"):
+        BackAttentionModel.from_pretrained(load_model("tiny-llama")[0], tmp_path / "nowhere")
