@@ -327,7 +327,7 @@ class TwoPassModel(nn.Module):
         for layer in cache.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
-                    f"Back attention cannot use a cache of {type(layer).__name__}: it needs a DynamicCache, the default."
+                    f"Back attention cannot use a cache of {type(layer).__name__}; leave the default, DynamicCache."
                 )
         for layer in again:
             sliding = isinstance(layer, DynamicSlidingWindowLayer)
@@ -414,7 +414,7 @@ class TwoPassModel(nn.Module):
             self._maps = None
 
     def generate(self, *args, **kwargs) -> Tensor:
-        """The wrapped model's `generate`. Both passes and the memory are cached, so a new token costs two short passes."""
+        """The wrapped model's `generate`; both passes and the memory are cached, a new token costs two short passes."""
         return self.base_model.generate(*args, **kwargs)
 
     def adapter_state(self) -> dict[str, Tensor]:

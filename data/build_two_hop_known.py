@@ -1,0 +1,25 @@
+"""Make data/two_hop_known.csv: the two-hop facts both of whose hops SmolLM2 answers, by the rule of notebook 02.
+
+About four minutes on one core. The examples in front and the first-token rule are those of `backattn.census`.
+"""
+
+import sys
+
+from backattn import census, load_model, paths, runtime, tasks
+
+KEYS = ["pair", "e1", "r1", "r2"]
+
+
+def main() -> None:
+    runtime.use_threads()
+    model, tokenizer = load_model("smollm2")
+    asked = census.hops(
+        model, tokenizer, census.candidates(tokenizer, tasks.two_hop_prompts(tasks.two_hop_facts(), "possessive"))
+    )
+    known = asked[asked["known"]].sort_values(KEYS)
+    known[KEYS].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
+    print(f"{len(known)} of {len(asked)} facts are known", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

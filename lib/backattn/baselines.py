@@ -1,0 +1,90 @@
+"""The arms that back attention must beat: what else could the same data and the same number of weights do?
+
+Each arm acts at one place, the input of the source layer, as back attention does, but for LoRA on queries and values,
+which is peft's. All start as the identity.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .arch import describe
+from .back_attention import BackAttentionConfig, TwoPassModel, get_back_attention_model, normed
+
+ARMS = {
+    "back attention": "reads the states of the source layer and all above it, at this and earlier positions",
+    "same layer": "the same module, reading only the source layer's own states: no second pass",
+    "residual LoRA": "a low-rank map of the source layer's own state at the same position: no second pass",
+    "loop LoRA": "a low-rank map of the final state at the same position, added at the source layer; layers run again",
+    "LoRA q,v": "peft's LoRA on the queries and values of all layers: no second pass",
+    "bias": "one trained vector, added at the source layer",
+}
+
+
+class ResidualLoRA(nn.Module):
+    """h + N(h) A B, with A: [D, r], B: [r, D] and N an RMS norm without weights."""
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None) -> Tensor:
+        return self.up(self.down(normed(h)))
+
+
+class LoopLoRA(ResidualLoRA):
+    """h + N(h_L) A B: the final state of the first pass comes back at its own position (a weight-tied loop)."""
+
+    def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes back of the final states [1, B, S, D]: [B, 1, S, r], as keys and as values."""
+        low = self.down(normed(memory[0]))[:, None]
+        return low, low
+
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+        return self.up(values[:, 0, -h.shape[1] :])
+
+
+class Bias(nn.Module):
+    """h + b."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None) -> Tensor:
+        return self.bias.expand_as(h)
+
+
+def make_arm(name: str, model: nn.Module, source_layer: int, dim: int) -> nn.Module:
+    """Put an arm on a frozen model, untrained, with about as many weights as back attention of width `dim` has.
+
+    Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on queries and values, one
+    vector for the bias. Returns the wrapped model. Raises ValueError for an unknown arm.
+    """
+    if name not in ARMS:
+        raise ValueError(f"Unknown arm {name!r}; choose one of {', '.join(ARMS)}.")
+    if name in ("back attention", "same layer"):
+        memory = (source_layer,) if name == "same layer" else None
+        return get_back_attention_model(model, BackAttentionConfig(source_layer, dim, memory_layers=memory))
+    if name == "LoRA q,v":
+        return _lora(model, dim)
+    arch = describe(model)
+    if name == "bias":
+        return TwoPassModel(model, {source_layer: Bias(arch.width)}, memory=())
+    if name == "residual LoRA":
+        return TwoPassModel(model, {source_layer: ResidualLoRA(arch.width, 2 * dim)}, memory=())
+    return TwoPassModel(model, {source_layer: LoopLoRA(arch.width, 2 * dim)}, memory=(len(arch.blocks),))
+
+
+def _lora(model: nn.Module, dim: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = ("q_proj", "v_proj")
+    linear = [m for name, m in model.named_modules() if name.endswith(names)]
+    if not linear:
+        raise ValueError("LoRA on queries and values needs modules named q_proj and v_proj; this model has none.")
+    per_rank = sum(m.in_features + m.out_features for m in linear)
+    rank = max(1, round(4 * dim * describe(model).width / per_rank))
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names), task_type="CAUSAL_LM")
+    return get_peft_model(model, settings, autocast_adapter_dtype=True)

@@ -1,0 +1,302 @@
+"""One training loop, for adapters on a frozen model and for small models from scratch.
+
+Batches are padded on the left, so that all answers end in the last column; logits are taken only where answers are.
+With a frozen base the states of the first pass are computed once per question and kept (`FirstPasses`).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .back_attention import TwoPassModel
+from .logit_flow import continuation_ids
+from .runtime import atomic_file, progress
+
+IGNORED = -100  # label of positions without a target
+
+
+@dataclass
+class Items:
+    """Tokenised questions.
+
+    prompts, answers: token ids. accepted: per question the first tokens that count as right, or None where the whole
+    answer must be right. goes_on: tokens that, after an answer, would make it another number.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    accepted: list[frozenset[int]] | None
+    goes_on: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass
+class Questions:
+    """A padded batch: ids, mask [B, T]; labels [B, K], the targets of the last K positions."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
+    """Questions whose answer is a number, all of whose tokens must be right; `end` is learnt after it.
+
+    Raises ValueError for an empty frame.
+    """
+    _not_empty(frame)
+    stop = tokenizer(end, add_special_tokens=False)["input_ids"]
+    digits = frozenset(i for word, i in tokenizer.get_vocab().items() if word.lstrip("Ġ▁")[:1].isdigit())
+    answers = {word: continuation_ids(tokenizer, word) + stop[:1] for word in frame["answer"].unique()}
+    return Items(_prompts(tokenizer, frame), [answers[word] for word in frame["answer"]], None, digits)
+
+
+def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]]) -> Items:
+    """Questions judged by the first token of the answer, one of `accepted`; the answer's own is learnt."""
+    _not_empty(frame)
+    answers = {word: continuation_ids(tokenizer, word)[:1] for word in frame["answer"].unique()}
+    return Items(_prompts(tokenizer, frame), [answers[word] for word in frame["answer"]], list(accepted), frozenset())
+
+
+def _not_empty(frame: pd.DataFrame) -> None:
+    if frame.empty:
+        raise ValueError("There are no questions: choose another split, or more of them.")
+
+
+def _prompts(tokenizer, frame: pd.DataFrame) -> list[list[int]]:
+    return [tokenizer(prompt)["input_ids"] for prompt in frame["prompt"]]
+
+
+def collate(items: Items, rows: Iterable[int], pad: int = 0, device: str | torch.device = "cpu") -> Questions:
+    """A batch of questions with their answers, but for each answer's last token, which is only a target."""
+    rows = list(rows)
+    texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]
+    width, keep = max(map(len, texts)), max(len(items.answers[row]) for row in rows)
+    ids, labels = torch.full((len(rows), width), pad), torch.full((len(rows), keep), IGNORED)
+    mask = torch.zeros_like(ids)
+    for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        ids[place, width - len(text) :] = torch.tensor(text)
+        mask[place, width - len(text) :] = 1
+        labels[place, keep - len(items.answers[row]) :] = torch.tensor(items.answers[row])
+    return Questions(ids.to(device), mask.to(device), labels.to(device))
+
+
+class FirstPasses:
+    """The states of the first pass of each question, kept up to `gigabytes`; what does not fit is computed again.
+
+    Of use only where the base model is frozen and the adapter takes given states.
+    """
+
+    def __init__(self, model: TwoPassModel, items: Items, gigabytes: float = 2.0):
+        self.model, self.items, self.room = model, items, gigabytes * 2**30
+        self.kept: dict[int, Tensor] = {}  # row -> [K, T, D]
+
+    def __call__(self, rows: Sequence[int], batch: Questions) -> Tensor:
+        """[K, B, T, D] for a batch made of `rows`; zero where it is padded."""
+        wanted = [row for row in rows if row not in self.kept]
+        fresh = {}
+        if wanted:
+            missing = collate(self.items, wanted, device=batch.ids.device)
+            states = self.model.first_pass_states(missing.ids, missing.mask, missing.position_ids)
+            for place, row in enumerate(wanted):
+                own = states[:, place, missing.ids.shape[1] - int(missing.mask[place].sum()) :]
+                fresh[row] = own
+                size = own.numel() * own.element_size()
+                if size <= self.room:
+                    self.kept[row], self.room = own.clone(), self.room - size
+        first = next(iter((fresh or self.kept).values()))
+        out = first.new_zeros(len(first), *batch.ids.shape, first.shape[-1])
+        for place, row in enumerate(rows):
+            own = self.kept.get(row, fresh.get(row))
+            out[:, place, -own.shape[1] :] = own
+        return out
+
+
+def answer_logits(model: nn.Module, batch: Questions, first_pass: Tensor | None = None) -> Tensor:
+    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32."""
+    given = {} if first_pass is None else {"first_pass": first_pass}
+    width, keep = batch.ids.shape[1], batch.labels.shape[1]
+    # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen unembedding per row.
+    places = torch.arange(width - keep, width, device=batch.ids.device)
+    out = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=places,
+        use_cache=False,
+        **given,
+    )
+    return out.logits.float()
+
+
+def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
+    """Which questions greedy decoding would answer right: [B] bool.
+
+    The whole answer by its own tokens, then anything that does not make it another number; or an accepted first token.
+    """
+    said = logits.argmax(-1)  # [B, K]
+    if items.accepted is not None:
+        right = [int(token) in items.accepted[row] for token, row in zip(said[:, -1], rows, strict=True)]
+        return torch.tensor(right)
+    same = (said == batch.labels) | (batch.labels == IGNORED)
+    goes_on = torch.tensor(sorted(items.goes_on), device=said.device)
+    same[:, -1] = ~torch.isin(said[:, -1], goes_on)  # the last target only ends the answer
+    return same.all(-1).cpu()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, items: Items, batch_size: int = 64, first_passes: FirstPasses | None = None
+) -> tuple[np.ndarray, float]:
+    """(which questions are answered right [n] bool, mean loss per target token)."""
+    right, losses, targets = np.zeros(len(items), dtype=bool), 0.0, 0
+    order = np.argsort([len(p) + len(a) for p, a in zip(items.prompts, items.answers, strict=True)], kind="stable")
+    for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
+        rows = order[start : start + batch_size].tolist()
+        batch = collate(items, rows, device=_device(model))
+        logits = answer_logits(model, batch, first_passes(rows, batch) if first_passes else None)
+        losses += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
+        targets += int((batch.labels != IGNORED).sum())
+        right[rows] = right_answers(logits, items, rows, batch).numpy()
+    return right, losses / targets
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how hard to train: AdamW, one-cycle learning rate, questions in an order drawn from the seed."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0  # of the gradient's norm
+    seed: int = 0
+    evaluations: int = 4  # on the validation questions, evenly spaced, the last one at the end
+    autocast: bool = False  # matrix products in bf16, weights and sums in fp32
+
+
+def train(
+    model: nn.Module,
+    items: Items,
+    recipe: Recipe,
+    validation: Items | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = 100,
+    keep_first_passes: float = 2.0,
+) -> pd.DataFrame:
+    """Train whatever of `model` requires gradients.
+
+    Args:
+        checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps; where it exists,
+            training goes on from it, to the same result as without the stop. Removed in the end.
+        keep_first_passes: gigabytes for the first pass's states of a frozen base; 0 runs both passes each time.
+
+    Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
+    validation (share right; NaN without questions for it).
+
+    Raises ValueError when nothing is to be trained, and FloatingPointError when the loss is no number any more.
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not weights:
+        raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
+    optimiser = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=recipe.warmup
+    )
+    state = {"step": 0, "losses": [], "right": [], "curve": []}
+    state |= _load(checkpoint, recipe, weights, optimiser, schedule)
+    reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
+    passes = FirstPasses(model, items, keep_first_passes) if reuse and keep_first_passes else None
+    marks = {round(recipe.steps * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
+    device = _device(model)
+    model.eval()  # no dropout: two passes of one model must agree
+    with progress(description="training", total=recipe.steps, initial=state["step"], unit="step") as bar:
+        while state["step"] < recipe.steps:
+            rows = _rows_of(state["step"], len(items), recipe)
+            batch = collate(items, rows, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
+                logits = answer_logits(model, batch, passes(rows, batch) if passes else None)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss is {loss.item()} at step {state['step']}: lower the learning rate "
+                    f"({recipe.learning_rate:g})."
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), recipe.clip)
+            optimiser.step()
+            schedule.step()
+            state["step"] += 1
+            state["losses"].append(loss.item())
+            state["right"].append(right_answers(logits.detach(), items, rows, batch).float().mean().item())
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean(state['losses'][-20:]):.3f}", right=f"{np.mean(state['right'][-20:]):.0%}")
+            if state["step"] in marks:
+                score = evaluate(model, validation)[0].mean() if validation else float("nan")
+                row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": score}
+                state["curve"].append({"step": state["step"], **{k: float(v) for k, v in row.items()}})
+                state["losses"], state["right"] = [], []
+            if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
+                _save(checkpoint, recipe, weights, optimiser, schedule, state)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation"])
+
+
+def _rows_of(step: int, count: int, recipe: Recipe) -> list[int]:
+    """The questions of a step: each once per epoch, in an order drawn from the seed and the epoch; no state is kept."""
+    size = min(recipe.batch_size, count)
+    per_epoch = count // size
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([recipe.seed, epoch]).permutation(count)
+    return order[place * size : (place + 1) * size].tolist()
+
+
+def _save(path: Path, recipe: Recipe, weights: dict, optimiser, schedule, state: dict) -> None:
+    with atomic_file(path) as temporary:
+        torch.save(
+            {
+                "recipe": asdict(recipe),
+                "weights": {name: p.detach() for name, p in weights.items()},
+                "optimiser": optimiser.state_dict(),
+                "schedule": {k: v for k, v in schedule.state_dict().items() if not callable(v)},
+                "state": state,
+            },
+            temporary,
+        )
+
+
+def _load(path: Path | None, recipe: Recipe, weights: dict, optimiser, schedule) -> dict:
+    """The progress kept in `path`, with weights, optimiser and schedule put back; empty where there is none."""
+    if path is None or not path.exists():
+        return {}
+    kept = torch.load(path, weights_only=True)
+    if kept["recipe"] != asdict(recipe) or kept["weights"].keys() != weights.keys():
+        raise ValueError(f"{path} belongs to another training run: delete it, or train into another folder.")
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(kept["weights"][name])
+    optimiser.load_state_dict(kept["optimiser"])
+    schedule.load_state_dict(kept["schedule"])
+    return kept["state"]
