@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, tables
-from .runtime import PROFILE, PROGRESS_FILE, atomic_file
+from .runtime import PROFILE, PROGRESS_FILE, atomic_file, hardware
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
@@ -357,21 +357,6 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def hardware() -> str:
-    """One line on this machine, for the MANIFEST."""
-    import platform
-
-    import torch
-
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    threads = os.environ.get("BACKATTN_THREADS", "1")
-    return f"{name}, {threads} of {os.cpu_count()} threads, {psutil.virtual_memory().total // 2**30} GiB{gpu}"
 
 
 # ---------------------------------------------------------------- checking

@@ -1,7 +1,7 @@
 """The reasoning datasets of claim C8, and how each is split so that nothing of the test leaks into training.
 
-Every loader returns one row per question: prompt, answer, group, split. Questions of one group always share a split,
-which a hash of the group's name decides.
+Every loader returns one row per question: prompt, answer (as it follows the prompt, its space included), group
+and split. Questions of one group always share a split, which a hash of the group's name decides.
 """
 
 import hashlib
@@ -42,27 +42,24 @@ def split_of(group: str, shares: tuple[float, float] = (0.7, 0.15)) -> str:
     return SPLITS[int(np.searchsorted(np.cumsum(shares), place, side="right"))]
 
 
-def _questions(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+def _questions(rows: list[tuple[str, str, str]], shares: tuple[float, float] = (0.7, 0.15)) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["prompt", "answer", "group"])
-    return frame.assign(split=frame["group"].map(split_of))
+    frame["answer"] = " " + frame["answer"]  # "=-8" would begin with a token of its own
+    return frame.assign(split=[split_of(group, shares) for group in frame["group"]])
 
 
-def two_digit(spaced: bool = True) -> pd.DataFrame:
-    """All 20,000 additions and subtractions of numbers below 100; a group is an unordered pair of numbers.
-
-    spaced: "48 + 27 =" for language models, else "48+27=".
-    """
+def two_digit() -> pd.DataFrame:
+    """All 20,000 additions and subtractions of numbers below 100, "48+27="; a group is an unordered pair of numbers."""
     rows = []
     for a in range(100):
         for b in range(100):
             for sign in "+-":
-                prompt = f"{a} {sign} {b} =" if spaced else f"{a}{sign}{b}="
-                rows.append((prompt, str(OPERATIONS[sign](a, b)), f"{min(a, b)},{max(a, b)}"))
-    return _questions(rows)
+                rows.append((f"{a}{sign}{b}=", str(OPERATIONS[sign](a, b)), f"{min(a, b)},{max(a, b)}"))
+    return _questions(rows, (0.8, 0.1))
 
 
 def one_digit_composite() -> pd.DataFrame:
-    """All 6,561 problems "(a op b) op c" with digits 1–9 and + − * (1DC of Brown et al. 2020, inner pair first).
+    """All 6,561 problems "(a op b) op c =" with digits 1–9 and + − * (1DC of Brown et al. 2020, inner pair first).
 
     A group is the inner (a op b), so that no test question's first step was seen in training.
     """
@@ -72,7 +69,7 @@ def one_digit_composite() -> pd.DataFrame:
             for first, inner in OPERATIONS.items():
                 for second, outer in OPERATIONS.items():
                     for c in range(1, 10):
-                        prompt = f"({a} {first} {b}) {second} {c} ="
+                        prompt = f"({a}{first}{b}){second}{c}="
                         rows.append((prompt, str(outer(inner(a, b), c)), f"{a}{first}{b}"))
     return _questions(rows)
 
@@ -87,7 +84,7 @@ def two_hop(path: Path = DATA / "two_hop_known.csv") -> pd.DataFrame:
     facts = tasks.two_hop_facts().merge(known, on=keys)
     say = tasks.TEMPLATES["possessive"].say
     prompts = [say(row.e1, row.r1, row.r2) for row in facts.itertuples()]
-    return facts.assign(prompt=prompts, answer=facts["e3"], group=facts["e2"])
+    return facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"])
 
 
 def legs(animals: int, path: Path = DATA / "legs.csv") -> pd.DataFrame:
@@ -99,7 +96,7 @@ def legs(animals: int, path: Path = DATA / "legs.csv") -> pd.DataFrame:
     if animals not in (1, 2):
         raise ValueError(f"There are problems about 1 or 2 kinds of animal, not {animals}.")
     frame = tasks.read_table(path, ["prompt", "answer", "animals"])
-    frame = frame.assign(answer=frame["answer"].astype(str), group=frame["animals"])
+    frame = frame.assign(answer=" " + frame["answer"].astype(str), group=frame["animals"])
     kinds = [cell.split("|") for cell in frame["animals"]]
     splits = [{split_of(kind, (0.5, 0.2)) for kind in row} for row in kinds]  # few kinds: a larger test
     fits = [len(row) == animals and len(own) == 1 for row, own in zip(kinds, splits, strict=True)]

@@ -189,9 +189,10 @@ def agreement_scatter(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How far shares are amplified where the normaliser is small; table: normaliser, amplification."""
+    """How far shares are amplified where the normaliser is small; table: as `stages.normaliser_bins`."""
     ax = _axes(ax, width=3.4, height=3.0)
-    ax.scatter(table["normaliser"], table["amplification"], s=2, alpha=0.3, color=PALETTE[0], rasterized=True)
+    ax.plot(table["normaliser"], table["amplification"], color=PALETTE[0], marker="o", markersize=4)
+    ax.fill_between(table["normaliser"], table["low"], table["high"], color=PALETTE[0], alpha=0.25, linewidth=0)
     ax.set(xlim=(0, 1.02), yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
     return ax
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -90,3 +92,14 @@ def _disk_error(error: OSError, path: Path) -> OSError:
         error.errno,
         f"Cannot write {path}: {advice}, or set BACKATTN_OUTPUT to another folder. Nothing half-written is left.",
     )
+
+
+def hardware() -> str:
+    """One line on this machine, for the MANIFEST."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = os.environ.get("BACKATTN_THREADS", "1")
+    return f"{name}, {threads} of {os.cpu_count()} threads, {psutil.virtual_memory().total // 2**30} GiB{gpu}"

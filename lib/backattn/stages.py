@@ -295,6 +295,17 @@ def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.concat(parts).reset_index(drop=True)
 
 
+def normaliser_bins(sample: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
+    """Neurons in groups of equal size by their normaliser; sample: normaliser, amplification, a row per neuron.
+
+    Returns per group the medians of both, and low and high, the 10th and 90th percentiles of the amplification.
+    """
+    groups = sample.groupby(pd.qcut(sample["normaliser"], bins, labels=False))
+    low, high = (groups["amplification"].quantile(q) for q in (0.1, 0.9))
+    middle = groups[["normaliser", "amplification"]].median()
+    return middle.assign(low=low, high=high, neurons=groups.size()).reset_index(drop=True)
+
+
 def route_summary(agree: pd.DataFrame, sample: pd.DataFrame) -> pd.DataFrame:
     """Agreement of the two routes and behaviour near small normalisers, as one table: quantity, mean, low, high.
 

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from .back_attention import TwoPassModel
-from .logit_flow import continuation_ids
 from .runtime import atomic_file, progress
 
 IGNORED = -100  # label of positions without a target
@@ -52,31 +52,36 @@ class Questions:
 
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
-    """Questions whose answer is a number, all of whose tokens must be right; `end` is learnt after it.
+    """Questions (prompt, answer) whose answer is a number, all of whose tokens must be right; `end` is learnt after it.
 
     Raises ValueError for an empty frame.
     """
-    _not_empty(frame)
-    stop = tokenizer(end, add_special_tokens=False)["input_ids"]
-    digits = frozenset(i for word, i in tokenizer.get_vocab().items() if word.lstrip("Ġ▁")[:1].isdigit())
-    answers = {word: continuation_ids(tokenizer, word) + stop[:1] for word in frame["answer"].unique()}
-    return Items(_prompts(tokenizer, frame), [answers[word] for word in frame["answer"]], None, digits)
+    prompts, answers = _tokens(tokenizer, frame, end)
+    digits = frozenset(i for word, i in tokenizer.get_vocab().items() if word[:1] in set("0123456789"))
+    return Items(prompts, answers, None, digits)
 
 
 def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]]) -> Items:
-    """Questions judged by the first token of the answer, one of `accepted`; the answer's own is learnt."""
-    _not_empty(frame)
-    answers = {word: continuation_ids(tokenizer, word)[:1] for word in frame["answer"].unique()}
-    return Items(_prompts(tokenizer, frame), [answers[word] for word in frame["answer"]], list(accepted), frozenset())
+    """Questions judged by the first token of the answer, one of `accepted`; the answer's own is learnt.
+
+    Raises ValueError for an empty frame.
+    """
+    prompts, answers = _tokens(tokenizer, frame)
+    return Items(prompts, [answer[:1] for answer in answers], list(accepted), frozenset())
 
 
-def _not_empty(frame: pd.DataFrame) -> None:
+def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompts and of what follows them."""
     if frame.empty:
         raise ValueError("There are no questions: choose another split, or more of them.")
-
-
-def _prompts(tokenizer, frame: pd.DataFrame) -> list[list[int]]:
-    return [tokenizer(prompt)["input_ids"] for prompt in frame["prompt"]]
+    prompts, answers = [], []
+    for prompt, answer in zip(frame["prompt"], frame["answer"], strict=True):
+        head, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + end)["input_ids"]
+        if both[: len(head)] != head:
+            raise ValueError(f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt differently.")
+        prompts.append(head)
+        answers.append(both[len(head) :])
+    return prompts, answers
 
 
 def collate(items: Items, rows: Iterable[int], pad: int = 0, device: str | torch.device = "cpu") -> Questions:
@@ -182,7 +187,7 @@ def _device(model: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard to train: AdamW, one-cycle learning rate, questions in an order drawn from the seed."""
+    """How long and how hard to train: AdamW, warm-up, then cosine decay; the seed draws the order of the questions."""
 
     steps: int
     learning_rate: float
@@ -220,9 +225,7 @@ def train(
     if not weights:
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
     optimiser = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=recipe.warmup
-    )
+    schedule = get_cosine_schedule_with_warmup(optimiser, round(recipe.warmup * recipe.steps), recipe.steps)
     state = {"step": 0, "losses": [], "right": [], "curve": []}
     state |= _load(checkpoint, recipe, weights, optimiser, schedule)
     reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
@@ -280,7 +283,7 @@ def _save(path: Path, recipe: Recipe, weights: dict, optimiser, schedule, state:
                 "recipe": asdict(recipe),
                 "weights": {name: p.detach() for name, p in weights.items()},
                 "optimiser": optimiser.state_dict(),
-                "schedule": {k: v for k, v in schedule.state_dict().items() if not callable(v)},
+                "schedule": schedule.state_dict(),
                 "state": state,
             },
             temporary,

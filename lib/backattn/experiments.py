@@ -1,0 +1,322 @@
+"""What a training run is, where its result lies, and how many of them are made.
+
+A run is its configuration; its key is a hash of that, of the data and of this file's VERSION. A finished run leaves
+result.json and weights.safetensors in a folder named by the key, so that a sweep is a list of runs of which the
+finished ones are skipped and the stopped ones go on.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import census, datasets, runtime
+from .back_attention import BackAttentionConfig, get_back_attention_model
+from .baselines import make_arm
+from .models import load_model
+from .training import Items, Recipe, evaluate, first_tokens, numbers, train
+
+VERSION = 1  # raised when the same configuration would give another result
+UNTRAINED = ("zero-shot", "few-shot")
+SHOTS = 4
+SCRATCH = "scratch"  # the model of runs from scratch
+SCRATCH_ARMS = {
+    "1 layer": "the baseline",
+    "1 layer + back attention": "d′ = 160, reading the embedding's and the layer's own states",
+    "2 layers": "what it is said to match",
+    "1 layer, wide": "the FFN widened to the weights of back attention",
+    "1 layer, twice": "the same layer run two times (weight-tied)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Sizes are numbers of questions; a seed decides initial weights and the order of questions."""
+
+    dataset: str
+    arm: str
+    seed: int = 0
+    learning_rate: float = 0.0
+    steps: int = 0
+    model: str = "smollm2"
+    source_layer: int = 6
+    dim: int = 32
+    batch_size: int = 32
+    train_items: int | None = 1500
+    validation_items: int | None = 200
+    test_items: int | None = 300
+    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that name the run."""
+        about = [VERSION, asdict(self), data_hash(self.dataset)]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def recipe(self) -> Recipe:
+        scratch = self.model == SCRATCH
+        return Recipe(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=0.01 if scratch else 0.0,
+            seed=self.seed,
+            evaluations=12 if scratch else 4,
+            autocast=scratch and self.dtype == "bfloat16",
+        )
+
+
+@functools.cache
+def data_hash(dataset: str) -> str:
+    """Hash of a dataset's questions, answers and splits."""
+    frame = datasets.load(dataset)[["prompt", "answer", "split"]]
+    return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- questions as a model gets them
+
+
+def questions(run: Run, tokenizer, split: str) -> Items:
+    """A split of the run's dataset as the run asks it."""
+    counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
+    frame = datasets.load(run.dataset)
+    part = datasets.draw(frame, split, counts[split])
+    if run.arm == "few-shot":
+        shown = datasets.draw(frame, "train", SHOTS, seed=run.seed)
+        part = part.assign(
+            prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy())) + part["prompt"]
+        )
+    if run.model == SCRATCH:
+        part = part.assign(answer=part["answer"].str.strip())
+    if "e3_aliases" not in part:
+        return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
+    ids = census.candidates(tokenizer, frame).set_index(["pair", "e1", "r1", "r2"])["e3_ids"]
+    keys = zip(part["pair"], part["e1"], part["r1"], part["r2"], strict=True)
+    return first_tokens(tokenizer, part, [ids[key] for key in keys])
+
+
+def scratch_model(arm: str) -> tuple[nn.Module, object]:
+    """An untrained arm of the small Llama of claim C7 and its tokenizer of single characters.
+
+    Width 440, FFN of 1173 with a gate (as many weights as one of 4 · 440 without), 10 heads. Raises ValueError for an
+    unknown arm.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if arm not in SCRATCH_ARMS:
+        raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(SCRATCH_ARMS)}.")
+    characters = ["<pad>", *"0123456789+-=;"]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    width, ffn, dim = 440, 1173, 160
+    config = LlamaConfig(
+        vocab_size=len(characters),
+        hidden_size=width,
+        intermediate_size=ffn + (round(4 * dim / 3) if arm == "1 layer, wide" else 0),
+        num_hidden_layers=2 if arm in ("2 layers", "1 layer, twice") else 1,
+        num_attention_heads=10,
+        num_key_value_heads=10,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    if arm == "1 layer, twice":
+        model.model.layers[1] = model.model.layers[0]
+    if arm == "1 layer + back attention":
+        return get_back_attention_model(model, BackAttentionConfig(0, dim), freeze_base=False), tokenizer
+    return model, tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _base(name: str, dtype: str, device: str):
+    model, tokenizer = load_model(name, dtype=getattr(torch, dtype), device=device)
+    model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
+    return model, tokenizer
+
+
+def armed(run: Run, dtype: str, device: str = "cpu") -> tuple[nn.Module, object]:
+    """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer. Unload it after use."""
+    if run.model == SCRATCH:
+        torch.manual_seed(run.seed)
+        model, tokenizer = scratch_model(run.arm)
+        return model.to(device), tokenizer
+    base, tokenizer = _base(run.model, dtype, device)
+    torch.manual_seed(run.seed)
+    return (base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)), tokenizer
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that require gradients, by name, as fp16 copies: what is kept of a run."""
+    return {n: p.detach().to("cpu", torch.float16).contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put kept weights back; raises ValueError when they belong to another arm."""
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
+        raise ValueError("These weights belong to another arm, another width or another model.")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(weights[name])
+
+
+# ---------------------------------------------------------------- one run
+
+
+class Store:
+    """Folders of finished and of stopped runs."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def place(self, run: Run) -> Path:
+        return self.folder / run.key
+
+    def result(self, run: Run) -> dict | None:
+        """The result of a finished run, else None."""
+        try:
+            return json.loads((self.place(run) / "result.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def weights(self, run: Run) -> dict[str, Tensor]:
+        return load_file(self.place(run) / "weights.safetensors")
+
+    def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
+        """Weights first: a run is finished when its result is there."""
+        place = self.place(run)
+        if weights:
+            with runtime.atomic_file(place / "weights.safetensors") as temporary:
+                save_file(weights, temporary)
+        with runtime.atomic_file(place / "result.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def perform(run: Run, store: Store, device: str = "cpu") -> dict:
+    """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
+
+    A result holds: run, trained (number of weights), seconds (of training, all sittings), validation (share right),
+    validation_loss, right (one 0 or 1 per test question), curve (rows of `training.train`), flops (per question, see
+    `flops`), hardware.
+    """
+    done = store.result(run)
+    if done is not None:
+        return done
+    place = store.place(run)
+    place.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    dtype = "float32" if run.arm in UNTRAINED else run.dtype
+    model, tokenizer = armed(run, dtype, device)
+    validation = questions(run, tokenizer, "validation")
+    weights, curve, count = {}, [], 0
+    if run.arm not in UNTRAINED:
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        table = train(model, questions(run, tokenizer, "train"), run.recipe, validation, place / "training.pt")
+        curve, weights = table.to_dict("records"), trained_weights(model)
+    seconds = time.monotonic() - begin
+    if run.model != SCRATCH and run.arm not in UNTRAINED:
+        score = evaluate(model, validation)
+        model.unload()
+        model, _ = armed(run, "float32", device)
+        put_weights(model, weights)
+    else:
+        if weights:
+            put_weights(model, weights)  # what is tested is what is kept
+        score = evaluate(model, validation)
+    test = questions(run, tokenizer, "test")
+    right = evaluate(model, test)[0]
+    result = {
+        "run": asdict(run),
+        "trained": count,
+        "seconds": round(seconds, 1),
+        "validation": float(score[0].mean()),
+        "validation_loss": score[1],
+        "right": "".join(map(str, right.astype(int))),
+        "curve": curve,
+        "flops": flops(model, test),
+        "hardware": runtime.hardware(),
+    }
+    if hasattr(model, "unload"):
+        model.unload()
+    store.keep(run, result, weights)
+    return result
+
+
+def flops(model: nn.Module, items: Items) -> int:
+    """Floating-point operations of one forward pass over the first question, logits of its last token only.
+
+    Counted by torch on the operations that run; a module whose states are not needed again is not left out.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.tensor([items.prompts[0]], device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, logits_to_keep=1, use_cache=False)
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------- many runs
+
+
+def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:
+    """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them."""
+    from joblib import Parallel, delayed
+
+    runs = list(runs)
+    waiting = [run for run in runs if store.result(run) is None]
+    if waiting:
+        jobs = (delayed(_job)(run, store, device) for run in waiting)
+        made = Parallel(n_jobs=processes, return_as="generator_unordered")(jobs)
+        for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
+            pass
+    return table(runs, store)
+
+
+def _job(run: Run, store: Store, device: str) -> None:
+    runtime.use_threads()
+    os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
+    perform(run, store, device)
+
+
+def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    """One row per finished run: its configuration and its result, but for the curve; test is the share right."""
+    rows = []
+    for run in runs:
+        result = store.result(run)
+        if result is not None:
+            kept = {k: v for k, v in result.items() if k not in ("run", "curve")}
+            rows.append(
+                {"key": run.key, **result["run"], **kept, "test": float(np.mean([c == "1" for c in result["right"]]))}
+            )
+    return pd.DataFrame(rows)
+
+
+def tuned(grid: Sequence[Run], store: Store, seeds: Sequence[int]) -> list[Run]:
+    """The runs at the learning rate that did best on the validation questions, for all seeds.
+
+    grid: runs that differ in learning rate, finished, with one seed; grouped by everything else.
+    """
+    groups: dict[Run, list[Run]] = {}
+    for run in grid:
+        groups.setdefault(replace(run, learning_rate=0.0), []).append(run)
+    chosen = []
+    for candidates in groups.values():
+        results = {run: store.result(run) for run in candidates}
+        finished = [run for run in candidates if results[run] is not None]
+        best = max(finished, key=lambda r: (results[r]["validation"], -results[r]["validation_loss"]))
+        chosen += [replace(best, seed=seed) for seed in seeds]
+    return chosen

@@ -1,0 +1,390 @@
+"""Datasets without leakage, the one training loop, the arms, and runs that can be stopped and resumed."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backattn import baselines, datasets, experiments, load_model, training
+from backattn.back_attention import TwoPassModel
+from backattn.experiments import Run, Store
+
+OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds"]
+
+
+# ---------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_no_group_is_in_two_splits(name):
+    frame = datasets.load(name)
+    assert set(frame["split"]) == set(datasets.SPLITS)
+    assert not frame["prompt"].duplicated().any() or name == "two-hop"
+    kinds = frame.assign(kind=frame["group"].str.split("|")).explode("kind")
+    assert (kinds.groupby("kind")["split"].nunique() == 1).all()
+
+
+def test_arithmetic_is_right_and_whole():
+    frame = datasets.two_digit()
+    assert len(frame) == 20_000
+    for row in frame.sample(300, random_state=0).itertuples():
+        assert int(row.answer) == eval(row.prompt.rstrip("="))
+    composite = datasets.one_digit_composite()
+    assert len(composite) == 6_561
+    for row in composite.sample(300, random_state=0).itertuples():
+        assert int(row.answer) == eval(row.prompt.rstrip("="))
+    held_out = composite[composite["split"] == "test"]
+    first = held_out["prompt"].str.split(")").str[0]
+    assert not first.isin(composite[composite["split"] == "train"]["prompt"].str.split(")").str[0]).any()
+
+
+def test_legs_add_up():
+    """The stand-in's answers are linear in the counts, with one number of legs for each kind."""
+    frame = pd.read_csv(datasets.DATA / "legs.csv")
+    one = frame[~frame["animals"].str.contains("|", regex=False)]
+    count = one["prompt"].str.extract(r"have (\d+) ")[0].astype(int)
+    legs = (one["answer"] / count).groupby(one["animals"]).agg(["min", "max"])
+    assert (legs["min"] == legs["max"]).all()
+    for row in frame[frame["animals"].str.contains("|", regex=False)].sample(200, random_state=0).itertuples():
+        counts = [int(word) for word in row.prompt.replace(",", " ").split() if word.isdigit()]
+        words = row.prompt.partition("have ")[2].partition("?")[0].split(", ")
+        kinds = row.animals.split("|")
+        order = [next(k for k in kinds if k in word) for word in words]
+        assert sum(n * legs.loc[k, "min"] for n, k in zip(counts, order, strict=True)) == row.answer
+
+
+@given(st.text(min_size=1), st.floats(0.1, 0.8))
+def test_splits_depend_on_the_name_alone(group, share):
+    assert datasets.split_of(group, (share, 0.1)) == datasets.split_of(group, (share, 0.1)) in datasets.SPLITS
+
+
+def test_draw_is_seeded_and_says_when_there_is_nothing():
+    frame = datasets.one_digit_composite()
+    assert datasets.draw(frame, "test", 20).equals(datasets.draw(frame, "test", 20))
+    assert len(datasets.draw(frame, "test")) == (frame["split"] == "test").sum()
+    with pytest.raises(ValueError, match="no questions in split 'dev'"):
+        datasets.draw(frame, "dev", 3)
+    with pytest.raises(ValueError, match="Unknown dataset"):
+        datasets.load("gsm")
+    with pytest.raises(ValueError, match="1 or 2 kinds"):
+        datasets.legs(3)
+
+
+def test_published_files_are_read_and_checked(tmp_path, monkeypatch):
+    items = [{"Body": "Tom has 3 pens .", "Question": "How many?", "Answer": 3.0}] * 2
+    (tmp_path / "svamp").mkdir()
+    path = tmp_path / "svamp" / "SVAMP.json"
+    path.write_text(json.dumps(items))
+    with pytest.raises(ValueError, match="another sha256"):
+        datasets.svamp(tmp_path)
+    place, url, _ = datasets.PUBLISHED["svamp"]
+    digest = datasets.hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, url, digest))
+    frame = datasets.svamp(tmp_path)
+    assert frame["prompt"][0] == "Tom has 3 pens. How many? Answer:" and frame["answer"][0] == " 3"
+    with pytest.raises(FileNotFoundError, match="unset BACKATTN_DATASETS"):
+        datasets.multiarith(tmp_path)
+    monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, "http://127.0.0.1:9/none", digest))
+    with pytest.raises(OSError, match="Put the file into"):
+        datasets.svamp()
+
+
+# ---------------------------------------------------------------- batches and answers
+
+
+@pytest.fixture
+def sums():
+    return pd.DataFrame({"prompt": ["one plus two is", "five plus one is", "two is"], "answer": [" 3", " 6", " 12"]})
+
+
+def test_batches_are_padded_on_the_left_and_labelled_at_the_end(llama, sums):
+    items = training.numbers(llama[1], sums)
+    batch = training.collate(items, [0, 2])
+    assert batch.mask[:, -1].all() and (batch.ids[batch.mask == 0] == 0).all()
+    for place, row in enumerate([0, 2]):
+        own = batch.labels[place][batch.labels[place] != training.IGNORED].tolist()
+        assert own == items.answers[row]
+        text = batch.ids[place][batch.mask[place].bool()].tolist()
+        assert text == items.prompts[row] + items.answers[row][:-1]
+
+
+def test_right_means_what_greedy_generation_writes(tiny, sums):
+    """`right_answers` against actual generation, with the model's own words as answers."""
+    model, tok = tiny
+    items = replace(training.numbers(tok, sums), goes_on=frozenset())
+    for row, prompt in enumerate(items.prompts):
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=3, eos_token_id=-1, do_sample=False)[0]
+        items.answers[row] = made[len(prompt) :].tolist()
+    assert training.evaluate(model, items)[0].all()
+    items.answers[1][0] = (items.answers[1][0] + 1) % 100
+    assert training.evaluate(model, items)[0].tolist() == [True, False, True]
+
+
+def test_an_answer_that_goes_on_as_another_number_is_wrong(llama, sums):
+    items = training.numbers(llama[1], sums)
+    assert items.goes_on and all(llama[1].decode([i]).strip()[:1].isdigit() for i in items.goes_on)
+    batch = training.collate(items, [0])
+    logits = torch.zeros(1, batch.labels.shape[1], len(llama[1]))
+    for place, token in enumerate(items.answers[0]):
+        logits[0, place, token] = 1
+    assert training.right_answers(logits, items, [0], batch).item()
+    logits[0, -1, next(iter(items.goes_on))] = 2
+    assert not training.right_answers(logits, items, [0], batch).item()
+    logits[0, -1, next(iter(items.goes_on))] = 0
+    logits[0, -1, llama[1](" red")["input_ids"][0]] = 2  # any other end is fine
+    assert training.right_answers(logits, items, [0], batch).item()
+
+
+def test_first_tokens_accept_aliases(llama, sums):
+    accepted = [frozenset([5, 6]), frozenset([7]), frozenset([8])]
+    items = training.first_tokens(llama[1], sums, accepted)
+    batch = training.collate(items, [0, 1, 2])
+    logits = torch.zeros(3, 1, 20)
+    for row, said in enumerate([6, 5, 8]):
+        logits[row, 0, said] = 1
+    assert training.right_answers(logits, items, [0, 1, 2], batch).tolist() == [True, False, True]
+
+
+def test_empty_questions_are_refused(llama, sums):
+    with pytest.raises(ValueError, match="no questions"):
+        training.numbers(llama[1], sums[:0])
+
+
+# ---------------------------------------------------------------- arms
+
+
+@pytest.mark.parametrize("arm", baselines.ARMS)
+def test_untrained_arms_change_nothing_and_learn(arm, sums):
+    model, tok = load_model("tiny-llama")
+    items = training.numbers(tok, sums)
+    batch = training.collate(items, range(3))
+    with torch.no_grad():
+        before = training.answer_logits(model, batch)
+        wrapped = baselines.make_arm(arm, model, 1, 4)
+        assert torch.equal(training.answer_logits(wrapped, batch), before)
+    curve = training.train(wrapped, items, training.Recipe(steps=30, learning_rate=0.03, evaluations=3))
+    assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
+    assert torch.equal(training.answer_logits(wrapped.unload(), batch).detach(), before)
+
+
+def test_arms_have_equal_weights():
+    sizes = {}
+    for arm in baselines.ARMS:
+        model, _ = load_model("tiny-llama")
+        wrapped = baselines.make_arm(arm, model, 1, 8)
+        sizes[arm] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    same = [sizes[arm] for arm in ("back attention", "same layer", "residual LoRA", "loop LoRA")]
+    assert same == [4 * 32 * 8] * 4 and sizes["bias"] == 32
+    assert abs(sizes["LoRA q,v"] - same[0]) / same[0] < 0.5
+    with pytest.raises(ValueError, match="Unknown arm"):
+        baselines.make_arm("magic", load_model("tiny-llama")[0], 1, 8)
+    with pytest.raises(ValueError, match="q_proj"):
+        baselines.make_arm("LoRA q,v", load_model("tiny-gpt2")[0], 1, 8)
+
+
+def test_the_loop_reads_its_own_position_only():
+    model, _ = load_model("tiny-llama")
+    wrapped = baselines.make_arm("loop LoRA", model, 1, 4)
+    assert wrapped.two_passes and wrapped.memory_layers == (4,)
+    seen = {}
+    update = wrapped.updates["1"]
+    torch.nn.init.normal_(update.up.weight)
+    update.register_forward_hook(lambda m, args, out: seen.update(out=out, h=args[0]))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wrapped(ids, use_cache=False)
+        final = wrapped.first_pass_states(ids, torch.ones_like(ids), torch.arange(4)[None])[-1]  # h_L [B, T, D]
+    expected = update.up(update.down(final / (final.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()))
+    assert torch.allclose(seen["out"], expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- training
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def many(tok, count=24):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [(f"{words[i % 10]} plus {words[i // 10]} is", f" {i % 10 + i // 10 + 2}") for i in range(count)]
+    return training.numbers(tok, pd.DataFrame(rows, columns=["prompt", "answer"]))
+
+
+@pytest.mark.parametrize("arm", ["back attention", "LoRA q,v"])
+def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
+    recipe = training.Recipe(steps=12, learning_rate=0.01, batch_size=5, evaluations=3)
+
+    def fresh():
+        torch.manual_seed(0)
+        model, tok = load_model("tiny-llama")
+        return baselines.make_arm(arm, model, 1, 4), many(tok)
+
+    model, items = fresh()
+    curve, whole = training.train(model, items, recipe, items), weights_of(model)
+
+    class Stop(Exception):
+        pass
+
+    stopped, items = fresh()
+    path, ordinary = tmp_path / "training.pt", training.right_answers
+    calls = iter(range(100))
+
+    def failing(*args):
+        if next(calls) == 10:
+            raise Stop
+        return ordinary(*args)
+
+    monkeypatch.setattr(training, "right_answers", failing)
+    with pytest.raises(Stop):
+        training.train(stopped, items, recipe, items, path, save_every=2)
+    monkeypatch.setattr(training, "right_answers", ordinary)
+    assert path.exists()
+    resumed, items = fresh()
+    again = training.train(resumed, items, recipe, items, path, save_every=2)
+    assert not path.exists()
+    pd.testing.assert_frame_equal(curve, again)
+    assert all(torch.equal(whole[name], p) for name, p in weights_of(resumed).items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    model, tok = load_model("tiny-llama")
+    wrapped, items, path = baselines.make_arm("bias", model, 1, 4), many(tok), tmp_path / "training.pt"
+    recipe = training.Recipe(steps=4, learning_rate=0.01)
+    optimiser = torch.optim.AdamW(wrapped.updates.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
+    weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    training._save(path, recipe, weights, optimiser, schedule, {"step": 1})
+    with pytest.raises(ValueError, match="another training run"):
+        training.train(wrapped, items, replace(recipe, seed=3), checkpoint=path)
+
+
+@pytest.mark.parametrize("gigabytes", [0, 1e-5, 1.0])
+def test_kept_first_passes_give_the_same_training(gigabytes):
+    torch.manual_seed(0)
+    model, tok = load_model("tiny-llama")
+    wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
+    curve = training.train(
+        wrapped, items, training.Recipe(10, 0.01, batch_size=6, evaluations=2), keep_first_passes=gigabytes
+    )
+    ends = weights_of(wrapped)
+    wrapped.unload()
+    torch.manual_seed(0)
+    plain = baselines.make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
+    expected = training.train(plain, items, training.Recipe(10, 0.01, batch_size=6, evaluations=2), keep_first_passes=0)
+    pd.testing.assert_frame_equal(curve, expected, atol=1e-4)
+    assert all(torch.allclose(ends[name], p, atol=1e-4) for name, p in weights_of(plain).items())
+
+
+def test_room_for_first_passes_is_bounded(llama):
+    model, tok = load_model("tiny-llama")
+    wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
+    one = training.FirstPasses(wrapped, items, 1.0)
+    one(range(8), training.collate(items, range(8)))
+    size = sum(x.numel() * 4 for x in one.kept.values())
+    half = training.FirstPasses(wrapped, items, size / 2 / 2**30)
+    half(range(8), training.collate(items, range(8)))
+    assert 0 < len(half.kept) < 8 and sum(x.numel() * 4 for x in half.kept.values()) <= size / 2
+
+
+def test_every_question_is_seen_once_per_epoch():
+    recipe = training.Recipe(steps=8, learning_rate=1.0, batch_size=6)
+    seen = [row for step in range(4) for row in training._rows_of(step, 24, recipe)]
+    assert sorted(seen) == list(range(24))
+    assert training._rows_of(0, 24, recipe) != training._rows_of(4, 24, recipe)
+    assert training._rows_of(0, 24, recipe) != training._rows_of(0, 24, replace(recipe, seed=1))
+    assert len(training._rows_of(3, 4, recipe)) == 4  # fewer questions than a batch
+
+
+def test_training_says_what_is_wrong():
+    model, tok = load_model("tiny-llama")
+    items = many(tok)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        training.train(model, items, training.Recipe(1, 0.01))
+    model.requires_grad_(True)
+    wrapped = baselines.make_arm("bias", model, 1, 4)
+    with torch.no_grad():
+        wrapped.updates["1"].bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        training.train(wrapped, items, training.Recipe(1, 0.01))
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def tiny_run(monkeypatch):
+    frame = datasets.one_digit_composite()
+    words = frame.assign(prompt="one plus two is", answer=" 3")
+    monkeypatch.setitem(datasets.DATASETS, "tiny", lambda: words)
+    return Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
+
+
+def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    table = experiments.sweep([tiny_run, replace(tiny_run, arm="zero-shot", steps=0)], store)
+    assert list(table["arm"]) == ["back attention", "zero-shot"] and table["trained"].tolist() == [4 * 32 * 4, 0]
+    assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
+    monkeypatch.setattr(experiments, "armed", lambda *a: pytest.fail("made twice"))
+    assert experiments.perform(tiny_run, store)["right"] == table["right"][0]
+
+
+def test_kept_weights_give_the_kept_answers(tiny_run, tmp_path):
+    store = Store(tmp_path)
+    result = experiments.perform(tiny_run, store)
+    model, tok = experiments.armed(tiny_run, "float32")
+    experiments.put_weights(model, store.weights(tiny_run))
+    right = training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0]
+    model.unload()
+    assert "".join(map(str, right.astype(int))) == result["right"]
+    other, _ = experiments.armed(replace(tiny_run, dim=2), "float32")
+    with pytest.raises(ValueError, match="another arm"):
+        experiments.put_weights(other, store.weights(tiny_run))
+    other.unload()
+
+
+def test_keys_tell_runs_apart(tiny_run):
+    others = [replace(tiny_run, **{k: v}) for k, v in dict(seed=1, arm="bias", learning_rate=0.1, steps=7).items()]
+    assert len({run.key for run in [tiny_run, *others]}) == 5
+    assert replace(tiny_run).key == tiny_run.key
+
+
+def test_tuning_takes_the_best_on_validation_for_all_seeds(tiny_run, tmp_path):
+    store, grid = Store(tmp_path), [replace(tiny_run, learning_rate=rate) for rate in (1e-3, 1e-2, 1e-1)]
+    for run, score in zip(grid, (0.2, 0.7, 0.4), strict=True):
+        store.keep(run, {"run": {}, "validation": score, "validation_loss": 1.0, "right": "1"}, {})
+    chosen = experiments.tuned(grid, store, seeds=(0, 1, 2))
+    assert [run.learning_rate for run in chosen] == [1e-2] * 3 and [run.seed for run in chosen] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("arm", experiments.SCRATCH_ARMS)
+def test_models_from_scratch(arm):
+    run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 0, 16, 64, 8, 8, "float32")
+    model, tok = experiments.armed(run, "float32")
+    items = experiments.questions(run, tok, "train")
+    assert all(len(answer) >= 2 for answer in items.answers)
+    assert tok.decode(items.prompts[0]).replace(" ", "")[-1] == "="
+    curve = training.train(model, items, run.recipe)
+    assert np.isfinite(curve["loss"]).all()
+    if isinstance(model, TwoPassModel):
+        assert model.two_passes and model.memory_layers == (0, 1)
+        model.unload()
+
+
+def test_weights_from_scratch():
+    """Widened = with back attention, to one part in a thousand; tied = one layer."""
+    count = {}
+    for arm in experiments.SCRATCH_ARMS:
+        model, _ = experiments.scratch_model(arm)
+        count[arm] = sum(p.numel() for p in model.parameters())
+    assert count["1 layer, wide"] == pytest.approx(count["1 layer + back attention"], rel=1e-3)
+    assert count["1 layer, twice"] == count["1 layer"] < count["1 layer + back attention"] < count["2 layers"]
+    assert count["1 layer + back attention"] / count["2 layers"] == pytest.approx(0.567, abs=0.01)
