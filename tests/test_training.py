@@ -329,7 +329,7 @@ def tiny_run(monkeypatch):
 
 
 def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
-    store = Store(tmp_path)
+    store = Store(tmp_path, shipped=None)
     table = experiments.sweep([tiny_run, replace(tiny_run, arm="zero-shot", steps=0)], store)
     assert list(table["arm"]) == ["back attention", "zero-shot"] and table["trained"].tolist() == [4 * 32 * 4, 0]
     assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
@@ -338,7 +338,7 @@ def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
 
 
 def test_kept_weights_give_the_kept_answers(tiny_run, tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, shipped=None)
     result = experiments.perform(tiny_run, store)
     model, tok = experiments.armed(tiny_run, "float32")
     experiments.put_weights(model, store.weights(tiny_run))
@@ -358,7 +358,7 @@ def test_keys_tell_runs_apart(tiny_run):
 
 
 def test_tuning_takes_the_best_on_validation_for_all_seeds(tiny_run, tmp_path):
-    store, grid = Store(tmp_path), [replace(tiny_run, learning_rate=rate) for rate in (1e-3, 1e-2, 1e-1)]
+    store, grid = Store(tmp_path, shipped=None), [replace(tiny_run, learning_rate=rate) for rate in (1e-3, 1e-2, 1e-1)]
     for run, score in zip(grid, (0.2, 0.7, 0.4), strict=True):
         store.keep(run, {"run": {}, "validation": score, "validation_loss": 1.0, "right": "1"}, {})
     chosen = experiments.tuned(grid, store, seeds=(0, 1, 2))

@@ -24,8 +24,10 @@ from . import census, datasets, runtime
 from .back_attention import BackAttentionConfig, get_back_attention_model
 from .baselines import make_arm
 from .models import load_model
+from .paths import BUILD, DATA
 from .training import Items, Recipe, evaluate, first_tokens, numbers, train
 
+CHECKPOINTS = DATA / "checkpoints"
 VERSION = 1  # raised when the same configuration would give another result
 UNTRAINED = ("zero-shot", "few-shot")
 SHOTS = 4
@@ -50,7 +52,7 @@ class Run:
     steps: int = 0
     model: str = "smollm2"
     source_layer: int = 6
-    dim: int = 32
+    dim: int = 64
     batch_size: int = 32
     train_items: int | None = 1500
     validation_items: int | None = 200
@@ -72,9 +74,17 @@ class Run:
             batch_size=self.batch_size,
             weight_decay=0.01 if scratch else 0.0,
             seed=self.seed,
-            evaluations=12 if scratch else 4,
+            evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
         )
+
+
+RATES = {  # learning rates tried for each arm, as many for all
+    **dict.fromkeys(("back attention", "same layer", "residual LoRA", "loop LoRA"), (1e-3, 4e-3, 1.6e-2)),
+    "LoRA q,v": (5e-4, 2e-3, 8e-3),
+    "bias": (4e-3, 1.6e-2, 6.4e-2),
+    **dict.fromkeys(SCRATCH_ARMS, (5e-4, 1e-3, 2e-3)),
+}
 
 
 @functools.cache
@@ -180,21 +190,43 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 class Store:
     """Folders of finished and of stopped runs."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path = BUILD / "runs", shipped: Path | None = DATA / "runs.jsonl"):
+        """folder: where runs are made; shipped: a file with results of finished runs, one a line, or None."""
+        self.folder, self.shipped = Path(folder), {}
+        if shipped is not None and shipped.exists():
+            for line in shipped.read_text(encoding="utf-8").splitlines():
+                result = json.loads(line)
+                self.shipped[result["key"]] = result
 
     def place(self, run: Run) -> Path:
         return self.folder / run.key
 
     def result(self, run: Run) -> dict | None:
-        """The result of a finished run, else None."""
+        """The result of a finished run, made here or shipped, else None."""
         try:
             return json.loads((self.place(run) / "result.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return None
+            return self.shipped.get(run.key)
 
     def weights(self, run: Run) -> dict[str, Tensor]:
-        return load_file(self.place(run) / "weights.safetensors")
+        """The trained weights of a finished run; raises FileNotFoundError where only its result was shipped."""
+        for path in (self.place(run) / "weights.safetensors", CHECKPOINTS / f"{run.key}.safetensors"):
+            if path.exists():
+                return load_file(path)
+        raise FileNotFoundError(
+            f"The weights of run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) are not shipped: train it with "
+            "./run_all.sh --profile full."
+        )
+
+    def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = ()) -> None:
+        """Write the results of finished runs into data/, one a line, sorted by key, and the weights of some."""
+        lines = {key: json.dumps(result) for key, result in self.shipped.items()}
+        lines |= {run.key: json.dumps({"key": run.key, **self.result(run)}) for run in runs if self.result(run)}
+        with runtime.atomic_file(DATA / "runs.jsonl") as temporary:
+            temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
+        for run in with_weights:
+            with runtime.atomic_file(CHECKPOINTS / f"{run.key}.safetensors") as temporary:
+                save_file(self.weights(run), temporary)
 
     def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
         """Weights first: a run is finished when its result is there."""
@@ -298,11 +330,16 @@ def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     for run in runs:
         result = store.result(run)
         if result is not None:
-            kept = {k: v for k, v in result.items() if k not in ("run", "curve")}
+            kept = {k: v for k, v in result.items() if k not in ("key", "run", "curve")}
             rows.append(
                 {"key": run.key, **result["run"], **kept, "test": float(np.mean([c == "1" for c in result["right"]]))}
             )
     return pd.DataFrame(rows)
+
+
+def grid(run: Run) -> list[Run]:
+    """The run at every learning rate that is tried for its arm."""
+    return [replace(run, learning_rate=rate) for rate in RATES[run.arm]]
 
 
 def tuned(grid: Sequence[Run], store: Store, seeds: Sequence[int]) -> list[Run]:
