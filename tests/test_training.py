@@ -266,41 +266,42 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         training.train(wrapped, items, replace(recipe, seed=3), checkpoint=path)
 
 
-@pytest.mark.parametrize("gigabytes", [0, 1e-5, 1.0])
-def test_kept_first_passes_give_the_same_training(gigabytes):
-    torch.manual_seed(0)
+def test_kept_first_passes_give_the_same_training(monkeypatch):
+    recipe, ends = training.Recipe(10, 0.01, batch_size=6, evaluations=2), []
+    counted, ordinary = [], training.FirstPasses._compute
+    monkeypatch.setattr(training.FirstPasses, "_compute", lambda *a: (counted.append(1), ordinary(*a)))
+    for room in (1.0, 1e-6):
+        torch.manual_seed(0)
+        model, tok = load_model("tiny-llama")
+        wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
+        ends.append((training.train(wrapped, items, recipe, keep_first_passes=room), weights_of(wrapped), len(counted)))
+    (kept, weights, first), (plain, others, second) = ends
+    assert first == second == 1  # computed once with room, never without
+    pd.testing.assert_frame_equal(kept, plain, atol=1e-4)
+    assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+def test_what_first_passes_take_is_known_before():
     model, tok = load_model("tiny-llama")
     wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
-    curve = training.train(
-        wrapped, items, training.Recipe(10, 0.01, batch_size=6, evaluations=2), keep_first_passes=gigabytes
-    )
-    ends = weights_of(wrapped)
-    wrapped.unload()
-    torch.manual_seed(0)
-    plain = baselines.make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
-    expected = training.train(plain, items, training.Recipe(10, 0.01, batch_size=6, evaluations=2), keep_first_passes=0)
-    pd.testing.assert_frame_equal(curve, expected, atol=1e-4)
-    assert all(torch.allclose(ends[name], p, atol=1e-4) for name, p in weights_of(plain).items())
+    passes = training.FirstPasses(wrapped, items, group=5)
+    passes([0, 7], training.collate(items, [0, 7]))
+    assert 0 < len(passes.kept) <= 10
+    for row in range(len(items)):
+        passes([row], training.collate(items, [row]))
+    size = sum(x.numel() * 4 for x in passes.kept.values())
+    assert training.FirstPasses.gigabytes(wrapped, items) == pytest.approx(size / 2**30)
 
 
-def test_room_for_first_passes_is_bounded(llama):
-    model, tok = load_model("tiny-llama")
-    wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
-    one = training.FirstPasses(wrapped, items, 1.0)
-    one(range(8), training.collate(items, range(8)))
-    size = sum(x.numel() * 4 for x in one.kept.values())
-    half = training.FirstPasses(wrapped, items, size / 2 / 2**30)
-    half(range(8), training.collate(items, range(8)))
-    assert 0 < len(half.kept) < 8 and sum(x.numel() * 4 for x in half.kept.values()) <= size / 2
-
-
-def test_every_question_is_seen_once_per_epoch():
+def test_every_question_is_seen_once_per_epoch_among_its_like():
     recipe = training.Recipe(steps=8, learning_rate=1.0, batch_size=6)
-    seen = [row for step in range(4) for row in training._rows_of(step, 24, recipe)]
-    assert sorted(seen) == list(range(24))
-    assert training._rows_of(0, 24, recipe) != training._rows_of(4, 24, recipe)
-    assert training._rows_of(0, 24, recipe) != training._rows_of(0, 24, replace(recipe, seed=1))
-    assert len(training._rows_of(3, 4, recipe)) == 4  # fewer questions than a batch
+    lengths = np.arange(24) % 5
+    seen = [training._rows_of(step, lengths, recipe) for step in range(4)]
+    assert sorted(row for rows in seen for row in rows) == list(range(24))
+    assert max(np.ptp(lengths[rows]) for rows in seen) <= 2
+    assert seen[0] != training._rows_of(4, lengths, recipe)
+    assert seen[0] != training._rows_of(0, lengths, replace(recipe, seed=1))
+    assert len(training._rows_of(3, lengths[:4], recipe)) == 4  # fewer questions than a batch
 
 
 def test_training_says_what_is_wrong():

@@ -5,6 +5,7 @@ and split. Questions of one group always share a split, which a hash of the grou
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -148,6 +149,17 @@ def load(name: str) -> pd.DataFrame:
     if name not in DATASETS:
         raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(DATASETS)}.")
     return DATASETS[name]()
+
+
+def held_out_text(characters: int = 6000) -> str:
+    """English prose that none of the tasks resembles, to see what training spoils: how scipy describes its tests.
+
+    It comes with the pinned scipy, so that nothing has to be fetched.
+    """
+    from scipy import stats
+
+    names = ("ttest_ind", "ks_2samp", "permutation_test", "anderson", "bootstrap", "fisher_exact")
+    return "\n\n".join(inspect.getdoc(getattr(stats, name)) for name in names)[:characters]
 
 
 def draw(frame: pd.DataFrame, split: str, count: int | None = None, seed: int = 0) -> pd.DataFrame:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from . import census, datasets, runtime
 from .back_attention import BackAttentionConfig, get_back_attention_model
-from .baselines import make_arm
+from .baselines import ARMS, make_arm
 from .models import load_model
 from .paths import BUILD, DATA
-from .training import Items, Recipe, evaluate, first_tokens, numbers, train
+from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train
 
 CHECKPOINTS = DATA / "checkpoints"
 VERSION = 1  # raised when the same configuration would give another result
@@ -218,14 +218,14 @@ class Store:
             "./run_all.sh --profile full."
         )
 
-    def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = ()) -> None:
-        """Write the results of finished runs into data/, one a line, sorted by key, and the weights of some."""
+    def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA) -> None:
+        """Write the results of finished runs into `folder`, one a line, sorted by key, and the weights of some."""
         lines = {key: json.dumps(result) for key, result in self.shipped.items()}
         lines |= {run.key: json.dumps({"key": run.key, **self.result(run)}) for run in runs if self.result(run)}
-        with runtime.atomic_file(DATA / "runs.jsonl") as temporary:
+        with runtime.atomic_file(folder / "runs.jsonl") as temporary:
             temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
         for run in with_weights:
-            with runtime.atomic_file(CHECKPOINTS / f"{run.key}.safetensors") as temporary:
+            with runtime.atomic_file(folder / "checkpoints" / f"{run.key}.safetensors") as temporary:
                 save_file(self.weights(run), temporary)
 
     def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
@@ -241,9 +241,9 @@ class Store:
 def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
-    A result holds: run, trained (number of weights), seconds (of training, all sittings), validation (share right),
-    validation_loss, right (one 0 or 1 per test question), curve (rows of `training.train`), flops (per question, see
-    `flops`), hardware.
+    A result holds: run, trained (number of weights), seconds (of training, the last sitting), validation (share right),
+    validation_loss, right (one 0 or 1 per test question), perplexity (of held-out text), curve (rows of
+    `training.train`), flops (of a forward pass over the first test question), hardware.
     """
     done = store.result(run)
     if done is not None:
@@ -278,8 +278,9 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
         "validation": float(score[0].mean()),
         "validation_loss": score[1],
         "right": "".join(map(str, right.astype(int))),
+        "perplexity": None if run.model == SCRATCH else perplexity(model, tokenizer, datasets.held_out_text()),
         "curve": curve,
-        "flops": flops(model, test),
+        "flops": forward_flops(model, torch.tensor([test.prompts[0]], device=device)),
         "hardware": runtime.hardware(),
     }
     if hasattr(model, "unload"):
@@ -288,20 +289,54 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     return result
 
 
-def flops(model: nn.Module, items: Items) -> int:
-    """Floating-point operations of one forward pass over the first question, logits of its last token only.
-
-    Counted by torch on the operations that run; a module whose states are not needed again is not left out.
-    """
+def forward_flops(model: nn.Module, ids: Tensor) -> int:
+    """Floating-point operations of one forward pass over ids [B, T], logits of the last token only, as torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    ids = torch.tensor([items.prompts[0]], device=next(model.parameters()).device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, logits_to_keep=1, use_cache=False)
     return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------- many runs
+
+C8_DATASETS = ("2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds")
+TUNED_ON = {"two-hop": "two-hop"}  # where a dataset's learning rates are chosen; "1DC" for all others
+SEEDS = (0, 1, 2)
+
+
+def scratch_runs(store: Store, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> tuple[list[Run], list[Run]]:
+    """Claim C7: (runs that try learning rates for a third of the time, runs at the best of them for all seeds).
+
+    The second list is empty until the first is finished.
+    """
+    shape = dict(model=SCRATCH, source_layer=0, dim=160, batch_size=256, train_items=None)
+    shape |= dict(validation_items=1000, test_items=2000)
+    tried = [run for arm in SCRATCH_ARMS for run in grid(Run("2-digit", arm, steps=250, **shape))]
+    if any(store.result(run) is None for run in tried):
+        return tried, []
+    return tried, [replace(run, steps=750) for run in tuned(tried, store, seeds)]
+
+
+def adapter_runs(
+    store: Store, model: str = "smollm2", names: Sequence[str] = C8_DATASETS, arms: Sequence[str] = tuple(ARMS), **sizes
+) -> tuple[list[Run], list[Run]]:
+    """Claim C8: (runs that try learning rates, runs at the best of them for all seeds and without training).
+
+    The second list is empty until the first is finished. sizes: fields of `Run`, for every run.
+    """
+    steps = {"steps": 150, **sizes}
+    places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
+    tried = {place: [r for arm in arms for r in grid(Run(place, arm, model=model, **steps))] for place in places}
+    everything = [run for runs in tried.values() for run in runs]
+    if any(store.result(run) is None for run in everything):
+        return everything, []
+    final = []
+    for name in names:
+        plain = Run(name, "zero-shot", model=model, **{**steps, "steps": 0})
+        final += [plain, *(replace(plain, arm="few-shot", seed=seed) for seed in SEEDS)]
+        final += [replace(run, dataset=name) for run in tuned(tried[TUNED_ON.get(name, "1DC")], store, SEEDS)]
+    return everything, final
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:

@@ -37,6 +37,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each question as the model gets it, the answer but for its last token included: [n]."""
+        return np.array([len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers, strict=True)])
+
 
 @dataclass
 class Questions:
@@ -99,34 +104,43 @@ def collate(items: Items, rows: Iterable[int], pad: int = 0, device: str | torch
 
 
 class FirstPasses:
-    """The states of the first pass of each question, kept up to `gigabytes`; what does not fit is computed again.
+    """The states of the first pass of each question, computed when first wanted and kept.
 
+    Questions are computed in fixed groups of similar length, so that a resumed run gets the same states to the bit.
     Of use only where the base model is frozen and the adapter takes given states.
     """
 
-    def __init__(self, model: TwoPassModel, items: Items, gigabytes: float = 2.0):
-        self.model, self.items, self.room = model, items, gigabytes * 2**30
+    def __init__(self, model: TwoPassModel, items: Items, group: int = 32):
+        self.model, self.items = model, items
+        order = np.argsort(items.lengths, kind="stable")
+        groups = [order[i : i + group].tolist() for i in range(0, len(order), group)]
+        self.group_of = {row: rows for rows in groups for row in rows}
         self.kept: dict[int, Tensor] = {}  # row -> [K, T, D]
+
+    @staticmethod
+    def gigabytes(model: TwoPassModel, items: Items) -> float:
+        """What keeping all states takes."""
+        weight = next(model.base_model.parameters())
+        width = model.base_model.config.hidden_size
+        return len(model.needed) * int(items.lengths.sum()) * width * weight.element_size() / 2**30
 
     def __call__(self, rows: Sequence[int], batch: Questions) -> Tensor:
         """[K, B, T, D] for a batch made of `rows`; zero where it is padded."""
-        wanted = [row for row in rows if row not in self.kept]
-        fresh = {}
-        if wanted:
-            missing = collate(self.items, wanted, device=batch.ids.device)
-            states = self.model.first_pass_states(missing.ids, missing.mask, missing.position_ids)
-            for place, row in enumerate(wanted):
-                own = states[:, place, missing.ids.shape[1] - int(missing.mask[place].sum()) :]
-                fresh[row] = own
-                size = own.numel() * own.element_size()
-                if size <= self.room:
-                    self.kept[row], self.room = own.clone(), self.room - size
-        first = next(iter((fresh or self.kept).values()))
+        for row in rows:
+            if row not in self.kept:
+                self._compute(self.group_of[row], batch.ids.device)
+        first = self.kept[rows[0]]
         out = first.new_zeros(len(first), *batch.ids.shape, first.shape[-1])
         for place, row in enumerate(rows):
-            own = self.kept.get(row, fresh.get(row))
+            own = self.kept[row]
             out[:, place, -own.shape[1] :] = own
         return out
+
+    def _compute(self, rows: list[int], device: torch.device) -> None:
+        batch = collate(self.items, rows, device=device)
+        states = self.model.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+        for place, row in enumerate(rows):
+            self.kept[row] = states[:, place, -int(batch.mask[place].sum()) :].clone()
 
 
 def answer_logits(model: nn.Module, batch: Questions, first_pass: Tensor | None = None) -> Tensor:
@@ -167,7 +181,7 @@ def evaluate(
 ) -> tuple[np.ndarray, float]:
     """(which questions are answered right [n] bool, mean loss per target token)."""
     right, losses, targets = np.zeros(len(items), dtype=bool), 0.0, 0
-    order = np.argsort([len(p) + len(a) for p, a in zip(items.prompts, items.answers, strict=True)], kind="stable")
+    order = np.argsort(items.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
         batch = collate(items, rows, device=_device(model))
@@ -176,6 +190,18 @@ def evaluate(
         targets += int((batch.labels != IGNORED).sum())
         right[rows] = right_answers(logits, items, rows, batch).numpy()
     return right, losses / targets
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> float:
+    """exp of the mean loss per token of a text, read in windows of `window` tokens, the rest left out."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = ids[: len(ids) // window * window].view(-1, window).to(_device(model))
+    losses = []
+    for part in ids.split(4):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"))
+    return torch.cat(losses).mean().exp().item()
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -214,7 +240,8 @@ def train(
     Args:
         checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps; where it exists,
             training goes on from it, to the same result as without the stop. Removed in the end.
-        keep_first_passes: gigabytes for the first pass's states of a frozen base; 0 runs both passes each time.
+        keep_first_passes: gigabytes for the first pass's states of a frozen base; where they would take more, both passes
+            run each time, to the same result but for rounding.
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
     validation (share right; NaN without questions for it).
@@ -229,13 +256,15 @@ def train(
     state = {"step": 0, "losses": [], "right": [], "curve": []}
     state |= _load(checkpoint, recipe, weights, optimiser, schedule)
     reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
-    passes = FirstPasses(model, items, keep_first_passes) if reuse and keep_first_passes else None
+    reuse = reuse and FirstPasses.gigabytes(model, items) <= keep_first_passes
+    passes = FirstPasses(model, items) if reuse else None
+    lengths = items.lengths
     marks = {round(recipe.steps * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
     device = _device(model)
     model.eval()  # no dropout: two passes of one model must agree
     with progress(description="training", total=recipe.steps, initial=state["step"], unit="step") as bar:
         while state["step"] < recipe.steps:
-            rows = _rows_of(state["step"], len(items), recipe)
+            rows = _rows_of(state["step"], lengths, recipe)
             batch = collate(items, rows, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
                 logits = answer_logits(model, batch, passes(rows, batch) if passes else None)
@@ -267,13 +296,19 @@ def train(
     return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation"])
 
 
-def _rows_of(step: int, count: int, recipe: Recipe) -> list[int]:
-    """The questions of a step: each once per epoch, in an order drawn from the seed and the epoch; no state is kept."""
-    size = min(recipe.batch_size, count)
-    per_epoch = count // size
+def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:
+    """The questions of a step: each once per epoch, in an order drawn from seed and epoch, so that no state is kept.
+
+    Questions of similar length share a batch: of every eight batches' worth the shorter ones go together.
+    """
+    size = min(recipe.batch_size, len(lengths))
+    per_epoch = len(lengths) // size
     epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(count)
-    return order[place * size : (place + 1) * size].tolist()
+    draw = np.random.default_rng([recipe.seed, epoch])
+    order = draw.permutation(len(lengths))[: per_epoch * size]
+    parts = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    return order.reshape(per_epoch, size)[draw.permutation(per_epoch)[place]].tolist()
 
 
 def _save(path: Path, recipe: Recipe, weights: dict, optimiser, schedule, state: dict) -> None:
