@@ -341,15 +341,31 @@ def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
 def test_kept_weights_give_the_kept_answers(tiny_run, tmp_path):
     store = Store(tmp_path, shipped=None)
     result = experiments.perform(tiny_run, store)
-    model, tok = experiments.armed(tiny_run, "float32")
-    experiments.put_weights(model, store.weights(tiny_run))
-    right = training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0]
-    model.unload()
+    with experiments.armed(tiny_run, "float32") as (model, tok):
+        experiments.put_weights(model, store.weights(tiny_run))
+        right = training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0]
     assert "".join(map(str, right.astype(int))) == result["right"]
-    other, _ = experiments.armed(replace(tiny_run, dim=2), "float32")
-    with pytest.raises(ValueError, match="another arm"):
-        experiments.put_weights(other, store.weights(tiny_run))
-    other.unload()
+    with (
+        pytest.raises(ValueError, match="another arm"),
+        experiments.armed(replace(tiny_run, dim=2), "float32") as (model, _),
+    ):
+        experiments.put_weights(model, store.weights(tiny_run))
+    with experiments.armed(tiny_run, "float32"):  # the shared model is free again
+        pass
+
+
+def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
+    store = Store(tmp_path / "runs", shipped=None)
+    result = experiments.perform(tiny_run, store)
+    store.ship([tiny_run], with_weights=[tiny_run], folder=tmp_path / "data")
+    monkeypatch.setattr(experiments, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    fresh = Store(tmp_path / "elsewhere", tmp_path / "data" / "runs.jsonl")
+    assert fresh.result(tiny_run)["right"] == result["right"]
+    assert set(fresh.weights(tiny_run)) == set(store.weights(tiny_run))
+    fresh.ship([tiny_run], folder=tmp_path / "data")  # and stays what it was
+    assert len((tmp_path / "data" / "runs.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(FileNotFoundError, match="profile full"):
+        fresh.weights(replace(tiny_run, seed=5))
 
 
 def test_keys_tell_runs_apart(tiny_run):
@@ -369,15 +385,13 @@ def test_tuning_takes_the_best_on_validation_for_all_seeds(tiny_run, tmp_path):
 @pytest.mark.parametrize("arm", experiments.SCRATCH_ARMS)
 def test_models_from_scratch(arm):
     run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 0, 16, 64, 8, 8, "float32")
-    model, tok = experiments.armed(run, "float32")
-    items = experiments.questions(run, tok, "train")
-    assert all(len(answer) >= 2 for answer in items.answers)
-    assert tok.decode(items.prompts[0]).replace(" ", "")[-1] == "="
-    curve = training.train(model, items, run.recipe)
-    assert np.isfinite(curve["loss"]).all()
-    if isinstance(model, TwoPassModel):
-        assert model.two_passes and model.memory_layers == (0, 1)
-        model.unload()
+    with experiments.armed(run, "float32") as (model, tok):
+        items = experiments.questions(run, tok, "train")
+        assert all(len(answer) >= 2 for answer in items.answers)
+        assert tok.decode(items.prompts[0]).replace(" ", "")[-1] == "="
+        assert np.isfinite(training.train(model, items, run.recipe)["loss"]).all()
+        if isinstance(model, TwoPassModel):
+            assert model.two_passes and model.memory_layers == (0, 1)
 
 
 def test_weights_from_scratch():

@@ -64,7 +64,7 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     for (model, dataset, arm), mine in _by_arm(runs).items():
         right, kept = answers(mine, store), [store.result(run) for run in mine]
         low, high = np.percentile(resampled(right, clusters(mine[0])), [2.5, 97.5])
-        texts = [result["perplexity"] for result in kept if result["perplexity"] is not None]
+        texts = [result["perplexity"] for result in kept if result.get("perplexity") is not None]
         rows.append(
             {
                 "model": model,

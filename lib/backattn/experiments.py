@@ -5,12 +5,13 @@ result.json and weights.safetensors in a folder named by the key, so that a swee
 finished ones are skipped and the stopped ones go on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -158,15 +159,22 @@ def _base(name: str, dtype: str, device: str):
     return model, tokenizer
 
 
-def armed(run: Run, dtype: str, device: str = "cpu") -> tuple[nn.Module, object]:
-    """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer. Unload it after use."""
+@contextlib.contextmanager
+def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
+    """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer; taken off afterwards."""
     if run.model == SCRATCH:
         torch.manual_seed(run.seed)
         model, tokenizer = scratch_model(run.arm)
-        return model.to(device), tokenizer
-    base, tokenizer = _base(run.model, dtype, device)
-    torch.manual_seed(run.seed)
-    return (base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)), tokenizer
+        model = model.to(device)
+    else:
+        base, tokenizer = _base(run.model, dtype, device)
+        torch.manual_seed(run.seed)
+        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)
+    try:
+        yield model, tokenizer
+    finally:
+        if hasattr(model, "unload"):
+            model.unload()
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -242,49 +250,33 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
     A result holds: run, trained (number of weights), seconds (of training, the last sitting), validation (share right),
-    validation_loss, right (one 0 or 1 per test question), perplexity (of held-out text), curve (rows of
-    `training.train`), flops (of a forward pass over the first test question), hardware.
+    validation_loss, right (one 0 or 1 per test question), perplexity (of held-out text, language models only), curve
+    (rows of `training.train`), flops (of a forward pass over the first test question), hardware.
     """
     done = store.result(run)
     if done is not None:
         return done
-    place = store.place(run)
+    place, begin = store.place(run), time.monotonic()
     place.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    dtype = "float32" if run.arm in UNTRAINED else run.dtype
-    model, tokenizer = armed(run, dtype, device)
-    validation = questions(run, tokenizer, "validation")
-    weights, curve, count = {}, [], 0
+    weights, curve, result = {}, [], {"run": asdict(run), "trained": 0}
     if run.arm not in UNTRAINED:
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        table = train(model, questions(run, tokenizer, "train"), run.recipe, validation, place / "training.pt")
-        curve, weights = table.to_dict("records"), trained_weights(model)
-    seconds = time.monotonic() - begin
-    if run.model != SCRATCH and run.arm not in UNTRAINED:
-        score = evaluate(model, validation)
-        model.unload()
-        model, _ = armed(run, "float32", device)
-        put_weights(model, weights)
-    else:
+        with armed(run, run.dtype if run.model != SCRATCH else "float32", device) as (model, tokenizer):
+            items, validation = (questions(run, tokenizer, split) for split in ("train", "validation"))
+            curve = train(model, items, run.recipe, validation, place / "training.pt").to_dict("records")
+            weights = trained_weights(model)
+            result["trained"] = sum(tensor.numel() for tensor in weights.values())
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    with armed(run, "float32", device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
-        score = evaluate(model, validation)
-    test = questions(run, tokenizer, "test")
-    right = evaluate(model, test)[0]
-    result = {
-        "run": asdict(run),
-        "trained": count,
-        "seconds": round(seconds, 1),
-        "validation": float(score[0].mean()),
-        "validation_loss": score[1],
-        "right": "".join(map(str, right.astype(int))),
-        "perplexity": None if run.model == SCRATCH else perplexity(model, tokenizer, datasets.held_out_text()),
-        "curve": curve,
-        "flops": forward_flops(model, torch.tensor([test.prompts[0]], device=device)),
-        "hardware": runtime.hardware(),
-    }
-    if hasattr(model, "unload"):
-        model.unload()
+        validation, test = (questions(run, tokenizer, split) for split in ("validation", "test"))
+        right, loss = evaluate(model, validation)
+        result |= {"validation": float(right.mean()), "validation_loss": loss}
+        result["right"] = "".join(map(str, evaluate(model, test)[0].astype(int)))
+        if run.model != SCRATCH:
+            result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
+        result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
+    result |= {"curve": curve, "hardware": runtime.hardware()}
     store.keep(run, result, weights)
     return result
 

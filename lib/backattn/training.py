@@ -240,8 +240,8 @@ def train(
     Args:
         checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps; where it exists,
             training goes on from it, to the same result as without the stop. Removed in the end.
-        keep_first_passes: gigabytes for the first pass's states of a frozen base; where they would take more, both passes
-            run each time, to the same result but for rounding.
+        keep_first_passes: gigabytes for the first pass's states of a frozen base; where they would take more, both
+            passes run each time, to the same result but for rounding.
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
     validation (share right; NaN without questions for it).
