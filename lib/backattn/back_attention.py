@@ -548,6 +548,20 @@ def get_back_attention_model(
     return BackAttentionModel(model, config, freeze_base)
 
 
+def sizes(base: nn.Module, dims: Sequence[int], source_layer: int = 6) -> list[dict]:
+    """How many weights back attention has at each width, and which share of the base model's (may lie on "meta").
+
+    Returns per width: dim, weights, share.
+    """
+    total, rows = sum(p.numel() for p in base.parameters()), []
+    for dim in dims:
+        wrapped = get_back_attention_model(base, BackAttentionConfig(source_layer, dim))
+        weights = wrapped.trainable()[0]
+        wrapped.unload()
+        rows.append({"dim": dim, "weights": weights, "share": weights / total})
+    return rows
+
+
 def unembedding_hash(model: nn.Module) -> str:
     """sha256 of the unembedding in bf16, so that it is the same however the model was loaded."""
     weight = describe(model).unembedding_module.weight.detach().to("cpu", torch.bfloat16).contiguous()

@@ -36,11 +36,13 @@ PROFILES: dict[str, dict[str, dict]] = {
             "grid_prompts": 40,
             "grid_recomputed": 2,
         },
+        "03_back_attention_training": {"rechecked": 8, "demo_steps": 80},
     },
     "paper": {},
     "full": {
         "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
         "02_failure_analysis": {"grid_recomputed": 1000},
+        "03_back_attention_training": {"retrain": True},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -85,7 +87,7 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
     add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()))
     inputs = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
     if profile != "full":  # which makes these results itself
-        inputs += sorted(paths.DATA.rglob("*.safetensors"))
+        inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
     for file in inputs:
         if file.name != "cli.py":  # how it is run does not change what comes out
             add(file.name, hashlib.sha256(file.read_bytes()).hexdigest())

@@ -130,7 +130,7 @@ def _interval(draws: np.ndarray) -> dict[str, float]:
 def flip_test(difference: np.ndarray, groups: Sequence) -> float:
     """Two-sided p of a mean difference of zero: the signs of whole groups are flipped at random (scipy)."""
     totals = pd.Series(difference).groupby(np.asarray(groups)).sum().to_numpy()
-    if not totals.any():
+    if len(totals) < 2 or not totals.any():
         return 1.0
 
     def total(x: np.ndarray, axis: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +149,20 @@ def load(name: str) -> pd.DataFrame:
     if name not in DATASETS:
         raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(DATASETS)}.")
     return DATASETS[name]()
+
+
+def overview(names: Sequence[str]) -> pd.DataFrame:
+    """What the datasets hold: dataset, questions and groups in each split, and one test question with its answer."""
+    rows = []
+    for name in names:
+        frame = load(name)
+        row: dict[str, object] = {"dataset": name}
+        for split in SPLITS:
+            part = frame[frame["split"] == split]
+            row |= {split: len(part), f"{split} groups": part["group"].nunique()}
+        first = draw(frame, "test", 1).iloc[0]
+        rows.append({**row, "question": first["prompt"], "answer": first["answer"].strip()})
+    return pd.DataFrame(rows)
 
 
 def held_out_text(characters: int = 6000) -> str:

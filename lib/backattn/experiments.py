@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -281,6 +281,24 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     return result
 
 
+def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
+    """Ask trained arms their first `count` test questions again, with the weights that were kept.
+
+    Returns: dataset, arm, seed, n, accuracy (now), kept (as it was on the same questions), agree (share of questions
+    with the same outcome). Raises FileNotFoundError where a run's weights are not there.
+    """
+    rows = []
+    for run in runtime.progress(list(runs), "asking again", unit="run"):
+        kept = np.array([c == "1" for c in store.result(run)["right"][:count]])
+        weights = store.weights(run)
+        with armed(run, "float32", device) as (model, tokenizer):
+            put_weights(model, weights)
+            right = evaluate(model, questions(replace(run, test_items=len(kept)), tokenizer, "test"))[0]
+        about = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(kept)}
+        rows.append({**about, "accuracy": right.mean(), "kept": kept.mean(), "agree": (right == kept).mean()})
+    return pd.DataFrame(rows)
+
+
 def forward_flops(model: nn.Module, ids: Tensor) -> int:
     """Floating-point operations of one forward pass over ids [B, T], logits of the last token only, as torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -329,6 +347,16 @@ def adapter_runs(
         final += [plain, *(replace(plain, arm="few-shot", seed=seed) for seed in SEEDS)]
         final += [replace(run, dataset=name) for run in tuned(tried[TUNED_ON.get(name, "1DC")], store, SEEDS)]
     return everything, final
+
+
+def complete(
+    plan: Callable[[Store], tuple[list[Run], list[Run]]], store: Store, processes: int = 1, device: str = "cpu"
+) -> list[Run]:
+    """Perform what is unfinished of a plan (`scratch_runs`, `adapter_runs`), and return its second list."""
+    sweep(plan(store)[0], store, processes, device)
+    final = plan(store)[1]
+    sweep(final, store, processes, device)
+    return final
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:

@@ -16,6 +16,8 @@ from . import figures, paths, runtime, tables
 LIGHT = (
     "accelerate",
     "gguf",
+    "joblib",
+    "peft",
     "tabulate",
 )  # small packages that a hosted notebook may lack; nothing heavy is ever installed
 
