@@ -1,7 +1,9 @@
 """Datasets without leakage, the one training loop, the arms, and runs that can be stopped and resumed."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -403,3 +405,16 @@ def test_weights_from_scratch():
     assert count["1 layer, wide"] == pytest.approx(count["1 layer + back attention"], rel=1e-3)
     assert count["1 layer, twice"] == count["1 layer"] < count["1 layer + back attention"] < count["2 layers"]
     assert count["1 layer + back attention"] / count["2 layers"] == pytest.approx(0.567, abs=0.01)
+
+
+PUBLISHED = Path(os.environ.get("BACKATTN_DATASETS", "nowhere"))
+
+
+@pytest.mark.skipif(not (PUBLISHED / "svamp").exists(), reason="set BACKATTN_DATASETS to a folder with the datasets")
+def test_published_datasets_as_they_are():
+    for name, count in (("SVAMP", 1000), ("MultiArith", 600)):
+        frame = datasets.load(name)
+        assert len(frame) == count and set(frame["split"]) == set(datasets.SPLITS)
+        assert (frame.groupby("group")["split"].nunique() == 1).all()
+        assert frame["answer"].str.fullmatch(r" -?\d+(\.\d+)?").all()
+        assert frame["prompt"].str.endswith("? Answer:").mean() > 0.9

@@ -81,8 +81,7 @@ class Run:
 
 
 RATES = {  # learning rates tried for each arm, as many for all
-    **dict.fromkeys(("back attention", "same layer", "residual LoRA", "loop LoRA"), (1e-3, 4e-3, 1.6e-2)),
-    "LoRA q,v": (5e-4, 2e-3, 8e-3),
+    **dict.fromkeys(ARMS, (2.5e-4, 1e-3, 4e-3)),
     "bias": (4e-3, 1.6e-2, 6.4e-2),
     **dict.fromkeys(SCRATCH_ARMS, (5e-4, 1e-3, 2e-3)),
 }
