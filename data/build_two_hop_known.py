@@ -16,8 +16,8 @@ def main() -> None:
     asked = census.hops(
         model, tokenizer, census.candidates(tokenizer, tasks.two_hop_prompts(tasks.two_hop_facts(), "possessive"))
     )
-    known = asked[asked["known"]].sort_values(KEYS)
-    known[KEYS].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
+    known = asked[asked["known"]].assign(shortcut_right=lambda frame: ~frame["kept"]).sort_values(KEYS)
+    known[[*KEYS, "shortcut_right"]].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
     print(f"{len(known)} of {len(asked)} facts are known", file=sys.stderr)
 
 

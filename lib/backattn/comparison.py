@@ -1,86 +1,117 @@
-"""Accuracy of arms and differences between them, with intervals over test questions and over seeds.
+"""Accuracy of arms and differences between them, with 95 % intervals by resampling.
 
-Questions that belong together (one bridge entity, one inner pair of digits) are resampled together, and so are seeds;
-the arms answer the same questions, so their differences are paired.
+Questions that belong together (one bridge entity, one pair of digits, one kind of animal) are resampled together. The
+arms answer the same questions, so their differences are paired. Where all seeds answer the same questions (from
+scratch), seeds are resampled too; where each seed answers its own fold, a question was answered by one trained model.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from . import datasets
 from .experiments import Run, Store
-from .stages import bootstrap
 
 DRAWS = 2000
 
 
-def answers(runs: Sequence[Run], store: Store) -> np.ndarray:
-    """Which test questions each of the runs (one arm's seeds) answers right: [seeds, questions] of 0 and 1.
+@dataclass
+class Answers:
+    """What one arm answered: right [seeds, questions], or [1, questions] where each seed has questions of its own.
 
-    Raises ValueError when a run is not finished.
+    groups: name or names ("|" between) of each question.
     """
-    rows = []
+
+    right: np.ndarray
+    groups: np.ndarray
+
+
+def answers(runs: Sequence[Run], store: Store) -> Answers:
+    """The answers of one arm's runs. Raises ValueError when a run is not finished."""
+    right, groups = [], []
     for run in runs:
         result = store.result(run)
-        if result is None:
+        if result is None or "right" not in result:
             raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) is not finished: perform it.")
-        rows.append([character == "1" for character in result["right"]])
-    return np.array(rows, dtype=float)
+        right.append(np.array([character == "1" for character in result["right"]], dtype=float))
+        test = datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), "test", run.test_items)
+        groups.append(test["group"].to_numpy())
+    if runs[0].fold is None:
+        return Answers(np.stack(right), groups[0])
+    return Answers(np.concatenate(right)[None], np.concatenate(groups))
 
 
-def clusters(run: Run) -> np.ndarray:
-    """The group of each test question of a run."""
-    return datasets.draw(datasets.load(run.dataset), "test", run.test_items)["group"].to_numpy()
+def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
+    """Weights [DRAWS, questions] of samples of names with replacement; each row sums to one.
 
-
-def resampled(right: np.ndarray, groups: Sequence, seed: int = 0) -> np.ndarray:
-    """Mean of right [seeds, questions] in DRAWS samples of groups and of seeds: [DRAWS].
-
-    The groups drawn depend on `groups` and DRAWS alone, so that samples of two arms are paired.
+    A question with two names counts as often as the product of their counts. The draws depend on `groups` and `seed`
+    alone, so that two arms with the same questions get the same samples.
     """
-    by_seed = bootstrap(groups, DRAWS) @ right.T  # [DRAWS, seeds]
-    count = len(right)
-    seeds = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
-    return (by_seed * seeds).sum(1)
+    parts = [str(group).split("|") for group in groups]
+    names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
+    draw = np.random.default_rng(seed)
+    counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)  # [DRAWS, names]
+    weights = np.stack([counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1).astype(float)
+    total = weights.sum(1, keepdims=True)
+    return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
 
 
-def _by_arm(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
-    groups: dict[tuple, list[Run]] = {}
+def resampled(answered: Answers, seed: int = 0, seeds_seed: int = 1) -> np.ndarray:
+    """Accuracy in DRAWS samples: [DRAWS].
+
+    With several seeds these are drawn too, their deviations scaled by √(n / (n−1)) since they are few.
+    """
+    by_seed = group_weights(answered.groups, seed) @ answered.right.T  # [DRAWS, seeds]
+    count = by_seed.shape[1]
+    if count == 1:
+        return by_seed[:, 0]
+    shares = np.random.default_rng(seeds_seed).multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+    middle = by_seed.mean(1)
+    return middle + ((by_seed - middle[:, None]) * shares).sum(1) * np.sqrt(count / (count - 1))
+
+
+def _by_arm(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[Run]]:
+    groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.model, run.dataset, run.arm), []).append(run)
     return groups
 
 
-def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """One row per model, dataset and arm: accuracy with its 95 % interval, worst and best seed, n, seeds, what it cost.
+def _seed_of(dataset: str) -> int:
+    """Samples of different datasets are drawn independently."""
+    return int.from_bytes(hashlib.sha256(dataset.encode()).digest()[:4], "big")
 
-    Returns: model, dataset, arm, accuracy, low, high, worst, best, n, seeds, trained (weights), seconds (of training,
-    mean), flops (of a forward pass over one question), perplexity (of held-out text, mean), learning_rate.
+
+def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    """One row per model, dataset and arm: accuracy with its interval, what it cost and what it spoilt.
+
+    Returns: model, dataset, arm, accuracy, low, high, worst, best (seed), n (questions), groups, seeds, trained
+    (weights), seconds (of training, mean), flops (of a forward pass over one question), perplexity (of held-out text,
+    mean; NaN from scratch), learning_rate.
     """
     rows = []
     for (model, dataset, arm), mine in _by_arm(runs).items():
-        right, kept = answers(mine, store), [store.result(run) for run in mine]
-        low, high = np.percentile(resampled(right, clusters(mine[0])), [2.5, 97.5])
-        texts = [result["perplexity"] for result in kept if result.get("perplexity") is not None]
+        answered, kept = answers(mine, store), [store.result(run) for run in mine]
+        each = [np.mean([c == "1" for c in result["right"]]) for result in kept]
         rows.append(
             {
                 "model": model,
                 "dataset": dataset,
                 "arm": arm,
-                "accuracy": right.mean(),
-                "low": low,
-                "high": high,
-                "worst": right.mean(1).min(),
-                "best": right.mean(1).max(),
-                "n": right.shape[1],
-                "seeds": len(right),
+                "accuracy": answered.right.mean(),
+                **_interval(resampled(answered, _seed_of(dataset))),
+                "worst": min(each),
+                "best": max(each),
+                "n": answered.right.shape[1],
+                "groups": len({name for group in answered.groups for name in str(group).split("|")}),
+                "seeds": len(mine),
                 "trained": kept[0]["trained"],
                 "seconds": float(np.mean([result["seconds"] for result in kept])),
                 "flops": kept[0]["flops"],
-                "perplexity": float(np.mean(texts)) if texts else float("nan"),
+                "perplexity": float(np.mean([result.get("perplexity", np.nan) for result in kept])),
                 "learning_rate": mine[0].learning_rate,
             }
         )
@@ -90,56 +121,42 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm, per dataset and over all datasets (each with the same weight).
 
-    Returns: model, dataset ("all" for their mean), other, difference, low, high (95 %), p (two-sided sign flips of
-    groups, seeds averaged; NaN for "all"), n.
+    Returns: model, dataset ("all" for their mean), other, difference, low, high, p (two-sided, from the same samples),
+    n (questions, or datasets). Raises ValueError when an arm is missing on a dataset.
     """
     by, rows = _by_arm(runs), []
-    models = list(dict.fromkeys(run.model for run in runs))
-    for model in models:
+    places = list(dict.fromkeys((model, dataset) for model, dataset, _ in by))
+    for model in dict.fromkeys(model for model, _ in places):
         for other in others:
             means, draws = [], []
-            for (name, dataset, which), mine in by.items():
-                if name != model or which != arm or (model, dataset, other) not in by:
-                    continue
-                groups = clusters(mine[0])
-                one, two = answers(mine, store), answers(by[model, dataset, other], store)
-                draws.append(resampled(one, groups, seed=1) - resampled(two, groups, seed=2))
-                means.append(one.mean() - two.mean())
-                rows.append(
-                    {
-                        "model": model,
-                        "dataset": dataset,
-                        "other": other,
-                        "difference": means[-1],
-                        **_interval(draws[-1]),
-                        "p": flip_test(one.mean(0) - two.mean(0), groups),
-                        "n": one.shape[1],
-                    }
-                )
+            for dataset in [name for owner, name in places if owner == model]:
+                missing = [name for name in (arm, other) if (model, dataset, name) not in by]
+                if missing:
+                    raise ValueError(f"There are no runs of {missing[0]!r} on {dataset!r} with {model}.")
+                one, two = (answers(by[model, dataset, name], store) for name in (arm, other))
+                if not np.array_equal(one.groups, two.groups):
+                    raise ValueError(f"{arm!r} and {other!r} were not tested on the same questions of {dataset!r}.")
+                seed = _seed_of(dataset)
+                draws.append(resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2))
+                means.append(one.right.mean() - two.right.mean())
+                about = {"model": model, "dataset": dataset, "other": other, "difference": means[-1]}
+                rows.append({**about, **_interval(draws[-1]), "p": _p(draws[-1]), "n": len(one.groups)})
             if len(means) > 1:
-                whole = {"model": model, "dataset": "all", "other": other, "difference": float(np.mean(means))}
-                rows.append({**whole, **_interval(np.mean(draws, 0)), "p": float("nan"), "n": len(means)})
+                about = {"model": model, "dataset": "all", "other": other, "difference": float(np.mean(means))}
+                mean = np.mean(draws, 0)
+                rows.append({**about, **_interval(mean), "p": _p(mean), "n": len(means)})
     return pd.DataFrame(rows)
 
 
 def _interval(draws: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
     return {"low": float(low), "high": float(high)}
 
 
-def flip_test(difference: np.ndarray, groups: Sequence) -> float:
-    """Two-sided p of a mean difference of zero: the signs of whole groups are flipped at random (scipy)."""
-    totals = pd.Series(difference).groupby(np.asarray(groups)).sum().to_numpy()
-    if len(totals) < 2 or not totals.any():
-        return 1.0
-
-    def total(x: np.ndarray, axis: int) -> np.ndarray:
-        return x.sum(axis=axis)
-
-    test = stats.permutation_test(
-        (totals,), total, permutation_type="samples", n_resamples=4999, vectorized=True, rng=np.random.default_rng(0)
-    )
-    return float(test.pvalue)
+def _p(draws: np.ndarray) -> float:
+    """Two-sided p of no difference: twice the share of samples on the other side of zero, at least 1 / DRAWS."""
+    draws = draws[~np.isnan(draws)]
+    return float(min(1.0, max(2 * min((draws <= 0).mean(), (draws >= 0).mean()), 1 / DRAWS)))
 
 
 def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """The reasoning datasets of claim C8, and how each is split so that nothing of the test leaks into training.
 
-Every loader returns one row per question: prompt, answer (as it follows the prompt, its space included), group
-and split. Questions of one group always share a split, which a hash of the group's name decides.
+Every loader returns one row per question: prompt, answer (as it follows the prompt, its space included), group, and
+tested (whether it may be a test question). A group is what must not be in training and in the test: a bridge entity, a
+pair of numbers, a kind of animal ("|" between where a question has several). `split` does the rest, by hash of names.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from . import tasks
 from .paths import CACHE, DATA
@@ -22,6 +24,8 @@ from .runtime import atomic_file
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 SPLITS = ("train", "validation", "test")
+FOLDS, VALIDATION = 3, 0.15
+TWINS = 0.8  # word problems that share this part of their words are one group
 
 PUBLISHED = {  # file in the folder BACKATTN_DATASETS, public home, sha256
     "svamp": (
@@ -37,16 +41,42 @@ PUBLISHED = {  # file in the folder BACKATTN_DATASETS, public home, sha256
 }
 
 
-def split_of(group: str, shares: tuple[float, float] = (0.7, 0.15)) -> str:
-    """The split of a group: by the hash of its name, `shares` to train and validation, the rest to test."""
-    place = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-    return SPLITS[int(np.searchsorted(np.cumsum(shares), place, side="right"))]
+def place_of(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def _questions(rows: list[tuple[str, str, str]], shares: tuple[float, float] = (0.7, 0.15)) -> pd.DataFrame:
+def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
+    """The questions of `frame` with their split: "train", "validation" or "test".
+
+    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2 is one of three turns: 15 % of the
+    names are for validation in all turns; the others are tested in one turn and trained on in the two others, so that
+    all of them are tested once. A question whose names fall into different splits is left out, and so is one in the
+    test that is not `tested`.
+
+    Raises ValueError for another fold.
+    """
+    if fold not in (None, *range(FOLDS)):
+        raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
+
+    def of(name: str) -> str:
+        place = place_of(name)
+        if fold is None:
+            return SPLITS[int(np.searchsorted([0.8, 0.9], place, side="right"))]
+        if place < VALIDATION:
+            return "validation"
+        return "test" if int((place - VALIDATION) / (1 - VALIDATION) * FOLDS) == fold else "train"
+
+    splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
+    frame = frame.assign(split=[min(own) for own in splits])
+    left = np.array([len(own) == 1 for own in splits]) & (frame["tested"] | (frame["split"] != "test"))
+    return frame[left].reset_index(drop=True)
+
+
+def _questions(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["prompt", "answer", "group"])
     frame["answer"] = " " + frame["answer"]  # "=-8" would begin with a token of its own
-    return frame.assign(split=[split_of(group, shares) for group in frame["group"]])
+    return frame.assign(tested=True)
 
 
 def two_digit() -> pd.DataFrame:
@@ -56,13 +86,13 @@ def two_digit() -> pd.DataFrame:
         for b in range(100):
             for sign in "+-":
                 rows.append((f"{a}{sign}{b}=", str(OPERATIONS[sign](a, b)), f"{min(a, b)},{max(a, b)}"))
-    return _questions(rows, (0.8, 0.1))
+    return _questions(rows)
 
 
 def one_digit_composite() -> pd.DataFrame:
     """All 6,561 problems "(a op b) op c =" with digits 1–9 and + − * (1DC of Brown et al. 2020, inner pair first).
 
-    A group is the inner (a op b), so that no test question's first step was seen in training.
+    A group is the inner pair of digits in either order, so that no test question's first step was seen in training.
     """
     rows = []
     for a in range(1, 10):
@@ -71,66 +101,74 @@ def one_digit_composite() -> pd.DataFrame:
                 for second, outer in OPERATIONS.items():
                     for c in range(1, 10):
                         prompt = f"({a}{first}{b}){second}{c}="
-                        rows.append((prompt, str(outer(inner(a, b), c)), f"{a}{first}{b}"))
+                        rows.append((prompt, str(outer(inner(a, b), c)), f"{min(a, b)},{max(a, b)}"))
     return _questions(rows)
 
 
 def two_hop(path: Path = DATA / "two_hop_known.csv") -> pd.DataFrame:
-    """Two-hop questions both of whose hops SmolLM2 answers (`known_two_hop`), split by bridge entity.
+    """Two-hop questions both of whose hops SmolLM2 answers; a group is a bridge entity.
 
-    Also e1, e2, e3 and their aliases; the answer is judged by its first token.
+    Tested are those whose shortcut ("e1's r2") it does not answer with e3, so that one hop is not enough. Also e1, e2,
+    e3 and their aliases; an answer is judged by its first token.
     """
     keys = ["pair", "e1", "r1", "r2"]
-    known = tasks.read_table(path, keys)[keys]
-    facts = tasks.two_hop_facts().merge(known, on=keys)
+    known = tasks.read_table(path, [*keys, "shortcut_right"])
+    facts = tasks.two_hop_facts().drop(columns="split").merge(known, on=keys)
     say = tasks.TEMPLATES["possessive"].say
     prompts = [say(row.e1, row.r1, row.r2) for row in facts.itertuples()]
-    return facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"])
+    return facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"], tested=~facts["shortcut_right"])
 
 
 def legs(animals: int, path: Path = DATA / "legs.csv") -> pd.DataFrame:
     """Word problems about `animals` kinds of animal (1 or 2), made by reasoning-gym: the offline stand-in.
 
-    A group is a kind of animal; with two kinds, questions whose kinds fall into different splits are left out.
-    Raises ValueError for another number of kinds.
+    A group is a kind of animal, or two. Raises ValueError for another number of kinds.
     """
     if animals not in (1, 2):
         raise ValueError(f"There are problems about 1 or 2 kinds of animal, not {animals}.")
-    frame = tasks.read_table(path, ["prompt", "answer", "animals"])
-    frame = frame.assign(answer=" " + frame["answer"].astype(str), group=frame["animals"])
-    kinds = [cell.split("|") for cell in frame["animals"]]
-    splits = [{split_of(kind, (0.5, 0.2)) for kind in row} for row in kinds]  # few kinds: a larger test
-    fits = [len(row) == animals and len(own) == 1 for row, own in zip(kinds, splits, strict=True)]
-    return frame.assign(split=[min(own) for own in splits])[fits].reset_index(drop=True)
+    frame = tasks.read_table(path, ["prompt", "answer", "animals"]).rename(columns={"animals": "group"})
+    frame = frame.assign(answer=" " + frame["answer"].astype(str), tested=True)
+    return frame[frame["group"].str.count(r"\|") == animals - 1].reset_index(drop=True)
 
 
 def svamp(folder: Path | None = None) -> pd.DataFrame:
-    """SVAMP (Patel et al. 2021): one-step word problems. A group is a text without its numbers.
+    """SVAMP (Patel et al. 2021): one-step word problems. A group is a set of texts that say nearly the same.
 
-    folder: where svamp/SVAMP.json lies; see `_published`.
+    folder: where svamp/SVAMP.json lies; None takes the folder named by BACKATTN_DATASETS, else the public home.
+    Raises OSError when it cannot be fetched, ValueError for a file with another sha256.
     """
-    rows = []
+    texts, answers = [], []
     for item in _published("svamp", folder):
-        text = " ".join(f"{item['Body']} {item['Question']}".replace(" .", ".").split())
-        rows.append((f"{text} Answer:", _whole(item["Answer"]), _without_numbers(item["Body"])))
-    return _questions(rows)
+        texts.append(" ".join(f"{item['Body']} {item['Question']}".replace(" .", ".").split()))
+        answers.append(_whole(item["Answer"]))
+    return _word_problems(texts, answers)
 
 
 def multiarith(folder: Path | None = None) -> pd.DataFrame:
-    """MultiArith (Roy and Roth 2015): two-step word problems. A group is a text without its numbers."""
-    rows = []
-    for item in _published("multiarith", folder):
-        text = " ".join(item["sQuestion"].split())
-        rows.append((f"{text} Answer:", _whole(item["lSolutions"][0]), _without_numbers(text)))
-    return _questions(rows)
+    """MultiArith (Roy and Roth 2015): two-step word problems; see `svamp`."""
+    items = _published("multiarith", folder)
+    texts = [" ".join(item["sQuestion"].split()) for item in items]
+    return _word_problems(texts, [_whole(item["lSolutions"][0]) for item in items])
 
 
 def _whole(number: float) -> str:
     return str(int(number)) if float(number).is_integer() else str(number)
 
 
-def _without_numbers(text: str) -> str:
-    return re.sub(r"[\d.,]+", "N", " ".join(text.lower().split()))
+def _word_problems(texts: list[str], answers: list[str]) -> pd.DataFrame:
+    names = twins([re.findall(r"[a-z]+", text.lower()) for text in texts])
+    return _questions([(f"{t} Answer:", a, f"text {g}") for t, a, g in zip(texts, answers, names, strict=True)])
+
+
+def twins(texts: Sequence[Sequence[str]], least: float = TWINS) -> np.ndarray:
+    """A number per text, the same for texts linked by pairs that share `least` of the words of both: [n]."""
+    vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
+    has = np.zeros((len(texts), len(vocabulary)), dtype=np.float32)
+    for row, text in enumerate(texts):
+        has[row, [vocabulary[word] for word in text]] = 1
+    both = has @ has.T
+    either = has.sum(1)[:, None] + has.sum(1) - both
+    return connected_components(both >= least * either)[1]
 
 
 DATASETS: dict[str, Callable[[], pd.DataFrame]] = {
@@ -152,15 +190,13 @@ def load(name: str) -> pd.DataFrame:
 
 
 def overview(names: Sequence[str]) -> pd.DataFrame:
-    """What the datasets hold: dataset, questions and groups in each split, and one test question with its answer."""
+    """What the datasets hold: questions, those that may be tested, names; one question with its answer."""
     rows = []
     for name in names:
         frame = load(name)
-        row: dict[str, object] = {"dataset": name}
-        for split in SPLITS:
-            part = frame[frame["split"] == split]
-            row |= {split: len(part), f"{split} groups": part["group"].nunique()}
-        first = draw(frame, "test", 1).iloc[0]
+        row = {"dataset": name, "questions": len(frame), "tested": int(frame["tested"].sum())}
+        row["names"] = frame["group"].str.split("|").explode().nunique()
+        first = draw(split(frame, 0), "test", 1).iloc[0]
         rows.append({**row, "question": first["prompt"], "answer": first["answer"].strip()})
     return pd.DataFrame(rows)
 
@@ -189,10 +225,7 @@ def draw(frame: pd.DataFrame, split: str, count: int | None = None, seed: int = 
 
 
 def _published(name: str, folder: Path | None) -> list[dict]:
-    """The items of a published dataset: from `folder`, the folder named by BACKATTN_DATASETS, or its public home.
-
-    Raises OSError when it cannot be fetched, ValueError for a file with another sha256.
-    """
+    """The items of a published dataset; see `svamp`."""
     place, url, sha256 = PUBLISHED[name]
     named = folder or os.environ.get("BACKATTN_DATASETS")
     path = (Path(named) if named else CACHE / "datasets") / place
@@ -210,7 +243,7 @@ def _published(name: str, folder: Path | None) -> list[dict]:
                 "folder."
             ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} has another sha256 than the published file: delete it and it is fetched again.")
+        raise ValueError(f"{path} has another sha256 than the published file: put the published one there.")
     if not path.exists():
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,14 +23,15 @@ from torch import Tensor, nn
 from . import census, datasets, runtime
 from .back_attention import BackAttentionConfig, get_back_attention_model
 from .baselines import ARMS, make_arm
-from .models import load_model
+from .models import EMBEDDED, load_model
 from .paths import BUILD, DATA
-from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train
+from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train, written
 
 CHECKPOINTS = DATA / "checkpoints"
 VERSION = 1  # raised when the same configuration would give another result
 UNTRAINED = ("zero-shot", "few-shot")
 SHOTS = 4
+MOST_RATES = 5
 SCRATCH = "scratch"  # the model of runs from scratch
 SCRATCH_ARMS = {
     "1 layer": "the baseline",
@@ -44,7 +44,10 @@ SCRATCH_ARMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Sizes are numbers of questions; a seed decides initial weights and the order of questions."""
+    """One training run. Sizes are numbers of questions.
+
+    A seed decides initial weights and the order of questions and, for adapters, which fold is tested.
+    """
 
     dataset: str
     arm: str
@@ -61,9 +64,15 @@ class Run:
     dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
 
     @property
+    def fold(self) -> int | None:
+        """See `datasets.split`: models from scratch are all tested on the same questions."""
+        return None if self.model == SCRATCH else self.seed % datasets.FOLDS
+
+    @property
     def key(self) -> str:
         """16 hexadecimal digits that name the run."""
-        about = [VERSION, asdict(self), data_hash(self.dataset)]
+        source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
+        about = [VERSION, asdict(self), asdict(self.recipe), data_hash(self.dataset), source, SHOTS]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -80,7 +89,7 @@ class Run:
         )
 
 
-RATES = {  # learning rates tried for each arm, as many for all
+RATES = {  # learning rates tried first for each arm, see `search`
     **dict.fromkeys(ARMS, (2.5e-4, 1e-3, 4e-3)),
     "bias": (4e-3, 1.6e-2, 6.4e-2),
     **dict.fromkeys(SCRATCH_ARMS, (5e-4, 1e-3, 2e-3)),
@@ -89,9 +98,11 @@ RATES = {  # learning rates tried for each arm, as many for all
 
 @functools.cache
 def data_hash(dataset: str) -> str:
-    """Hash of a dataset's questions, answers and splits."""
-    frame = datasets.load(dataset)[["prompt", "answer", "split"]]
-    return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:16]
+    """Hash of a dataset's questions, answers (other names included), groups, and of how groups are split."""
+    frame = datasets.load(dataset)
+    columns = [name for name in ("prompt", "answer", "group", "tested", "e3_aliases") if name in frame]
+    rules = [datasets.FOLDS, datasets.VALIDATION]
+    return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- questions as a model gets them
@@ -100,7 +111,7 @@ def data_hash(dataset: str) -> str:
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
     counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
-    frame = datasets.load(run.dataset)
+    frame = datasets.split(datasets.load(run.dataset), run.fold)
     part = datasets.draw(frame, split, counts[split])
     if run.arm == "few-shot":
         shown = datasets.draw(frame, "train", SHOTS, seed=run.seed)
@@ -248,35 +259,38 @@ class Store:
 def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
-    A result holds: run, trained (number of weights), seconds (of training, the last sitting), validation (share right),
+    A result holds: run, trained (number of weights), seconds (of training), validation (share right),
     validation_loss, right (one 0 or 1 per test question), perplexity (of held-out text, language models only), curve
     (rows of `training.train`), flops (of a forward pass over the first test question), hardware.
     """
     done = store.result(run)
     if done is not None:
         return done
-    place, begin = store.place(run), time.monotonic()
+    place = store.place(run)
     place.mkdir(parents=True, exist_ok=True)
-    weights, curve, result = {}, [], {"run": asdict(run), "trained": 0}
+    weights, curve, result = {}, [], {"run": asdict(run), "trained": 0, "seconds": 0.0}
     if run.arm not in UNTRAINED:
         with armed(run, run.dtype if run.model != SCRATCH else "float32", device) as (model, tokenizer):
             items, validation = (questions(run, tokenizer, split) for split in ("train", "validation"))
             curve = train(model, items, run.recipe, validation, place / "training.pt").to_dict("records")
             weights = trained_weights(model)
             result["trained"] = sum(tensor.numel() for tensor in weights.values())
-    result["seconds"] = round(time.monotonic() - begin, 1)
+            result["seconds"] = round(curve[-1]["seconds"], 1)
     with armed(run, "float32", device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
         validation, test = (questions(run, tokenizer, split) for split in ("validation", "test"))
         right, loss = evaluate(model, validation)
         result |= {"validation": float(right.mean()), "validation_loss": loss}
-        result["right"] = "".join(map(str, evaluate(model, test)[0].astype(int)))
+        by_writing = test.accepted is None and run.model != SCRATCH
+        right = written(model, tokenizer, test) if by_writing else evaluate(model, test)[0]
+        result["right"] = "".join(map(str, right.astype(int)))
         if run.model != SCRATCH:
             result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
         result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
     result |= {"curve": curve, "hardware": runtime.hardware()}
     store.keep(run, result, weights)
+    (place / "training.pt").unlink(missing_ok=True)
     return result
 
 
@@ -288,11 +302,12 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
     """
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
-        kept = np.array([c == "1" for c in store.result(run)["right"][:count]])
         weights = store.weights(run)
+        kept = np.array([c == "1" for c in store.result(run)["right"][:count]])
         with armed(run, "float32", device) as (model, tokenizer):
             put_weights(model, weights)
-            right = evaluate(model, questions(replace(run, test_items=len(kept)), tokenizer, "test"))[0]
+            test = questions(replace(run, test_items=len(kept)), tokenizer, "test")
+            right = written(model, tokenizer, test) if test.accepted is None else evaluate(model, test)[0]
         about = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(kept)}
         rows.append({**about, "accuracy": right.mean(), "kept": kept.mean(), "agree": (right == kept).mean()})
     return pd.DataFrame(rows)
@@ -300,9 +315,11 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
 
 def forward_flops(model: nn.Module, ids: Tensor) -> int:
     """Floating-point operations of one forward pass over ids [B, T], logits of the last token only, as torch counts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The fused attention of CPUs is not counted: take it apart.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, logits_to_keep=1, use_cache=False)
     return counter.get_total_flops()
 
@@ -317,14 +334,19 @@ SEEDS = (0, 1, 2)
 def scratch_runs(store: Store, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> tuple[list[Run], list[Run]]:
     """Claim C7: (runs that try learning rates for a third of the time, runs at the best of them for all seeds).
 
-    The second list is empty until the first is finished.
+    The first list grows while the best is at an end (`search`); the second is empty until that is done.
     """
     shape = dict(model=SCRATCH, source_layer=0, dim=160, batch_size=256, train_items=None)
     shape |= dict(validation_items=1000, test_items=2000)
-    tried = [run for arm in SCRATCH_ARMS for run in grid(Run("2-digit", arm, steps=250, **shape))]
-    if any(store.result(run) is None for run in tried):
+    tried, best = _search_all([Run("2-digit", arm, steps=250, **shape) for arm in SCRATCH_ARMS], store)
+    if None in best:
         return tried, []
-    return tried, [replace(run, steps=750) for run in tuned(tried, store, seeds)]
+    return tried, [replace(run, steps=750, seed=seed) for run in best for seed in seeds]
+
+
+def _search_all(runs: Sequence[Run], store: Store) -> tuple[list[Run], list[Run | None]]:
+    found = [search(run, store) for run in runs]
+    return [one for tried, _ in found for one in tried], [best for _, best in found]
 
 
 def adapter_runs(
@@ -332,30 +354,31 @@ def adapter_runs(
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8: (runs that try learning rates, runs at the best of them for all seeds and without training).
 
-    The second list is empty until the first is finished. sizes: fields of `Run`, for every run.
+    See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run.
     """
     steps = {"steps": 150, **sizes}
     places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
-    tried = {place: [r for arm in arms for r in grid(Run(place, arm, model=model, **steps))] for place in places}
-    everything = [run for runs in tried.values() for run in runs]
-    if any(store.result(run) is None for run in everything):
-        return everything, []
+    tried, best = _search_all([Run(place, arm, model=model, **steps) for place in places for arm in arms], store)
+    if None in best:
+        return tried, []
     final = []
     for name in names:
         plain = Run(name, "zero-shot", model=model, **{**steps, "steps": 0})
-        final += [plain, *(replace(plain, arm="few-shot", seed=seed) for seed in SEEDS)]
-        final += [replace(run, dataset=name) for run in tuned(tried[TUNED_ON.get(name, "1DC")], store, SEEDS)]
-    return everything, final
+        mine = [plain, replace(plain, arm="few-shot"), *(r for r in best if r.dataset == TUNED_ON.get(name, "1DC"))]
+        final += [replace(run, dataset=name, seed=seed) for run in mine for seed in SEEDS]
+    return tried, final
 
 
 def complete(
     plan: Callable[[Store], tuple[list[Run], list[Run]]], store: Store, processes: int = 1, device: str = "cpu"
 ) -> list[Run]:
     """Perform what is unfinished of a plan (`scratch_runs`, `adapter_runs`), and return its second list."""
-    sweep(plan(store)[0], store, processes, device)
-    final = plan(store)[1]
-    sweep(final, store, processes, device)
-    return final
+    while True:
+        tried, final = plan(store)
+        sweep(tried, store, processes, device)
+        if final:
+            sweep(final, store, processes, device)
+            return final
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:
@@ -375,7 +398,10 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
 def _job(run: Run, store: Store, device: str) -> None:
     runtime.use_threads()
     os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
-    perform(run, store, device)
+    try:
+        perform(run, store, device)
+    except FloatingPointError as error:  # too high a learning rate is a result
+        store.keep(run, {"run": asdict(run), "diverged": str(error)}, {})
 
 
 def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
@@ -383,7 +409,7 @@ def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     rows = []
     for run in runs:
         result = store.result(run)
-        if result is not None:
+        if result is not None and "diverged" not in result:
             kept = {k: v for k, v in result.items() if k not in ("key", "run", "curve")}
             rows.append(
                 {"key": run.key, **result["run"], **kept, "test": float(np.mean([c == "1" for c in result["right"]]))}
@@ -391,23 +417,29 @@ def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def grid(run: Run) -> list[Run]:
-    """The run at every learning rate that is tried for its arm."""
-    return [replace(run, learning_rate=rate) for rate in RATES[run.arm]]
+def best_of(tried: Sequence[Run], store: Store) -> Run:
+    """The finished run that did best on the validation questions; of equals, the one with the lower loss there.
 
-
-def tuned(grid: Sequence[Run], store: Store, seeds: Sequence[int]) -> list[Run]:
-    """The runs at the learning rate that did best on the validation questions, for all seeds.
-
-    grid: runs that differ in learning rate, finished, with one seed; grouped by everything else.
+    Raises ValueError when no run is finished or all diverged.
     """
-    groups: dict[Run, list[Run]] = {}
-    for run in grid:
-        groups.setdefault(replace(run, learning_rate=0.0), []).append(run)
-    chosen = []
-    for candidates in groups.values():
-        results = {run: store.result(run) for run in candidates}
-        finished = [run for run in candidates if results[run] is not None]
-        best = max(finished, key=lambda r: (results[r]["validation"], -results[r]["validation_loss"]))
-        chosen += [replace(best, seed=seed) for seed in seeds]
-    return chosen
+    scored = [(run, store.result(run)) for run in tried]
+    scored = [(run, result) for run, result in scored if result is not None and "diverged" not in result]
+    if not scored:
+        raise ValueError(f"None of {len(tried)} runs of {tried[0].arm!r} on {tried[0].dataset!r} gave a result.")
+    return max(scored, key=lambda pair: (pair[1]["validation"], -pair[1]["validation_loss"]))[0]
+
+
+def search(run: Run, store: Store) -> tuple[list[Run], Run | None]:
+    """Learning rates to try for a run: (runs, the best of them once all are finished and it is not at an end).
+
+    The three RATES of its arm; while the best is the lowest or the highest, one more beyond, up to MOST_RATES in all.
+    """
+    tried = [replace(run, learning_rate=rate) for rate in RATES[run.arm]]
+    while all(store.result(one) is not None for one in tried):
+        best, rates = best_of(tried, store), sorted(one.learning_rate for one in tried)
+        factor = rates[1] / rates[0]
+        beyond = {rates[0]: rates[0] / factor, rates[-1]: rates[-1] * factor}.get(best.learning_rate)
+        if beyond is None or len(tried) == MOST_RATES:
+            return tried, best
+        tried.append(replace(run, learning_rate=beyond))
+    return tried, None

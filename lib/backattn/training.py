@@ -4,6 +4,8 @@ Batches are padded on the left, so that all answers end in the last column; logi
 With a frozen base the states of the first pass are computed once per question and kept (`FirstPasses`).
 """
 
+import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +27,14 @@ IGNORED = -100  # label of positions without a target
 class Items:
     """Tokenised questions.
 
-    prompts, answers: token ids. accepted: per question the first tokens that count as right, or None where the whole
-    answer must be right. goes_on: tokens that, after an answer, would make it another number.
+    prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens that count as
+    right, or None where the whole answer must be right. goes_on: tokens that, after an answer, would make it another
+    number.
     """
 
     prompts: list[list[int]]
     answers: list[list[int]]
+    texts: list[str]
     accepted: list[frozenset[int]] | None
     goes_on: frozenset[int]
 
@@ -63,7 +67,7 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
     """
     prompts, answers = _tokens(tokenizer, frame, end)
     digits = frozenset(i for word, i in tokenizer.get_vocab().items() if word[:1] in set("0123456789"))
-    return Items(prompts, answers, None, digits)
+    return Items(prompts, answers, frame["answer"].tolist(), None, digits)
 
 
 def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]]) -> Items:
@@ -72,7 +76,7 @@ def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[in
     Raises ValueError for an empty frame.
     """
     prompts, answers = _tokens(tokenizer, frame)
-    return Items(prompts, [answer[:1] for answer in answers], list(accepted), frozenset())
+    return Items(prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), list(accepted), frozenset())
 
 
 def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[int]], list[list[int]]]:
@@ -192,6 +196,38 @@ def evaluate(
     return right, losses / targets
 
 
+NUMBER = re.compile(r"\s*(-?\d+)(?![\d]|[.,]\d)")
+
+
+@torch.no_grad()
+def written(model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batch_size: int = 64) -> np.ndarray:
+    """Which questions greedy generation answers with the right number, however it is spaced and goes on: [n] bool.
+
+    The same rule for arms that were trained on a format and for those that were not; an early end of text is not
+    allowed, since models tuned for chat like to say nothing.
+    """
+    right, order = np.zeros(len(items), dtype=bool), np.argsort([len(p) for p in items.prompts], kind="stable")
+    for start in progress(range(0, len(items), batch_size), "writing", unit="batch"):
+        rows = order[start : start + batch_size].tolist()
+        width = max(len(items.prompts[row]) for row in rows)
+        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long, device=_device(model))
+        for place, row in enumerate(rows):
+            ids[place, width - len(items.prompts[row]) :] = torch.tensor(items.prompts[row])
+            mask[place, width - len(items.prompts[row]) :] = 1
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for row, text in zip(rows, tokenizer.batch_decode(made[:, width:]), strict=True):
+            number = NUMBER.match(text)
+            right[row] = number is not None and number[1] == items.texts[row].strip()
+    return right
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> float:
     """exp of the mean loss per token of a text, read in windows of `window` tokens, the rest left out."""
@@ -239,12 +275,13 @@ def train(
 
     Args:
         checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps; where it exists,
-            training goes on from it, to the same result as without the stop. Removed in the end.
+            training goes on from it, to the same result as without the stop. It stays, so that nothing is lost before
+            the caller has kept the result.
         keep_first_passes: gigabytes for the first pass's states of a frozen base; where they would take more, both
             passes run each time, to the same result but for rounding.
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
-    validation (share right; NaN without questions for it).
+    validation (share right; NaN without questions for it), seconds (of all sittings).
 
     Raises ValueError when nothing is to be trained, and FloatingPointError when the loss is no number any more.
     """
@@ -253,7 +290,7 @@ def train(
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
     optimiser = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimiser, round(recipe.warmup * recipe.steps), recipe.steps)
-    state = {"step": 0, "losses": [], "right": [], "curve": []}
+    state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     state |= _load(checkpoint, recipe, weights, optimiser, schedule)
     reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
     reuse = reuse and FirstPasses.gigabytes(model, items) <= keep_first_passes
@@ -261,6 +298,7 @@ def train(
     lengths = items.lengths
     marks = {round(recipe.steps * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
     device = _device(model)
+    begin, before = time.monotonic(), state["seconds"]
     model.eval()  # no dropout: two passes of one model must agree
     with progress(description="training", total=recipe.steps, initial=state["step"], unit="step") as bar:
         while state["step"] < recipe.steps:
@@ -287,13 +325,14 @@ def train(
             if state["step"] in marks:
                 score = evaluate(model, validation)[0].mean() if validation else float("nan")
                 row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": score}
-                state["curve"].append({"step": state["step"], **{k: float(v) for k, v in row.items()}})
+                state["seconds"] = before + time.monotonic() - begin
+                row |= {"step": state["step"], "seconds": state["seconds"]}
+                state["curve"].append({k: float(v) for k, v in row.items()})
                 state["losses"], state["right"] = [], []
             if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
+                state["seconds"] = before + time.monotonic() - begin
                 _save(checkpoint, recipe, weights, optimiser, schedule, state)
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation"])
+    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation", "seconds"])
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:
@@ -329,7 +368,7 @@ def _load(path: Path | None, recipe: Recipe, weights: dict, optimiser, schedule)
     """The progress kept in `path`, with weights, optimiser and schedule put back; empty where there is none."""
     if path is None or not path.exists():
         return {}
-    kept = torch.load(path, weights_only=True)
+    kept = torch.load(path, map_location=next(iter(weights.values())).device, weights_only=True)
     if kept["recipe"] != asdict(recipe) or kept["weights"].keys() != weights.keys():
         raise ValueError(f"{path} belongs to another training run: delete it, or train into another folder.")
     with torch.no_grad():
