@@ -344,6 +344,9 @@ def test_counts_weights(llama, capsys):
         (dict(source_layer=1, dim=0), "positive multiple"),
         (dict(source_layer=1, dim=6, heads=4), "positive multiple"),
         (dict(source_layer=1, softmax="both"), "joint"),
+        (dict(source_layer=1.0), "integer"),
+        (dict(source_layer="1"), "integer"),
+        (dict(source_layer=1, dim=8.0), "integers"),
     ],
 )
 def test_bad_configs_are_refused(options, message):
@@ -359,6 +362,59 @@ def test_a_wrapped_model_is_not_wrapped_again():
     with pytest.raises(ValueError, match="unload"):
         get_back_attention_model(model, CONFIGS["one source"])
     get_back_attention_model(wrapped.unload(), CONFIGS["one source"])
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    trained(load_model("tiny-llama")[0], CONFIGS["one source"]).save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, "notes.txt"]
+
+
+def test_layers_with_a_forward_of_their_own_keep_it():
+    """As accelerate puts on them for models larger than one GPU."""
+    model, tok = load_model("tiny-llama")
+    layer, calls = model.model.layers[2], []
+    ordinary = layer.forward
+    layer.forward = lambda *args, **kwargs: (calls.append(1), ordinary(*args, **kwargs))[1]
+    wrapped = trained(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS)
+    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    logits(wrapped, batch, first_pass=states)
+    calls.clear()
+    logits(wrapped, batch)
+    assert len(calls) == 2
+
+
+def test_an_interrupt_leaves_nothing_behind():
+    model, tok = load_model("tiny-llama")
+    batch = encode(tok, PROMPTS)
+    before = logits(model, batch)
+    wrapped = trained(model, CONFIGS["one source"])
+    on = logits(wrapped, batch)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[3].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        logits(wrapped, batch)
+    with pytest.raises(KeyboardInterrupt):
+        wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    handle.remove()
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped, batch), before)
+    assert torch.equal(logits(wrapped, batch), on)
+
+
+def test_outputs_that_would_mix_both_passes_are_refused(llama):
+    model, tok = load_model("tiny-llama")
+    wrapped = trained(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS)
+    for what in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match="both passes"):
+            wrapped(input_ids=batch.ids, **{what: True})
+        with wrapped.disable_adapter(), torch.no_grad():
+            wrapped(input_ids=batch.ids, **{what: True})
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,33 +17,60 @@ from backattn import baselines, datasets, experiments, load_model, training
 from backattn.back_attention import TwoPassModel
 from backattn.experiments import Run, Store
 
+PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
 OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds"]
 
 
 # ---------------------------------------------------------------- datasets
 
 
+@pytest.mark.parametrize("fold", [None, 0, 1, 2])
 @pytest.mark.parametrize("name", OFFLINE)
-def test_no_group_is_in_two_splits(name):
-    frame = datasets.load(name)
+def test_no_name_is_in_two_splits(name, fold):
+    frame = datasets.split(datasets.load(name), fold)
     assert set(frame["split"]) == set(datasets.SPLITS)
     assert not frame["prompt"].duplicated().any() or name == "two-hop"
-    kinds = frame.assign(kind=frame["group"].str.split("|")).explode("kind")
-    assert (kinds.groupby("kind")["split"].nunique() == 1).all()
+    names = frame.assign(name=frame["group"].str.split("|")).explode("name")
+    assert (names.groupby("name")["split"].nunique() == 1).all()
+    assert frame.loc[frame["split"] == "test", "tested"].all()
 
 
-def test_arithmetic_is_right_and_whole():
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_question_is_tested_in_one_fold_or_validates_in_all(name):
+    whole = datasets.load(name)
+    parts = [datasets.split(whole, fold) for fold in range(datasets.FOLDS)]
+    tested = pd.concat([part[part["split"] == "test"] for part in parts])["prompt"]
+    held_out = [set(part.loc[part["split"] == "validation", "prompt"]) for part in parts]
+    assert held_out[0] == held_out[1] == held_out[2] and not held_out[0] & set(tested)
+    if name != "legs, two kinds":  # whose animals may fall into different folds
+        alone = whole[whole["tested"] & ~whole["prompt"].isin(held_out[0])]
+        assert sorted(tested) == sorted(alone["prompt"])
+
+
+def test_places_are_what_they_were():
+    """A salted hash would shuffle the splits with every start of Python."""
+    assert [round(datasets.place_of(name), 4) for name in ("Spain", "3,4", "ant")] == PLACES
+    with pytest.raises(ValueError, match="folds 0 to 2"):
+        datasets.split(datasets.load("1DC"), 3)
+
+
+def test_arithmetic_is_right_and_no_first_step_is_seen_before():
     frame = datasets.two_digit()
     assert len(frame) == 20_000
     for row in frame.sample(300, random_state=0).itertuples():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
-    composite = datasets.one_digit_composite()
+    composite = datasets.split(datasets.one_digit_composite(), 0)
     assert len(composite) == 6_561
     for row in composite.sample(300, random_state=0).itertuples():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
-    held_out = composite[composite["split"] == "test"]
-    first = held_out["prompt"].str.split(")").str[0]
-    assert not first.isin(composite[composite["split"] == "train"]["prompt"].str.split(")").str[0]).any()
+    digits = composite["prompt"].str.extract(r"\((\d).(\d)\)").apply(lambda row: tuple(sorted(row)), axis=1)
+    assert not set(digits[composite["split"] == "test"]) & set(digits[composite["split"] == "train"])
+
+
+def test_tested_two_hop_questions_need_both_hops():
+    frame = datasets.two_hop()
+    assert 0.4 < frame["tested"].mean() < 0.7
+    assert (frame["group"] == frame["e2"]).all()
 
 
 def test_legs_add_up():
@@ -60,13 +88,23 @@ def test_legs_add_up():
         assert sum(n * legs.loc[k, "min"] for n, k in zip(counts, order, strict=True)) == row.answer
 
 
-@given(st.text(min_size=1), st.floats(0.1, 0.8))
-def test_splits_depend_on_the_name_alone(group, share):
-    assert datasets.split_of(group, (share, 0.1)) == datasets.split_of(group, (share, 0.1)) in datasets.SPLITS
+@given(st.text(min_size=1))
+def test_places_lie_in_the_unit_interval(name):
+    assert 0 <= datasets.place_of(name) < 1
+
+
+def test_texts_that_say_nearly_the_same_are_twins():
+    texts = [
+        "Ann has N pens and then buys N more at a shop",
+        "Bob has N pens and then buys N more at a shop",
+        "How tall is a tree of N years",
+    ]
+    groups = datasets.twins([text.lower().split() for text in texts])
+    assert groups[0] == groups[1] != groups[2]
 
 
 def test_draw_is_seeded_and_says_when_there_is_nothing():
-    frame = datasets.one_digit_composite()
+    frame = datasets.split(datasets.one_digit_composite(), 0)
     assert datasets.draw(frame, "test", 20).equals(datasets.draw(frame, "test", 20))
     assert len(datasets.draw(frame, "test")) == (frame["split"] == "test").sum()
     with pytest.raises(ValueError, match="no questions in split 'dev'"):
@@ -154,6 +192,34 @@ def test_first_tokens_accept_aliases(llama, sums):
     assert training.right_answers(logits, items, [0, 1, 2], batch).tolist() == [True, False, True]
 
 
+def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
+    items = training.numbers(llama[1], sums)
+    texts = iter([" 3 pens", "\n6. And", " 12,5"])
+    monkeypatch.setattr(type(llama[1]), "batch_decode", lambda self, rows: [next(texts) for _ in rows])
+    order = np.argsort([len(p) for p in items.prompts], kind="stable")
+    right = training.written(llama[0], llama[1], items)
+    said = dict(zip(order.tolist(), [" 3 pens", "\n6. And", " 12,5"], strict=True))
+    expected = [bool(re.match(rf"\s*{a.strip()}(?![\d,])", said[row])) for row, a in enumerate(items.texts)]
+    assert right.tolist() == expected
+    for text, number in (
+        (" 75.", "75"),
+        ("-12", "-12"),
+        ("\n 4 pens", "4"),
+        ("1.5", None),
+        ("x 3", None),
+        ("7,5", None),
+    ):
+        found = training.NUMBER.match(text)
+        assert (found and found[1]) == number
+
+
+def test_perplexity_is_that_of_the_words(llama):
+    model, tok = load_model("tiny-llama")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    assert training.perplexity(model, tok, "one two three four " * 20, window=8) == pytest.approx(len(tok))
+
+
 def test_empty_questions_are_refused(llama, sums):
     with pytest.raises(ValueError, match="no questions"):
         training.numbers(llama[1], sums[:0])
@@ -189,6 +255,13 @@ def test_arms_have_equal_weights():
         baselines.make_arm("magic", load_model("tiny-llama")[0], 1, 8)
     with pytest.raises(ValueError, match="q_proj"):
         baselines.make_arm("LoRA q,v", load_model("tiny-gpt2")[0], 1, 8)
+
+
+def test_the_control_reads_its_own_layer_in_one_pass():
+    same = baselines.make_arm("same layer", load_model("tiny-llama")[0], 1, 4)
+    assert same.memory_layers == (1,) and not same.two_passes
+    full = baselines.make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
+    assert full.memory_layers == (1, 2, 3, 4) and full.two_passes
 
 
 def test_the_loop_reads_its_own_position_only():
@@ -251,8 +324,8 @@ def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
     assert path.exists()
     resumed, items = fresh()
     again = training.train(resumed, items, recipe, items, path, save_every=2)
-    assert not path.exists()
-    pd.testing.assert_frame_equal(curve, again)
+    columns = ["step", "loss", "train", "validation"]
+    pd.testing.assert_frame_equal(curve[columns], again[columns])
     assert all(torch.equal(whole[name], p) for name, p in weights_of(resumed).items())
 
 
@@ -263,7 +336,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     optimiser = torch.optim.AdamW(wrapped.updates.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
     weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    training._save(path, recipe, weights, optimiser, schedule, {"step": 1})
+    training._save(path, recipe, weights, optimiser, schedule, {"step": 1, "seconds": 0.0})
     with pytest.raises(ValueError, match="another training run"):
         training.train(wrapped, items, replace(recipe, seed=3), checkpoint=path)
 
@@ -279,7 +352,8 @@ def test_kept_first_passes_give_the_same_training(monkeypatch):
         ends.append((training.train(wrapped, items, recipe, keep_first_passes=room), weights_of(wrapped), len(counted)))
     (kept, weights, first), (plain, others, second) = ends
     assert first == second == 1  # computed once with room, never without
-    pd.testing.assert_frame_equal(kept, plain, atol=1e-4)
+    columns = ["step", "loss", "train", "validation"]
+    pd.testing.assert_frame_equal(kept[columns], plain[columns], atol=1e-4)
     assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
 
 
@@ -376,12 +450,74 @@ def test_keys_tell_runs_apart(tiny_run):
     assert replace(tiny_run).key == tiny_run.key
 
 
-def test_tuning_takes_the_best_on_validation_for_all_seeds(tiny_run, tmp_path):
-    store, grid = Store(tmp_path, shipped=None), [replace(tiny_run, learning_rate=rate) for rate in (1e-3, 1e-2, 1e-1)]
-    for run, score in zip(grid, (0.2, 0.7, 0.4), strict=True):
-        store.keep(run, {"run": {}, "validation": score, "validation_loss": 1.0, "right": "1"}, {})
-    chosen = experiments.tuned(grid, store, seeds=(0, 1, 2))
-    assert [run.learning_rate for run in chosen] == [1e-2] * 3 and [run.seed for run in chosen] == [0, 1, 2]
+def pretend(store, run, validation, **more):
+    store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {})
+
+
+def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
+    store, scores = Store(tmp_path, shipped=None), {}
+    for _ in range(10):
+        tried, best = experiments.search(tiny_run, store)
+        if best:
+            break
+        for run in tried:
+            scores[run.learning_rate] = 1 - abs(np.log(run.learning_rate / 6e-5))  # best far below what is tried first
+            pretend(store, run, scores[run.learning_rate])
+    assert sorted(scores) == pytest.approx([1.5625e-5, 6.25e-5, 2.5e-4, 1e-3, 4e-3])
+    assert best.learning_rate == pytest.approx(6.25e-5) and len(tried) <= experiments.MOST_RATES
+
+
+def test_a_diverged_run_is_a_result_and_never_the_best(tiny_run, tmp_path):
+    store = Store(tmp_path, shipped=None)
+    for rate, score in ((2.5e-4, 0.2), (1e-3, 0.5)):
+        pretend(store, replace(tiny_run, learning_rate=rate), score)
+    store.keep(replace(tiny_run, learning_rate=4e-3), {"run": {}, "diverged": "the loss is nan"}, {})
+    assert experiments.search(tiny_run, store)[1].learning_rate == 1e-3
+    with pytest.raises(ValueError, match="None of 1 runs"):
+        experiments.best_of([replace(tiny_run, learning_rate=4e-3)], store)
+
+
+def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "TUNED_ON", {"tiny": "tiny"})
+    monkeypatch.setattr(experiments, "MOST_RATES", 3)
+    store, sizes = Store(tmp_path, shipped=None), dict(source_layer=1, dim=4, batch_size=4, train_items=8)
+    sizes |= dict(validation_items=4, test_items=4, dtype="float32", steps=2)
+
+    def plan(store):
+        return experiments.adapter_runs(store, "tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
+
+    runs = experiments.complete(plan, store)
+    assert [run.arm for run in runs[::3]] == ["zero-shot", "few-shot", "back attention", "bias"]
+    assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
+    again = experiments.recheck([run for run in runs if run.arm == "bias"], store, 3)
+    assert (again["n"] == 3).all() and (again["agree"] == 1).all()
+
+
+def test_worked_examples_come_from_training_only(tiny_run, llama):
+    run = replace(tiny_run, dataset="1DC", arm="few-shot")
+    plain, shown = (experiments.questions(r, llama[1], "test") for r in (replace(run, arm="zero-shot"), run))
+    assert len(shown.prompts[0]) > 4 * len(plain.prompts[0])
+    assert shown.prompts[0][-len(plain.prompts[0]) + 1 :] == plain.prompts[0][1:]
+    frame = datasets.split(datasets.load("1DC"), run.fold)
+    text = llama[1].decode(shown.prompts[0])
+    examples = [f"{part}=" for part in text.split("=")[:-2]]
+    trained = set(frame.loc[frame["split"] == "train", "prompt"])
+    assert all(example.split(". ")[-1].strip() in trained for example in examples)
+
+
+def test_operations_are_counted_by_hand(llama):
+    """Of a layer of the tiny Llama, attention's scores and sums included."""
+    model, _ = load_model("tiny-llama")
+    time, width, heads, kv, head, ffn = 7, 32, 4, 2, 8, 48
+    linear = width * heads * head * 2 + 2 * width * kv * head + 3 * width * ffn
+    layer = 2 * time * linear + 2 * 2 * heads * time * time * head
+    total = 4 * layer + 2 * width * model.config.vocab_size
+    ids = torch.arange(5, 5 + time)[None]
+    assert experiments.forward_flops(model, ids) == total
+    wrapped = baselines.make_arm("back attention", model, 1, 4)
+    states, dim = 4, 4
+    update = 2 * time * width * dim * (2 + 2 * states) + 2 * 2 * time * time * states * dim
+    assert experiments.forward_flops(wrapped, ids) == total + 3 * layer + update
 
 
 @pytest.mark.parametrize("arm", experiments.SCRATCH_ARMS)

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arch import describe
-from .runtime import atomic_folder
+from .runtime import atomic_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE = "BACK_ATTENTION"
@@ -67,6 +67,12 @@ class BackAttentionConfig:
     softmax: str = "joint"
 
     def __post_init__(self):
+        layers = [self.source_layer] if not isinstance(self.source_layer, tuple | list) else self.source_layer
+        for name, value in (("source_layer", layers), ("memory_layers", self.memory_layers or ())):
+            if not all(isinstance(layer, int) for layer in value):
+                raise ValueError(f"{name} must be an integer or several, not {getattr(self, name)!r}.")
+        if not (isinstance(self.dim, int) and isinstance(self.heads, int)):
+            raise ValueError(f"dim and heads must be integers, not {self.dim!r} and {self.heads!r}.")
         if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a positive multiple of heads {self.heads}.")
         if self.softmax not in ("joint", "per-layer"):
@@ -205,6 +211,7 @@ class TwoPassModel(nn.Module):
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
+        self._asleep: list[tuple[nn.Module, object]] = []
         self._attach()
         _wrapped.add(model)
 
@@ -226,8 +233,14 @@ class TwoPassModel(nn.Module):
             self._handles.append(block.module.register_forward_pre_hook(self._before_layer(layer), with_kwargs=True))
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._pass = None  # an interrupt may have left one
         if not self.enabled:
             return
+        if self.two_passes and any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions")):
+            raise ValueError(
+                "With back attention the layers run twice: output_hidden_states and output_attentions would mix both "
+                "passes. Leave them out; see attention_maps() for the memory, first_pass_states() for the first pass."
+            )
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -351,17 +364,25 @@ class TwoPassModel(nn.Module):
                 f"first_pass must hold the {len(self.needed)} states {self.needed}, and the adapter be on."
             )
         self._given = first_pass
-        for block in self._arch.blocks:  # only the arguments that each layer would get are wanted
-            block.module.forward = _pass_through
+        self._skip(self._arch.blocks)  # only the arguments that each layer would get are wanted
         try:
             return self.base_model(**{**kwargs, "use_cache": False})
         finally:
             self._given = None
             self._wake()
 
+    def _skip(self, blocks: Sequence) -> None:
+        """Let layers hand on what they get until `_wake`; others may have put a forward of their own on them."""
+        for block in blocks:
+            self._asleep.append((block.module, block.module.__dict__.get("forward")))
+            block.module.forward = _pass_through
+
     def _wake(self) -> None:
-        for block in self._arch.blocks:
-            block.module.__dict__.pop("forward", None)
+        while self._asleep:
+            module, forward = self._asleep.pop()
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
     @torch.no_grad()
     def first_pass_states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -373,10 +394,8 @@ class TwoPassModel(nn.Module):
 
         modules = [*(block.module for block in self._arch.blocks), self._arch.final_norm_module]
         handles = [modules[t].register_forward_pre_hook(keep(t), with_kwargs=True) for t in self.needed]
-        unused = self._arch.blocks[self.needed[-1] :]
         try:
-            for block in unused:
-                block.module.forward = _pass_through
+            self._skip(self._arch.blocks[self.needed[-1] :])
             with self.disable_adapter():
                 self.base_model(
                     input_ids=input_ids,
@@ -479,8 +498,8 @@ class BackAttentionModel(TwoPassModel):
         super().__init__(model, updates, memory, freeze_base)
         self.back_attention_config = config
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **_) -> None:
-        """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors; other files stay.
 
         The config names the base model, its revision and a hash of its unembedding, checked on load. dtype: of the
         file, for example torch.float16; None keeps fp32. A base model that was trained too is saved on its own.
@@ -497,9 +516,10 @@ class BackAttentionModel(TwoPassModel):
         tensors = {
             _PREFIX + name: t.to(dtype or t.dtype).cpu().contiguous() for name, t in self.adapter_state().items()
         }
-        with atomic_folder(Path(folder)) as staging:
-            save_file(tensors, staging / WEIGHTS_FILE)
-            (staging / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(Path(folder) / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary)
+        with atomic_file(Path(folder) / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> "BackAttentionModel":

@@ -1,7 +1,8 @@
 """The arms that back attention must beat: what else could the same data and the same number of weights do?
 
 Each arm acts at one place, the input of the source layer, as back attention does, but for LoRA on queries and values,
-which is peft's. All start as the identity.
+which is peft's. All start as the identity. A loop that hands the final state back whole would not: a pretrained model's
+low layers cannot read it.
 """
 
 import torch
@@ -34,7 +35,8 @@ class ResidualLoRA(nn.Module):
 
 
 class LoopLoRA(ResidualLoRA):
-    """h + N(h_L) A B: the final state of the first pass comes back at its own position (a weight-tied loop)."""
+    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns, whose second begins with h_s and a
+    low-rank image of what the first ended with, position by position."""
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """What comes back of the final states [1, B, S, D]: [B, 1, S, r], as keys and as values."""
@@ -53,7 +55,7 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None) -> Tensor:
-        return self.bias.expand_as(h)
+        return self.bias + torch.zeros_like(h, dtype=self.bias.dtype)
 
 
 def make_arm(name: str, model: nn.Module, source_layer: int, dim: int) -> nn.Module:

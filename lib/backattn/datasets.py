@@ -182,6 +182,9 @@ DATASETS: dict[str, Callable[[], pd.DataFrame]] = {
 }
 
 
+BY_FIRST_TOKEN = {"two-hop"}  # all others ask for a number
+
+
 def load(name: str) -> pd.DataFrame:
     """A dataset by its name in DATASETS; raises ValueError naming those that there are."""
     if name not in DATASETS:

@@ -120,7 +120,7 @@ def questions(run: Run, tokenizer, split: str) -> Items:
         )
     if run.model == SCRATCH:
         part = part.assign(answer=part["answer"].str.strip())
-    if "e3_aliases" not in part:
+    if run.dataset not in datasets.BY_FIRST_TOKEN:
         return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
     ids = census.candidates(tokenizer, frame).set_index(["pair", "e1", "r1", "r2"])["e3_ids"]
     keys = zip(part["pair"], part["e1"], part["r1"], part["r2"], strict=True)
