@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=64)
     options = parser.parse_args()
     runtime.use_threads()
-    frame = datasets.draw(datasets.one_digit_composite(), "train", options.batch)
+    frame = datasets.draw(datasets.split(datasets.one_digit_composite(), 0), "train", options.batch)
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "LoRA": []}
     models = {}
     for name, arm in (("ours", "back attention"), ("LoRA", "LoRA q,v")):

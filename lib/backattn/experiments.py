@@ -31,7 +31,7 @@ CHECKPOINTS = DATA / "checkpoints"
 VERSION = 1  # raised when the same configuration would give another result
 UNTRAINED = ("zero-shot", "few-shot")
 SHOTS = 4
-MOST_RATES = 5
+MOST_RATES = 4
 SCRATCH = "scratch"  # the model of runs from scratch
 SCRATCH_ARMS = {
     "1 layer": "the baseline",
@@ -356,7 +356,7 @@ def adapter_runs(
 
     See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run.
     """
-    steps = {"steps": 150, **sizes}
+    steps = {"steps": 100, **sizes}
     places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
     tried, best = _search_all([Run(place, arm, model=model, **steps) for place in places for arm in arms], store)
     if None in best:
