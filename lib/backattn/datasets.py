@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from scipy.sparse.csgraph import connected_components
 
 from . import tasks
 from .paths import CACHE, DATA
-from .runtime import atomic_file
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 SPLITS = ("train", "validation", "test")
@@ -232,22 +230,13 @@ def _published(name: str, folder: Path | None) -> list[dict]:
     place, url, sha256 = PUBLISHED[name]
     named = folder or os.environ.get("BACKATTN_DATASETS")
     path = (Path(named) if named else CACHE / "datasets") / place
-    if path.exists():
-        content = path.read_bytes()
-    elif named:
-        raise FileNotFoundError(f"{path} is missing. Put it there, or unset BACKATTN_DATASETS to fetch it from {url}.")
-    else:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                content = answer.read()
-        except OSError as error:
-            raise OSError(
-                f"Cannot fetch {url} ({error}). Put the file into <folder>/{place} and set BACKATTN_DATASETS to that "
-                "folder."
-            ) from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} has another sha256 than the published file: put the published one there.")
     if not path.exists():
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
+        if named:
+            raise FileNotFoundError(f"{path} is missing. Put it there, or unset BACKATTN_DATASETS to fetch {url}.")
+        tasks.fetch(url, path)
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        if not named:
+            path.unlink()
+        raise ValueError(f"{path} has another sha256 than the published file. It was not used.")
     return json.loads(content)

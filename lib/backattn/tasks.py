@@ -229,7 +229,9 @@ def published_two_hop(folder: Path | None = None, sha256: str | None = None) -> 
     named = folder or os.environ.get("BACKATTN_DATASETS")
     path = (Path(named) if named else CACHE / "datasets") / "twohop" / "two_hop.csv"
     if not path.exists() and not named:
-        _fetch(TWO_HOP_URL, path)
+        fetch(TWO_HOP_URL, path)
+        with atomic_file(path.with_suffix(".sha256")) as temporary:
+            temporary.write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     note = path.with_suffix(".sha256")
     expected = sha256 or (note.read_text().strip() if note.exists() else None)
     if path.exists() and expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
@@ -247,19 +249,18 @@ def published_two_hop(folder: Path | None = None, sha256: str | None = None) -> 
     return frame.assign(shortcut="", split="test")
 
 
-def _fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path) -> None:
+    """Fetch a small file; raises OSError that says where to put it by hand."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             content = answer.read()
     except OSError as error:
         raise OSError(
-            f"Cannot fetch {url} ({error}). Put the file into <folder>/twohop/two_hop.csv and set BACKATTN_DATASETS to "
-            "that folder."
+            f"Cannot fetch {url} ({error}). Put the file into <folder>/{path.parent.name}/{path.name} and set "
+            "BACKATTN_DATASETS to that folder."
         ) from error
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
-    with atomic_file(path.with_suffix(".sha256")) as temporary:
-        temporary.write_text(hashlib.sha256(content).hexdigest())
 
 
 def two_hop_prompts(
