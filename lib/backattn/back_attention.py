@@ -305,7 +305,7 @@ class TwoPassModel(nn.Module):
         keys = values = visible = None
         if memory:
             keys, values = update.remember(torch.stack(memory))  # [B, K, T, d]
-            cache = _cache_in(now.settings[min(now.settings)])
+            cache = _cache_in(now.settings[0])
             if cache is not None:
                 self._extend(cache)
                 place = len(cache.layers) - len(self.sources) + self.sources.index(layer)
@@ -566,20 +566,6 @@ def get_back_attention_model(
     model that carries an adapter already.
     """
     return BackAttentionModel(model, config, freeze_base)
-
-
-def sizes(base: nn.Module, dims: Sequence[int], source_layer: int = 6) -> list[dict]:
-    """How many weights back attention has at each width, and which share of the base model's (may lie on "meta").
-
-    Returns per width: dim, weights, share.
-    """
-    total, rows = sum(p.numel() for p in base.parameters()), []
-    for dim in dims:
-        wrapped = get_back_attention_model(base, BackAttentionConfig(source_layer, dim))
-        weights = wrapped.trainable()[0]
-        wrapped.unload()
-        rows.append({"dim": dim, "weights": weights, "share": weights / total})
-    return rows
 
 
 def unembedding_hash(model: nn.Module) -> str:

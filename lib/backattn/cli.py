@@ -36,13 +36,11 @@ PROFILES: dict[str, dict[str, dict]] = {
             "grid_prompts": 40,
             "grid_recomputed": 2,
         },
-        "03_back_attention_training": {"rechecked": 8, "demo_steps": 80},
     },
     "paper": {},
     "full": {
         "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
         "02_failure_analysis": {"grid_recomputed": 1000},
-        "03_back_attention_training": {"retrain": True},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import datasets
-from .experiments import Run, Store
+from .experiments import Run, Store, right_of
 
 DRAWS = 2000
 
@@ -36,7 +36,7 @@ def answers(runs: Sequence[Run], store: Store) -> Answers:
         result = store.result(run)
         if result is None or "right" not in result:
             raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) is not finished: perform it.")
-        right.append(np.array([character == "1" for character in result["right"]], dtype=float))
+        right.append(right_of(result).astype(float))
         test = datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), "test", run.test_items)
         groups.append(test["group"].to_numpy())
     if runs[0].fold is None:
@@ -95,7 +95,7 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     rows = []
     for (model, dataset, arm), mine in _by_arm(runs).items():
         answered, kept = answers(mine, store), [store.result(run) for run in mine]
-        each = [np.mean([c == "1" for c in result["right"]]) for result in kept]
+        each = [right_of(result).mean() for result in kept]
         rows.append(
             {
                 "model": model,

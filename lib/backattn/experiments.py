@@ -282,9 +282,7 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
         validation, test = (questions(run, tokenizer, split) for split in ("validation", "test"))
         right, loss = evaluate(model, validation)
         result |= {"validation": float(right.mean()), "validation_loss": loss}
-        by_writing = test.accepted is None and run.model != SCRATCH
-        right = written(model, tokenizer, test) if by_writing else evaluate(model, test)[0]
-        result["right"] = "".join(map(str, right.astype(int)))
+        result["right"] = "".join(map(str, tested(run, model, tokenizer, test).astype(int)))
         if run.model != SCRATCH:
             result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
         result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
@@ -292,6 +290,22 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     store.keep(run, result, weights)
     (place / "training.pt").unlink(missing_ok=True)
     return result
+
+
+def tested(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarray:
+    """Which test questions are answered right: [n] bool.
+
+    A language model's numbers are read from what it writes; first tokens, and the characters of models from scratch,
+    from the logits.
+    """
+    if test.accepted is None and run.model != SCRATCH:
+        return written(model, tokenizer, test)
+    return evaluate(model, test)[0]
+
+
+def right_of(result: dict) -> np.ndarray:
+    """Which test questions a kept result has right: [n] bool."""
+    return np.array([character == "1" for character in result["right"]])
 
 
 def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
@@ -303,11 +317,11 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
         weights = store.weights(run)
-        kept = np.array([c == "1" for c in store.result(run)["right"][:count]])
+        kept = right_of(store.result(run))[:count]
         with armed(run, "float32", device) as (model, tokenizer):
             put_weights(model, weights)
             test = questions(replace(run, test_items=len(kept)), tokenizer, "test")
-            right = written(model, tokenizer, test) if test.accepted is None else evaluate(model, test)[0]
+            right = tested(run, model, tokenizer, test)
         about = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(kept)}
         rows.append({**about, "accuracy": right.mean(), "kept": kept.mean(), "agree": (right == kept).mean()})
     return pd.DataFrame(rows)
@@ -411,9 +425,7 @@ def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
         result = store.result(run)
         if result is not None and "diverged" not in result:
             kept = {k: v for k, v in result.items() if k not in ("key", "run", "curve")}
-            rows.append(
-                {"key": run.key, **result["run"], **kept, "test": float(np.mean([c == "1" for c in result["right"]]))}
-            )
+            rows.append({"key": run.key, **result["run"], **kept, "test": right_of(result).mean()})
     return pd.DataFrame(rows)
 
 

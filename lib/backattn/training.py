@@ -7,7 +7,7 @@ With a frozen base the states of the first pass are computed once per question a
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from .back_attention import TwoPassModel
+from .residual import Batch
 from .runtime import atomic_file, progress
 
 IGNORED = -100  # label of positions without a target
@@ -47,17 +48,11 @@ class Items:
         return np.array([len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers, strict=True)])
 
 
-@dataclass
-class Questions:
-    """A padded batch: ids, mask [B, T]; labels [B, K], the targets of the last K positions."""
+@dataclass(frozen=True)
+class Questions(Batch):
+    """A batch padded on the left, with labels [B, K], the targets of the last K positions."""
 
-    ids: Tensor
-    mask: Tensor
     labels: Tensor
-
-    @property
-    def position_ids(self) -> Tensor:
-        return (self.mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
@@ -93,12 +88,12 @@ def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[in
     return prompts, answers
 
 
-def collate(items: Items, rows: Iterable[int], pad: int = 0, device: str | torch.device = "cpu") -> Questions:
+def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu") -> Questions:
     """A batch of questions with their answers, but for each answer's last token, which is only a target."""
     rows = list(rows)
     texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]
     width, keep = max(map(len, texts)), max(len(items.answers[row]) for row in rows)
-    ids, labels = torch.full((len(rows), width), pad), torch.full((len(rows), keep), IGNORED)
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), keep), IGNORED)
     mask = torch.zeros_like(ids)
     for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
         ids[place, width - len(text) :] = torch.tensor(text)
@@ -180,16 +175,14 @@ def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Ques
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, items: Items, batch_size: int = 64, first_passes: FirstPasses | None = None
-) -> tuple[np.ndarray, float]:
+def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.ndarray, float]:
     """(which questions are answered right [n] bool, mean loss per target token)."""
     right, losses, targets = np.zeros(len(items), dtype=bool), 0.0, 0
     order = np.argsort(items.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
         batch = collate(items, rows, device=_device(model))
-        logits = answer_logits(model, batch, first_passes(rows, batch) if first_passes else None)
+        logits = answer_logits(model, batch)
         losses += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
         targets += int((batch.labels != IGNORED).sum())
         right[rows] = right_answers(logits, items, rows, batch).numpy()
@@ -206,23 +199,20 @@ def written(model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batc
     The same rule for arms that were trained on a format and for those that were not; an early end of text is not
     allowed, since models tuned for chat like to say nothing.
     """
-    right, order = np.zeros(len(items), dtype=bool), np.argsort([len(p) for p in items.prompts], kind="stable")
+    asked = replace(items, answers=[[0]] * len(items))  # prompts alone: a last answer token is never in the batch
+    right, order = np.zeros(len(items), dtype=bool), np.argsort(asked.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "writing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
-        width = max(len(items.prompts[row]) for row in rows)
-        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long, device=_device(model))
-        for place, row in enumerate(rows):
-            ids[place, width - len(items.prompts[row]) :] = torch.tensor(items.prompts[row])
-            mask[place, width - len(items.prompts[row]) :] = 1
+        batch = collate(asked, rows, device=_device(model))
         made = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
         )
-        for row, text in zip(rows, tokenizer.batch_decode(made[:, width:]), strict=True):
+        for row, text in zip(rows, tokenizer.batch_decode(made[:, batch.ids.shape[1] :]), strict=True):
             number = NUMBER.match(text)
             right[row] = number is not None and number[1] == items.texts[row].strip()
     return right
