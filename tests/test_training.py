@@ -457,7 +457,7 @@ def pretend(store, run, validation, **more):
 def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
     store, scores = Store(tmp_path, shipped=None), {}
     for _ in range(10):
-        tried, best = experiments.search(tiny_run, store)
+        tried, best = experiments.search(tiny_run, store, steps=3)
         if best:
             break
         for run in tried:
@@ -465,16 +465,37 @@ def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
             pretend(store, run, scores[run.learning_rate])
     assert sorted(scores) == pytest.approx([6.25e-5, 2.5e-4, 1e-3, 4e-3])
     assert best.learning_rate == pytest.approx(6.25e-5) and len(tried) <= experiments.MOST_RATES
+    assert best == replace(tiny_run, learning_rate=best.learning_rate)
+    assert {(run.steps, run.test_items) for run in tried} == {(3, 0)}
 
 
 def test_a_diverged_run_is_a_result_and_never_the_best(tiny_run, tmp_path):
     store = Store(tmp_path, shipped=None)
-    for rate, score in ((2.5e-4, 0.2), (1e-3, 0.5)):
-        pretend(store, replace(tiny_run, learning_rate=rate), score)
-    store.keep(replace(tiny_run, learning_rate=4e-3), {"run": {}, "diverged": "the loss is nan"}, {})
-    assert experiments.search(tiny_run, store)[1].learning_rate == 1e-3
+    low, middle, high = experiments.search(tiny_run, store, steps=3)[0]
+    pretend(store, low, 0.2)
+    pretend(store, middle, 0.5)
+    store.keep(high, {"run": {}, "diverged": "the loss is nan"}, {})
+    assert experiments.search(tiny_run, store, steps=3)[1].learning_rate == middle.learning_rate
     with pytest.raises(ValueError, match="None of 1 runs"):
-        experiments.best_of([replace(tiny_run, learning_rate=4e-3)], store)
+        experiments.best_of([high], store)
+
+
+def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "tested", lambda *a: pytest.fail("tested"))
+    result = experiments.perform(replace(tiny_run, test_items=0), Store(tmp_path, shipped=None))
+    assert "right" not in result and 0 <= result["validation"] <= 1 and result["validation_loss"] > 0
+
+
+def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_path, monkeypatch):
+    frame = datasets.one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
+    monkeypatch.setitem(datasets.DATASETS, "SVAMP", lambda: frame)
+    run, store = replace(tiny_run, dataset="SVAMP"), Store(tmp_path, shipped=None)
+    monkeypatch.setattr(
+        datasets, "split", lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187)
+    )
+    experiments.perform(run, store)
+    monkeypatch.setitem(datasets.DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
+    assert experiments.test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
 
 
 def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
@@ -487,7 +508,7 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
         return experiments.adapter_runs(store, "tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
 
     runs = experiments.complete(plan, store)
-    assert [run.arm for run in runs[::3]] == ["zero-shot", "few-shot", "back attention", "bias"]
+    assert [run.arm for run in runs[:4]] == ["zero-shot", "few-shot", "back attention", "bias"]
     assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
     again = experiments.recheck([run for run in runs if run.arm == "bias"], store, 3)
     assert (again["n"] == 3).all() and (again["agree"] == 1).all()

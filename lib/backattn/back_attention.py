@@ -394,6 +394,8 @@ class TwoPassModel(nn.Module):
 
         modules = [*(block.module for block in self._arch.blocks), self._arch.final_norm_module]
         handles = [modules[t].register_forward_pre_hook(keep(t), with_kwargs=True) for t in self.needed]
+        # A place, not a count: see `training.answer_logits`.
+        last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
         try:
             self._skip(self._arch.blocks[self.needed[-1] :])
             with self.disable_adapter():
@@ -402,7 +404,7 @@ class TwoPassModel(nn.Module):
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     use_cache=False,
-                    logits_to_keep=1,
+                    logits_to_keep=last,
                 )
         finally:
             self._wake()
@@ -566,6 +568,20 @@ def get_back_attention_model(
     model that carries an adapter already.
     """
     return BackAttentionModel(model, config, freeze_base)
+
+
+def sizes(base: nn.Module, dims: Sequence[int], source_layer: int = 6) -> list[dict]:
+    """How many weights back attention has at each width, and which share of the base model's (may lie on "meta").
+
+    Returns per width: dim, weights, share.
+    """
+    total, rows = sum(p.numel() for p in base.parameters()), []
+    for dim in dims:
+        wrapped = get_back_attention_model(base, BackAttentionConfig(source_layer, dim))
+        weights = wrapped.trainable()[0]
+        wrapped.unload()
+        rows.append({"dim": dim, "weights": weights, "share": weights / total})
+    return rows
 
 
 def unembedding_hash(model: nn.Module) -> str:

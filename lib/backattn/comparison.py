@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from . import datasets
-from .experiments import Run, Store, right_of
+from .experiments import Run, Store, right_of, test_groups
 
 DRAWS = 2000
 
@@ -37,8 +36,7 @@ def answers(runs: Sequence[Run], store: Store) -> Answers:
         if result is None or "right" not in result:
             raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) is not finished: perform it.")
         right.append(right_of(result).astype(float))
-        test = datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), "test", run.test_items)
-        groups.append(test["group"].to_numpy())
+        groups.append(test_groups(run, result))
     if runs[0].fold is None:
         return Answers(np.stack(right), groups[0])
     return Answers(np.concatenate(right)[None], np.concatenate(groups))

@@ -190,6 +190,18 @@ def load(name: str) -> pd.DataFrame:
     return DATASETS[name]()
 
 
+def overview(names: Sequence[str]) -> pd.DataFrame:
+    """What the datasets hold: questions, those that may be tested, names; one question with its answer."""
+    rows = []
+    for name in names:
+        frame = load(name)
+        row = {"dataset": name, "questions": len(frame), "tested": int(frame["tested"].sum())}
+        row["names"] = frame["group"].str.split("|").explode().nunique()
+        first = draw(split(frame, 0), "test", 1).iloc[0]
+        rows.append({**row, "question": first["prompt"], "answer": first["answer"].strip()})
+    return pd.DataFrame(rows)
+
+
 def held_out_text(characters: int = 6000) -> str:
     """English prose that none of the tasks resembles, to see what training spoils: how scipy describes its tests.
 

@@ -46,7 +46,8 @@ SCRATCH_ARMS = {
 class Run:
     """One training run. Sizes are numbers of questions.
 
-    A seed decides initial weights and the order of questions and, for adapters, which fold is tested.
+    A seed decides initial weights and the order of questions and, for adapters, which fold is tested. A run that only
+    tries a learning rate has test_items=0 and never sees the test.
     """
 
     dataset: str
@@ -99,20 +100,31 @@ RATES = {  # learning rates tried first for each arm, see `search`
 @functools.cache
 def data_hash(dataset: str) -> str:
     """Hash of a dataset's questions, answers (other names included), groups, and of how groups are split."""
+    rules = [datasets.FOLDS, datasets.VALIDATION]
+    if dataset.lower() in datasets.PUBLISHED:  # the file's own hash: its results can be read where it cannot be had
+        sha256 = datasets.PUBLISHED[dataset.lower()][2]
+        return hashlib.sha256(f"{rules}{datasets.TWINS}{sha256}".encode()).hexdigest()[:16]
     frame = datasets.load(dataset)
     columns = [name for name in ("prompt", "answer", "group", "tested", "e3_aliases") if name in frame]
-    rules = [datasets.FOLDS, datasets.VALIDATION]
     return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- questions as a model gets them
 
 
+def _asked(run: Run, split: str) -> pd.DataFrame:
+    counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
+    return datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), split, counts[split])
+
+
+def test_groups(run: Run, result: dict) -> np.ndarray:
+    """The name or names of each test question of a finished run: [n]."""
+    return np.array(result["groups"] if "groups" in result else _asked(run, "test")["group"])
+
+
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
-    counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
-    frame = datasets.split(datasets.load(run.dataset), run.fold)
-    part = datasets.draw(frame, split, counts[split])
+    frame, part = datasets.split(datasets.load(run.dataset), run.fold), _asked(run, split)
     if run.arm == "few-shot":
         shown = datasets.draw(frame, "train", SHOTS, seed=run.seed)
         part = part.assign(
@@ -165,7 +177,6 @@ def scratch_model(arm: str) -> tuple[nn.Module, object]:
 @functools.lru_cache(maxsize=2)
 def _base(name: str, dtype: str, device: str):
     model, tokenizer = load_model(name, dtype=getattr(torch, dtype), device=device)
-    model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
     return model, tokenizer
 
 
@@ -180,6 +191,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
         model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)
+    model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
     try:
         yield model, tokenizer
     finally:
@@ -259,9 +271,10 @@ class Store:
 def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
-    A result holds: run, trained (number of weights), seconds (of training), validation (share right),
-    validation_loss, right (one 0 or 1 per test question), perplexity (of held-out text, language models only), curve
-    (rows of `training.train`), flops (of a forward pass over the first test question), hardware.
+    A result holds: run, trained (number of weights), seconds (of training), curve (rows of `training.train`),
+    hardware. A run without test adds validation (share right) and validation_loss. Others add right (one 0 or 1 per
+    test question), groups (of each question, where the questions are not part of this repository), perplexity (of
+    held-out text, language models only), flops (of a forward pass over the first question).
     """
     done = store.result(run)
     if done is not None:
@@ -279,16 +292,27 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     with armed(run, "float32", device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
-        validation, test = (questions(run, tokenizer, split) for split in ("validation", "test"))
-        right, loss = evaluate(model, validation)
-        result |= {"validation": float(right.mean()), "validation_loss": loss}
-        result["right"] = "".join(map(str, tested(run, model, tokenizer, test).astype(int)))
-        if run.model != SCRATCH:
-            result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
-        result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
+        if run.test_items == 0:
+            right, loss = evaluate(model, questions(run, tokenizer, "validation"))
+            result |= {"validation": float(right.mean()), "validation_loss": loss}
+        else:
+            result |= _test(run, model, tokenizer)
     result |= {"curve": curve, "hardware": runtime.hardware()}
     store.keep(run, result, weights)
     (place / "training.pt").unlink(missing_ok=True)
+    return result
+
+
+def _test(run: Run, model: nn.Module, tokenizer) -> dict:
+    """The part of a result that concerns the test."""
+    test = questions(run, tokenizer, "test")
+    device = next(model.parameters()).device
+    result = {"right": "".join(map(str, tested(run, model, tokenizer, test).astype(int)))}
+    if run.dataset.lower() in datasets.PUBLISHED:
+        result["groups"] = _asked(run, "test")["group"].tolist()
+    if run.model != SCRATCH:
+        result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
+    result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
     return result
 
 
@@ -352,14 +376,15 @@ def scratch_runs(store: Store, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> tuple[
     """
     shape = dict(model=SCRATCH, source_layer=0, dim=160, batch_size=256, train_items=None)
     shape |= dict(validation_items=1000, test_items=2000)
-    tried, best = _search_all([Run("2-digit", arm, steps=250, **shape) for arm in SCRATCH_ARMS], store)
+    plans = [Run("2-digit", arm, steps=750, **shape) for arm in SCRATCH_ARMS]
+    tried, best = _search_all(plans, store, steps=250)
     if None in best:
         return tried, []
-    return tried, [replace(run, steps=750, seed=seed) for run in best for seed in seeds]
+    return tried, [replace(run, seed=seed) for seed in seeds for run in best]
 
 
-def _search_all(runs: Sequence[Run], store: Store) -> tuple[list[Run], list[Run | None]]:
-    found = [search(run, store) for run in runs]
+def _search_all(runs: Sequence[Run], store: Store, steps: int) -> tuple[list[Run], list[Run | None]]:
+    found = [search(run, store, steps) for run in runs]
     return [one for tried, _ in found for one in tried], [best for _, best in found]
 
 
@@ -370,16 +395,17 @@ def adapter_runs(
 
     See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run.
     """
-    steps = {"steps": 100, **sizes}
+    sizes = {"steps": 100, **sizes}
     places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
-    tried, best = _search_all([Run(place, arm, model=model, **steps) for place in places for arm in arms], store)
+    plans = [Run(place, arm, model=model, **sizes) for place in places for arm in arms]
+    tried, best = _search_all(plans, store, steps=sizes["steps"] // 2)
     if None in best:
         return tried, []
     final = []
     for name in names:
-        plain = Run(name, "zero-shot", model=model, **{**steps, "steps": 0})
+        plain = Run(name, "zero-shot", model=model, **{**sizes, "steps": 0})
         mine = [plain, replace(plain, arm="few-shot"), *(r for r in best if r.dataset == TUNED_ON.get(name, "1DC"))]
-        final += [replace(run, dataset=name, seed=seed) for run in mine for seed in SEEDS]
+        final += [replace(run, dataset=name, seed=seed) for seed in SEEDS for run in mine]
     return tried, final
 
 
@@ -419,13 +445,15 @@ def _job(run: Run, store: Store, device: str) -> None:
 
 
 def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """One row per finished run: its configuration and its result, but for the curve; test is the share right."""
+    """One row per finished run: its configuration and its result, but for the curve; test is the share
+    right, NaN for a run that has none."""
     rows = []
     for run in runs:
         result = store.result(run)
         if result is not None and "diverged" not in result:
             kept = {k: v for k, v in result.items() if k not in ("key", "run", "curve")}
-            rows.append({"key": run.key, **result["run"], **kept, "test": right_of(result).mean()})
+            share = right_of(result).mean() if "right" in result else float("nan")
+            rows.append({"key": run.key, **result["run"], **kept, "test": share})
     return pd.DataFrame(rows)
 
 
@@ -441,17 +469,18 @@ def best_of(tried: Sequence[Run], store: Store) -> Run:
     return max(scored, key=lambda pair: (pair[1]["validation"], -pair[1]["validation_loss"]))[0]
 
 
-def search(run: Run, store: Store) -> tuple[list[Run], Run | None]:
-    """Learning rates to try for a run: (runs, the best of them once all are finished and it is not at an end).
+def search(run: Run, store: Store, steps: int) -> tuple[list[Run], Run | None]:
+    """Learning rates to try for a run: (runs of `steps` steps, `run` at the best rate once it is known).
 
     The three RATES of its arm; while the best is the lowest or the highest, one more beyond, up to MOST_RATES in all.
+    Only validation questions decide: the runs that try have no test.
     """
-    tried = [replace(run, learning_rate=rate) for rate in RATES[run.arm]]
+    tried = [replace(run, learning_rate=rate, steps=steps, test_items=0) for rate in RATES[run.arm]]
     while all(store.result(one) is not None for one in tried):
         best, rates = best_of(tried, store), sorted(one.learning_rate for one in tried)
         factor = rates[1] / rates[0]
         beyond = {rates[0]: rates[0] / factor, rates[-1]: rates[-1] * factor}.get(best.learning_rate)
         if beyond is None or len(tried) == MOST_RATES:
-            return tried, best
-        tried.append(replace(run, learning_rate=beyond))
+            return tried, replace(run, learning_rate=best.learning_rate)
+        tried.append(replace(tried[0], learning_rate=beyond))
     return tried, None

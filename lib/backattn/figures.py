@@ -25,6 +25,22 @@ OUTCOME_COLOURS = dict(
         strict=True,
     )
 )
+ARM_COLOURS = {
+    "zero-shot": (0.75, 0.75, 0.75),
+    "few-shot": (0.5, 0.5, 0.5),
+    "back attention": PALETTE[3],
+    "same layer": PALETTE[1],
+    "residual LoRA": PALETTE[0],
+    "loop LoRA": PALETTE[4],
+    "LoRA q,v": PALETTE[2],
+    "bias": PALETTE[5],
+    "1 layer": PALETTE[0],
+    "1 layer + back attention": PALETTE[3],
+    "2 layers": PALETTE[2],
+    "1 layer, wide": PALETTE[1],
+    "1 layer, twice": PALETTE[4],
+}
+ARM_MARKERS = dict(zip(ARM_COLOURS, "xPosD^vdsoPsD", strict=True))
 CASE_STYLES = {"right": "-", "wrong": "--"}
 WIDTH = 7.0  # inches, two columns
 
@@ -282,4 +298,85 @@ def pair_heatmap(grid: pd.DataFrame, top: float, ax: Axes | None = None, title: 
     ax.tick_params(axis="both", rotation=0)
     ax.invert_yaxis()
     ax.set(xlabel="state taken from entering layer", ylabel="put into layer", title=title)
+    return ax
+
+
+def idea_sketch(tokens: list[str], layers: int, source: int, ax: Axes | None = None) -> Axes:
+    """The two passes of back attention: what the last position reads at the source layer, and what runs again."""
+    ax = _axes(ax, height=2.9)
+    count = len(tokens)
+    for shift, title in ((0, "first pass"), (count + 1.5, "second pass")):
+        for position in range(count):
+            for layer in range(layers + 1):
+                again = shift and layer > source
+                colour = PALETTE[3] if again else PALETTE[0] if not shift else "0.85"
+                ax.plot(shift + position, layer, "o", markersize=5, color=colour)
+            ax.text(shift + position, -0.7, tokens[position], ha="right", va="top", rotation=35, fontsize=8)
+        ax.text(shift + (count - 1) / 2, layers + 0.6, title, ha="center", fontsize=9)
+    target = (count + 1.5 + count - 1, source)
+    for position in range(count):
+        for layer in range(source, layers + 1):
+            ax.plot([position, target[0]], [layer, target[1]], color="0.6", linewidth=0.3, alpha=0.6, zorder=0)
+    ax.plot(*target, "o", markersize=10, markerfacecolor="none", markeredgecolor="black")
+    ax.set(ylim=(-0.5, layers + 1.2), ylabel="layer", yticks=[0, source, layers], yticklabels=["0", "s", "L"])
+    ax.set_xticks([])
+    ax.spines["bottom"].set_visible(False)
+    return ax
+
+
+def learning_lines(table: pd.DataFrame, ax: Axes | None = None, scale: float = 1.0) -> Axes:
+    """Validation accuracy by training step, a line per arm, its band from the worst to the best seed.
+
+    table: arm, step, validation, low, high; scale: steps per unit of the x axis.
+    """
+    ax = _axes(ax)
+    for arm, part in table.groupby("arm", sort=False):
+        x, colour = part["step"] / scale, ARM_COLOURS[arm]
+        ax.plot(x, part["validation"], color=colour, marker=ARM_MARKERS[arm], markersize=4, linewidth=1.2, label=arm)
+        ax.fill_between(x, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+    ax.set(ylabel="accuracy, validation", ylim=(-0.02, 1.02))
+    ax.legend(fontsize=8)
+    return ax
+
+
+def arm_points(table: pd.DataFrame, ax: Axes | None = None, x: str | None = None) -> Axes:
+    """Accuracy of every arm with its interval; table: dataset, arm, accuracy, low, high.
+
+    x: a column for the x axis (weights, operations); None puts the datasets side by side.
+    """
+    ax = _axes(ax)
+    names = list(dict.fromkeys(table["dataset"]))
+    arms = [arm for arm in ARM_COLOURS if arm in set(table["arm"])]
+    for place, arm in enumerate(arms):
+        part = table[table["arm"] == arm]
+        if x is None:
+            at = part["dataset"].map(names.index) + (place - (len(arms) - 1) / 2) * 0.8 / len(arms)
+        else:
+            at = part[x]
+        error = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+        ax.errorbar(
+            at, part["accuracy"], yerr=error, fmt=ARM_MARKERS[arm], color=ARM_COLOURS[arm], label=arm, capsize=2,
+            markersize=4.5, linewidth=1,
+        )  # fmt: skip
+    if x is None:
+        ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel="accuracy, test")
+    ax.legend(fontsize=8, ncols=2)
+    return ax
+
+
+def difference_points(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """Differences with their intervals, a row per dataset and other arm, the first on top.
+
+    table: dataset, other, difference, low, high.
+    """
+    ax = _axes(ax, height=0.6 + 0.2 * len(table))
+    y = np.arange(len(table))[::-1]
+    for at, row in zip(y, table.to_dict("records"), strict=True):
+        colour = ARM_COLOURS[row["other"]]
+        ax.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=2, solid_capstyle="butt")
+        ax.plot(row["difference"], at, marker=ARM_MARKERS[row["other"]], color=colour, markersize=5)
+    ax.axvline(0, color="0.4", linewidth=0.6)
+    ax.set(yticks=y, yticklabels=[f"{r['dataset']}: {r['other']}" for r in table.to_dict("records")], title=title)
+    ax.set_xlabel("accuracy of back attention less the other arm's")
     return ax
