@@ -37,6 +37,27 @@ def test_accuracy_has_its_interval(store):
         assert row["worst"] <= row["accuracy"] <= row["best"] and row["seeds"] == 3 and row["n"] == 900
 
 
+def test_the_mean_over_datasets_is_a_row_of_its_own(store, monkeypatch):
+    runs, kept = store
+    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    more = [Run("other", run.arm, run.seed, test_items=300) for run in runs]
+    for run, twin in zip(more, reversed(runs), strict=True):
+        kept.keep(run, {**kept.result(twin), "flops": 30}, {})
+    table = comparison.accuracy_table(runs + more, kept)
+    alone = table[table["dataset"] != "all"].groupby("arm")["accuracy"].mean()
+    rows = table[table["dataset"] == "all"].set_index("arm")
+    assert rows["accuracy"].to_dict() == pytest.approx(alone.to_dict())
+    assert (rows["n"] == 1800).all() and (rows["operations"] == 1).all()
+    one = table[table["dataset"] == "made up"].set_index("arm")
+    assert (rows["high"] - rows["low"] < one["high"] - one["low"]).all()  # twice as many questions
+
+
+def test_questions_needed_follow_the_square_root():
+    table = pd.DataFrame({"dataset": ["a", "all"], "other": "bias", "low": -0.04, "high": 0.04, "n": [100, 2]})
+    needed = comparison.questions_needed(table, points=2)
+    assert needed["questions"].tolist() == [400] and needed["dataset"].tolist() == ["a"]
+
+
 def width(right, groups):
     answered = comparison.Answers(np.atleast_2d(right), np.asarray(groups))
     return np.ptp(np.nanpercentile(comparison.resampled(answered), [2.5, 97.5]))

@@ -86,3 +86,41 @@ def test_pairs_are_labelled_with_their_own_layers():
     assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "5"]
     bottom, above = ax.get_ylim()
     assert bottom < above  # low targets at the bottom
+
+
+def test_every_arm_stands_at_its_accuracy():
+    rows = [
+        {"dataset": d, "arm": arm, "accuracy": i / 10, "low": i / 10 - 0.05, "high": i / 10 + 0.05, "operations": i}
+        for d in ("one", "two")
+        for i, arm in enumerate(("zero-shot", "bias", "back attention"), 1)
+    ]
+    table = pd.DataFrame(rows)
+    ax = figures.arm_points(table)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["one", "two"]
+    heights = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert heights == {arm: part["accuracy"].tolist() for arm, part in table.groupby("arm")}
+    places = np.concatenate([c.lines[0].get_xdata() for c in ax.containers]).astype(float)
+    assert len(set(places.round(6))) == 6 and abs(places - places.round()).max() < 0.5  # apart, each at its dataset
+    ax = figures.arm_points(table[table["dataset"] == "one"], x="operations")
+    assert sorted(c.lines[0].get_xdata()[0] for c in ax.containers) == [1, 2, 3]
+
+
+def test_differences_are_labelled_from_the_top():
+    rows = [("a", "bias", 0.1), ("a", "few-shot", -0.2)]
+    table = pd.DataFrame(rows, columns=["dataset", "other", "difference"])
+    ax = figures.difference_points(table.assign(low=table["difference"] - 0.1, high=table["difference"] + 0.1))
+    labels = {tick: text.get_text() for tick, text in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)}
+    assert labels == {1: "a: bias", 0: "a: few-shot"}
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1::2]] == [(0.1, 1), (-0.2, 0)]
+
+
+def test_learning_curves_are_drawn_over_passes():
+    table = pd.DataFrame({"arm": "1 layer", "step": [62, 124], "validation": [0.2, 0.4], "low": 0.1, "high": 0.5})
+    line = figures.learning_lines(table, scale=62).lines[0]
+    assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == [0.2, 0.4]
+
+
+def test_the_sketch_shows_both_passes():
+    ax = figures.idea_sketch(["a", "b"], layers=4, source=1)
+    assert [text.get_text() for text in ax.texts].count("a") == 2
+    assert {"first pass", "second pass"} <= {text.get_text() for text in ax.texts}

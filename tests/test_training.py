@@ -442,6 +442,9 @@ def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
     assert len((tmp_path / "data" / "runs.jsonl").read_text().splitlines()) == 1
     with pytest.raises(FileNotFoundError, match="profile full"):
         fresh.weights(replace(tiny_run, seed=5))
+    (tmp_path / "data" / "checkpoints" / f"{tiny_run.key}.safetensors").write_bytes(b"something else")
+    with pytest.raises(OSError, match="is damaged"):
+        fresh.weights(tiny_run)
 
 
 def test_keys_tell_runs_apart(tiny_run):
@@ -512,6 +515,12 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
     again = experiments.recheck([run for run in runs if run.arm == "bias"], store, 3)
     assert (again["n"] == 3).all() and (again["agree"] == 1).all()
+    examples = experiments.before_and_after(runs[2], store, 2)
+    assert list(examples.columns) == ["question", "before", "after", "answer"] and len(examples) == 2
+    assert experiments.ship([plan], store, tmp_path / "data") == 6 + 12  # 2 arms × 3 rates, 4 arms × 3 seeds
+    assert len(list((tmp_path / "data" / "checkpoints").iterdir())) == 3 + 1
+    shipped = Store(tmp_path / "empty", tmp_path / "data" / "runs.jsonl")
+    assert experiments.ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
 
 
 def test_worked_examples_come_from_training_only(tiny_run, llama):
@@ -546,8 +555,9 @@ def test_models_from_scratch(arm):
     run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 0, 16, 64, 8, 8, "float32")
     with experiments.armed(run, "float32") as (model, tok):
         items = experiments.questions(run, tok, "train")
-        assert all(len(answer) >= 2 for answer in items.answers)
-        assert tok.decode(items.prompts[0]).replace(" ", "")[-1] == "="
+        assert {len(answer) for answer in items.answers} == {5} and {len(prompt) for prompt in items.prompts} == {6}
+        text = [tok.decode(ids).replace(" ", "") for ids in (items.prompts[0], items.answers[0])]
+        assert int(text[1].rstrip(";")) == eval(re.sub(r"\b0(?=\d)", "", text[0].rstrip("=")))
         assert np.isfinite(training.train(model, items, run.recipe)["loss"]).all()
         if isinstance(model, TwoPassModel):
             assert model.two_passes and model.memory_layers == (0, 1)

@@ -36,11 +36,13 @@ PROFILES: dict[str, dict[str, dict]] = {
             "grid_prompts": 40,
             "grid_recomputed": 2,
         },
+        "03_back_attention_training": {"rechecked": 6, "demo_steps": 40},
     },
     "paper": {},
     "full": {
         "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
         "02_failure_analysis": {"grid_recomputed": 1000},
+        "03_back_attention_training": {"retrain": True},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -354,6 +356,9 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                     "seconds": stamp["seconds"],
                 }
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
+    if "data/runs.jsonl" in stamp["written"]:  # runs that were finished before are not trained again
+        lines = (paths.DATA / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+        took["training_seconds"] = round(sum(json.loads(line).get("seconds", 0) for line in lines))
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -86,21 +86,23 @@ def _seed_of(dataset: str) -> int:
 def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """One row per model, dataset and arm: accuracy with its interval, what it cost and what it spoilt.
 
-    Returns: model, dataset, arm, accuracy, low, high, worst, best (seed), n (questions), groups, seeds, trained
-    (weights), seconds (of training, mean), flops (of a forward pass over one question), perplexity (of held-out text,
-    mean; NaN from scratch), learning_rate.
+    Returns: model, dataset ("all" for the mean of an arm's datasets), arm, accuracy, low, high, worst, best (seed), n
+    (questions), groups, seeds, trained (weights), seconds (of training, mean), flops (of a forward pass over one
+    question), operations (flops over the cheapest arm's), perplexity (of held-out text, mean; NaN from scratch),
+    learning_rate.
     """
-    rows = []
+    rows, draws = [], []
     for (model, dataset, arm), mine in _by_arm(runs).items():
         answered, kept = answers(mine, store), [store.result(run) for run in mine]
         each = [right_of(result).mean() for result in kept]
+        draws.append(resampled(answered, _seed_of(dataset)))
         rows.append(
             {
                 "model": model,
                 "dataset": dataset,
                 "arm": arm,
                 "accuracy": answered.right.mean(),
-                **_interval(resampled(answered, _seed_of(dataset))),
+                **_interval(draws[-1]),
                 "worst": min(each),
                 "best": max(each),
                 "n": answered.right.shape[1],
@@ -113,7 +115,17 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
                 "learning_rate": mine[0].learning_rate,
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    cheapest = table.groupby(["model", "dataset"])["flops"].transform("min")
+    table.insert(table.columns.get_loc("perplexity"), "operations", table["flops"] / cheapest)
+    over_all = []
+    for (model, arm), part in table.groupby(["model", "arm"], sort=False):
+        if len(part) > 1:
+            row = {"model": model, "dataset": "all", "arm": arm, "seeds": part["seeds"].min()}
+            row |= {name: part[name].mean() for name in ("accuracy", "trained", "seconds", "operations", "perplexity")}
+            row |= {name: part[name].sum() for name in ("n", "groups")}
+            over_all.append({**row, **_interval(np.mean([draws[place] for place in part.index], axis=0))})
+    return pd.concat([table, pd.DataFrame(over_all)], ignore_index=True) if over_all else table
 
 
 def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
@@ -144,6 +156,19 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
                 mean = np.mean(draws, 0)
                 rows.append({**about, **_interval(mean), "p": _p(mean), "n": len(means)})
     return pd.DataFrame(rows)
+
+
+def questions_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
+    """How many test questions would bring the interval of each difference to ± `points` hundredths.
+
+    differences: from `difference_table`; its rows over all datasets are left out. An interval narrows with the square
+    root of the number of names, and the questions asked per name stay as they are; where seeds differ too, more seeds
+    are needed as well. Returns: dataset, other, half_width, n, questions.
+    """
+    table = differences[differences["dataset"] != "all"]
+    half = (table["high"] - table["low"]) / 2
+    needed = np.ceil(table["n"] * (100 * half / points) ** 2).astype(int)
+    return table[["dataset", "other"]].assign(half_width=half, n=table["n"], questions=needed).reset_index(drop=True)
 
 
 def _interval(draws: np.ndarray) -> dict[str, float]:

@@ -119,7 +119,13 @@ def _asked(run: Run, split: str) -> pd.DataFrame:
 
 def test_groups(run: Run, result: dict) -> np.ndarray:
     """The name or names of each test question of a finished run: [n]."""
-    return np.array(result["groups"] if "groups" in result else _asked(run, "test")["group"])
+    return np.array(result["groups"]) if "groups" in result else _groups(run.dataset, run.fold, run.test_items)
+
+
+@functools.cache
+def _groups(dataset: str, fold: int | None, count: int | None) -> np.ndarray:
+    frame = datasets.split(datasets.load(dataset), fold)
+    return datasets.draw(frame, "test", count)["group"].to_numpy()
 
 
 def questions(run: Run, tokenizer, split: str) -> Items:
@@ -131,12 +137,18 @@ def questions(run: Run, tokenizer, split: str) -> Items:
             prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy())) + part["prompt"]
         )
     if run.model == SCRATCH:
-        part = part.assign(answer=part["answer"].str.strip())
+        part = _fixed_width(part)
     if run.dataset not in datasets.BY_FIRST_TOKEN:
         return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
     ids = census.candidates(tokenizer, frame).set_index(["pair", "e1", "r1", "r2"])["e3_ids"]
     keys = zip(part["pair"], part["e1"], part["r1"], part["r2"], strict=True)
     return first_tokens(tokenizer, part, [ids[key] for key in keys])
+
+
+def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:
+    """Sums as models from scratch read them, "07+83=" and "0090" or "-021": a digit's place tells what it is worth."""
+    prompts = part["prompt"].str.replace(r"\d+", lambda number: number[0].zfill(2), regex=True)
+    return part.assign(prompt=prompts, answer=[f"{int(answer):04d}" for answer in part["answer"]])
 
 
 def scratch_model(arm: str) -> tuple[nn.Module, object]:
@@ -239,10 +251,19 @@ class Store:
             return self.shipped.get(run.key)
 
     def weights(self, run: Run) -> dict[str, Tensor]:
-        """The trained weights of a finished run; raises FileNotFoundError where only its result was shipped."""
-        for path in (self.place(run) / "weights.safetensors", CHECKPOINTS / f"{run.key}.safetensors"):
-            if path.exists():
-                return load_file(path)
+        """The trained weights of a finished run, made here or shipped.
+
+        Raises FileNotFoundError where only its result was shipped, OSError for a shipped file with another sha256.
+        """
+        own, shipped = self.place(run) / "weights.safetensors", CHECKPOINTS / f"{run.key}.safetensors"
+        if own.exists():
+            return load_file(own)
+        if shipped.exists():
+            if _sha256(shipped) != self.shipped[run.key]["sha256"]:
+                raise OSError(
+                    f"{shipped} is damaged: its sha256 is not the one in {DATA / 'runs.jsonl'}. Fetch it anew."
+                )
+            return load_file(shipped)
         raise FileNotFoundError(
             f"The weights of run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) are not shipped: train it with "
             "./run_all.sh --profile full."
@@ -250,13 +271,14 @@ class Store:
 
     def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA) -> None:
         """Write the results of finished runs into `folder`, one a line, sorted by key, and the weights of some."""
-        lines = {key: json.dumps(result) for key, result in self.shipped.items()}
-        lines |= {run.key: json.dumps({"key": run.key, **self.result(run)}) for run in runs if self.result(run)}
-        with runtime.atomic_file(folder / "runs.jsonl") as temporary:
-            temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
+        lines = {**self.shipped, **{run.key: {"key": run.key, **self.result(run)} for run in runs if self.result(run)}}
         for run in with_weights:
-            with runtime.atomic_file(folder / "checkpoints" / f"{run.key}.safetensors") as temporary:
+            path = folder / "checkpoints" / f"{run.key}.safetensors"
+            with runtime.atomic_file(path) as temporary:
                 save_file(self.weights(run), temporary)
+            lines[run.key]["sha256"] = _sha256(path)
+        with runtime.atomic_file(folder / "runs.jsonl") as temporary:
+            temporary.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8")
 
     def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
         """Weights first: a run is finished when its result is there."""
@@ -266,6 +288,10 @@ class Store:
                 save_file(weights, temporary)
         with runtime.atomic_file(place / "result.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def perform(run: Run, store: Store, device: str = "cpu") -> dict:
@@ -351,6 +377,23 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
     return pd.DataFrame(rows)
 
 
+def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
+    """The first `count` test questions of a trained adapter: question, before (the next token without it), after,
+    answer."""
+    rows = []
+    with armed(run, "float32", device) as (model, tokenizer):
+        put_weights(model, store.weights(run))
+        for question in _asked(run, "test").head(count).itertuples():
+            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(device)
+            with torch.no_grad():
+                after = model(ids).logits[0, -1].argmax()
+                with model.disable_adapter():
+                    before = model(ids).logits[0, -1].argmax()
+            said = {"before": tokenizer.decode(before).strip(), "after": tokenizer.decode(after).strip()}
+            rows.append({"question": question.prompt, **said, "answer": question.answer.strip()})
+    return pd.DataFrame(rows)
+
+
 def forward_flops(model: nn.Module, ids: Tensor) -> int:
     """Floating-point operations of one forward pass over ids [B, T], logits of the last token only, as torch counts."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -419,6 +462,22 @@ def complete(
         if final:
             sweep(final, store, processes, device)
             return final
+
+
+def ship(plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path) -> int:
+    """Write what this repository ships of finished plans into `folder`, unless all of it was shipped before.
+
+    All results; the weights of back attention on a language model, of the other arms there for the first seed, and of
+    back attention from scratch for the first seed. Returns the number of results that are new.
+    """
+    runs = [run for plan in plans for part in plan(store) for run in part]
+    new = [run for run in runs if run.key not in store.shipped]
+    if new:
+        trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
+        first = [run for run in trained if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
+        more = [run for run in trained if run.seed != 0 and run.arm == "back attention"]
+        store.ship(runs, first + more, folder)
+    return len(new)
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:

@@ -93,13 +93,13 @@ def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu
     rows = list(rows)
     texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]
     width, keep = max(map(len, texts)), max(len(items.answers[row]) for row in rows)
-    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), keep), IGNORED)
-    mask = torch.zeros_like(ids)
+    ids, labels = np.zeros((len(rows), width), dtype=np.int64), np.full((len(rows), keep), IGNORED)
+    mask = np.zeros_like(ids)
     for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        ids[place, width - len(text) :] = torch.tensor(text)
+        ids[place, width - len(text) :] = text
         mask[place, width - len(text) :] = 1
-        labels[place, keep - len(items.answers[row]) :] = torch.tensor(items.answers[row])
-    return Questions(ids.to(device), mask.to(device), labels.to(device))
+        labels[place, keep - len(items.answers[row]) :] = items.answers[row]
+    return Questions(*(torch.from_numpy(x).to(device) for x in (ids, mask, labels)))
 
 
 class FirstPasses:
