@@ -95,6 +95,22 @@ def test_twohop_is_read_from_a_folder(published, monkeypatch):
     assert len(tasks.published_two_hop()) == 1
 
 
+def test_twohop_is_asked_in_every_wording(published):
+    people = ("Bach", "Elisabeth", "Ambrosius"), ("Verdi", "Luigia", "Carlo"), ("Liszt", "Maria", "Adam")
+    more = [
+        f"{i},{i},{a},{b},{c},[],[],[],human,human,mother,spouse,the mother of {{}},the spouse of {{}},p\n"
+        for i, (a, b, c) in enumerate(people, 1)
+    ]
+    published.write_text(PUBLISHED + "".join(more))
+    facts = tasks.published_two_hop(published.parents[1])
+    for wording in tasks.TEMPLATES:
+        asked = tasks.two_hop_prompts(facts, wording)
+        assert len(asked) == 2
+        for row in asked.itertuples():
+            spans = (row.two_hop[slice(*span)] for span in (row.e1_span, row.r1_span, row.r2_span))
+            assert [text.lower() for text in spans] == [row.e1.lower(), "the mother of", "the spouse of"]
+
+
 def test_twohop_with_another_checksum_column_or_template_is_refused(published):
     folder = published.parents[1]
     right = hashlib.sha256(published.read_bytes()).hexdigest()
@@ -167,6 +183,12 @@ def test_aliases_are_whole_names():
     frame = tasks.two_hop_facts()
     words = {word for name in ("e2_aliases", "e3_aliases") for cell in frame[name] for word in cell.split("|")} - {""}
     assert "Holland" in words and "UAE" in words and min(map(len, words)) > 1
+
+
+def test_an_entity_that_is_not_in_its_prompt_is_named_with_its_row():
+    frame = FACTS.assign(e1=[*FACTS["e1"][:-1], "iPhone"])  # the sentence begins with a capital
+    with pytest.raises(ValueError, match=rf"Fact {len(FACTS) - 1} \(.*iPhone\): 'iPhone' does not occur in the prompt"):
+        tasks.two_hop_prompts(frame, examples="none")
 
 
 def test_equal_relation_words_are_told_apart():
@@ -350,6 +372,27 @@ def test_donors_know_none_of_the_right_answers():
         assert not {frame["e2"][donor], frame["e3"][donor]} & answers
     with pytest.raises(ValueError, match="No other prompt is about other entities"):
         failures.donors(frame[frame["e2"] == "France"])
+    with pytest.raises(ValueError, match='choose "same" or "any"'):
+        failures.donors(frame, relations="none")
+
+
+def test_donors_of_any_relations_stay_when_a_prompt_goes():
+    facts = tasks.two_hop_facts().sample(200, random_state=0).reset_index(drop=True)
+    whole, less = (f["e1"].to_numpy()[failures.donors(f, 0, "any")] for f in (facts, facts.drop(index=7)))
+    kept = np.delete(whole, 7)
+    assert (kept == less).mean() > 0.95 and len(set(whole)) > 60
+    pairs = facts.set_index("e1")["pair"]
+    pairs = pairs[~pairs.index.duplicated()]
+    assert (pairs[whole].to_numpy() != facts["pair"].to_numpy()).mean() > 0.7
+
+
+def test_the_order_of_facts_stays_when_one_goes():
+    facts = tasks.two_hop_facts().head(50)
+    whole, less = census.shuffled(facts), census.shuffled(facts.drop(index=7))
+    assert whole["e1"].tolist() != facts["e1"].tolist()
+    gone = facts.loc[7, ["pair", "e1"]].tolist()
+    left = whole[(whole[["pair", "e1"]] != gone).any(axis=1)].reset_index(drop=True)
+    assert left.equals(less)
 
 
 def test_own_against_donor_counts_wrong_cases_only():
@@ -507,7 +550,7 @@ def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     assert failures.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen
     alone, compared = failures.merge_grids(fresh, None, keys)
     assert alone.keys == keys[1:2] and compared["prompts"] == 0
-    assert failures.staircase_error(model, tokenizer, written.head(2), pairs=3) < 1e-3
+    assert failures.staircase_error(model, tokenizer, written, [0, 1], pairs=3) < 1e-3
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         failures.load_grid(path, "tiny-llama")

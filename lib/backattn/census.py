@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from .datasets import place_of
 from .logit_flow import continuation_ids
 from .residual import encode, next_log_probs
 from .runtime import progress
@@ -103,6 +104,15 @@ def outcome(said: int, ids: dict[str, frozenset]) -> str:
 
 def _ids_of(row) -> dict[str, frozenset]:
     return {name: getattr(row, f"{name}_ids") for name in ENTITIES}
+
+
+def shuffled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The facts in a random order that a hash of their names decides.
+
+    So a fact more or less, where a close call falls the other way on another machine, leaves the others in their order.
+    """
+    places = [place_of("|".join(names)) for names in frame[["pair", "e1", "r1", "r2"]].to_numpy()]
+    return frame.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
 
 
 def hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:

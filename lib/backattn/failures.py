@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from .arch import describe
 from .census import wilson
+from .datasets import place_of
 from .flow_back import flow_back
 from .lens import read_states
 from .logit_flow import continuation_ids, logit_flow
@@ -81,27 +82,31 @@ def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Readi
     return Reading(logits[..., 0] - logits[..., 1], readable, wins)
 
 
-def donors(frame: pd.DataFrame, seed: int = 0) -> np.ndarray:
+def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.ndarray:
     """Per prompt the row number of another one whose e2 and e3 are none of this one's right answers, nor its e2.
 
-    Drawn among the prompts with the same relations where there is one, else of the same pair, else among all.
+    relations: "same" draws among the prompts with the same relations where there is one, else of the same pair, else
+    among all; "any" draws among all. The draw goes by a hash of both prompts' facts, so that a prompt more or less
+    leaves the donors of the others what they are.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none, or for another value of `relations`.
     """
-    draw, chosen = np.random.default_rng(seed), np.empty(len(frame), dtype=int)
-    relations = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
+    if relations not in ("same", "any"):
+        raise ValueError(f'Unknown relations {relations!r}; choose "same" or "any".')
+    chosen = np.empty(len(frame), dtype=int)
+    same = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
     pair, e2, e3 = (frame[name].to_numpy() for name in ("pair", "e2", "e3"))
+    fact = same + "|" + frame["e1"].to_numpy()
     for row, (second, third) in enumerate(zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)):
         own = [e2[row], e3[row], *second.split("|"), *third.split("|")]
         other = ~np.isin(e2, own) & ~np.isin(e3, own)
-        fit = other & (relations == relations[row])
-        fit = fit if fit.any() else other & (pair == pair[row])
-        fit = np.flatnonzero(fit if fit.any() else other)
+        fits = [other & (same == same[row]), other & (pair == pair[row]), other][2 * (relations == "any") :]
+        fit = np.flatnonzero(next((fit for fit in fits if fit.any()), other))
         if not len(fit):
             raise ValueError(
                 f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: ask more facts."
             )
-        chosen[row] = draw.choice(fit)
+        chosen[row] = min(fit, key=lambda place: place_of(f"{seed}|{fact[row]}|{fact[place]}"))
     return chosen
 
 
@@ -365,9 +370,10 @@ ARMS = ("r1", "r1 donor", "last", "last donor")
 def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0) -> Grid:
     """Run every (source above target) pair for some rows of the analysis set, in all arms.
 
-    The donor arms take the states of another prompt (`donors` of the whole frame), at the same place in it.
+    The donor arms take the states of another prompt (`donors` of the whole frame, with any relations), at the same
+    place in it.
     """
-    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed)
+    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
     where = {name: [end[0] for end in ends(groups(tokenizer, frame), [name])] for name in ("r1", "last")}
     said, log_prob, base = {}, {}, None
     for arm in ARMS:
@@ -384,7 +390,7 @@ def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], se
 def grid_keys(frame: pd.DataFrame, seed: int = 0) -> list[str]:
     """What a row of the grid depends on: the prompt and its donor."""
     prompts = frame["two_hop"].to_numpy()
-    return [f"{own}\t{other}" for own, other in zip(prompts, prompts[donors(frame, seed)], strict=True)]
+    return [f"{own}\t{other}" for own, other in zip(prompts, prompts[donors(frame, seed, "any")], strict=True)]
 
 
 def mended(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
@@ -464,21 +470,26 @@ def pair_maps(success: dict[str, np.ndarray], right: np.ndarray) -> pd.DataFrame
     return pd.concat(rows, ignore_index=True)
 
 
-def staircase_error(model, tokenizer, frame: pd.DataFrame, pairs: int, seed: int = 0) -> float:
-    """Largest difference of log p(e3) between the staircase and plain forward passes, over random pairs at r1."""
-    places = [end[0] for end in ends(groups(tokenizer, frame), ["r1"])]
-    ids, prompts, draw = (
-        [pair[:1] for pair in pair_ids(tokenizer, frame)],
-        frame["two_hop"].tolist(),
-        np.random.default_rng(seed),
-    )
-    patched, errors = back_patch(model, tokenizer, prompts, places, ids), []
-    targets, sources = np.triu_indices(patched.said.shape[1], 1, patched.said.shape[2])
-    for index, prompt in enumerate(prompts):
-        for pair in draw.choice(len(targets), size=min(pairs, len(targets)), replace=False):
-            target, source = int(targets[pair]), int(sources[pair])
-            plain = back_patch_one(model, tokenizer, prompt, places[index], source, target)[ids[index][0]].item()
-            errors.append(abs(plain - patched.log_probs[index, target, source, 0].item()))
+def staircase_error(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], pairs: int, seed: int = 0) -> float:
+    """Largest difference of log p(e3) between the staircase and plain forward passes one by one.
+
+    Over `pairs` random pairs of layers for each of some rows of the analysis set, in every arm (see `back_patching`).
+    """
+    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
+    where = {name: [end[0] for end in ends(groups(tokenizer, frame), [name])] for name in ("r1", "last")}
+    draw, errors = np.random.default_rng(seed), []
+    for arm in ARMS:
+        places = where[arm.split()[0]]
+        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
+        chosen = [prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]
+        patched = back_patch(model, tokenizer, *chosen, donors=given)
+        targets, sources = np.triu_indices(patched.said.shape[1], 1, patched.said.shape[2])
+        for index, row in enumerate(rows):
+            for pair in draw.choice(len(targets), size=min(pairs, len(targets)), replace=False):
+                target, source = int(targets[pair]), int(sources[pair])
+                donor = given[index] if given else None
+                plain = back_patch_one(model, tokenizer, prompts[row], places[row], source, target, donor)
+                errors.append(abs(plain[ids[row][0]].item() - patched.log_probs[index, target, source, 0].item()))
     return max(errors)
 
 

@@ -313,11 +313,15 @@ def two_hop_prompts(
             }
             if any(re.search(rf"\b{re.escape(name)}\b", firsts + seconds + both) for name in names):
                 continue
-            asked = say(row["e1"], row["r1"], row["r2"])
-            prompt = head + asked
-            entity = span(prompt, row["e1"], len(head))
-            # Outside the entity's own name the relations' words stand in the order of the wording.
-            places = {name: _relation_span(prompt, row[name], entity, len(head), name == "r2") for name in ("r1", "r2")}
+            prompt = head + say(row["e1"], row["r1"], row["r2"])
+            try:
+                entity = span(prompt, row["e1"], len(head))
+                # Outside the entity's own name the relations' words stand in the order of the wording.
+                places = {
+                    name: _relation_span(prompt, row[name], entity, len(head), name == "r2") for name in ("r1", "r2")
+                }
+            except ValueError as error:
+                raise ValueError(f"Fact {index} ({row['pair']}, {row['e1']}): {error}") from error
             rows.append(
                 {
                     **row,
@@ -342,8 +346,9 @@ def two_hop_prompts(
 def _relation_span(prompt: str, relation: str, entity: tuple[int, int], start: int, outer: bool) -> tuple[int, int]:
     """Where a relation's words stand: after the entity if the wording puts them there, else before it."""
     words = relation.replace("{}", "").strip()
-    after = [m.span() for m in re.finditer(re.escape(words), prompt) if m.start() >= entity[1]]
-    before = [m.span() for m in re.finditer(re.escape(words), prompt) if start <= m.start() and m.end() <= entity[0]]
+    places = [m.span() for m in re.finditer(re.escape(words), prompt, re.IGNORECASE)]  # it may begin the sentence
+    after = [place for place in places if place[0] >= entity[1]]
+    before = [place for place in places if start <= place[0] and place[1] <= entity[0]]
     found = after or before
     if not found:
         raise ValueError(f"{words!r} does not occur in the prompt {prompt!r}.")
