@@ -52,10 +52,48 @@ def test_the_mean_over_datasets_is_a_row_of_its_own(store, monkeypatch):
     assert (rows["high"] - rows["low"] < one["high"] - one["low"]).all()  # twice as many questions
 
 
-def test_questions_needed_follow_the_square_root():
-    table = pd.DataFrame({"dataset": ["a", "all"], "other": "bias", "low": -0.04, "high": 0.04, "n": [100, 2]})
-    needed = comparison.questions_needed(table, points=2)
-    assert needed["questions"].tolist() == [400] and needed["dataset"].tolist() == ["a"]
+def test_names_needed_follow_the_square_root():
+    table = pd.DataFrame({"dataset": ["a", "all"], "other": "bias", "low": -0.04, "high": 0.04, "n": [900, 15]})
+    needed = comparison.names_needed(table.assign(names=[100, 5]), points=2)
+    assert needed["needed"].tolist() == [400, 60] and needed["has"].tolist() == [100, 15]
+
+
+def test_the_interval_over_datasets_holds_what_another_training_changes(store, monkeypatch):
+    """Runs that scatter far more than their questions do: only the interval over runs is wide."""
+    runs, kept = store
+    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    draw, mine = np.random.default_rng(0), []
+    for dataset in ("made up", "other"):
+        for arm, chances in (("back attention", (0.9, 0.5, 0.5)), ("bias", (0.5, 0.5, 0.5))):
+            for seed, chance in enumerate(chances):
+                run = Run(dataset, arm, seed, test_items=300)
+                right = "".join(map(str, (draw.random(300) < chance).astype(int)))
+                kept.keep(run, {**kept.result(runs[0]), "right": right}, {})
+                mine.append(run)
+    rows = comparison.difference_table(mine, kept, "back attention", ["bias"]).set_index("dataset")
+    assert rows.loc["made up", "low"] > 0 and rows.loc["all", "low"] < 0 < rows.loc["all", "high"]
+    assert rows.loc["all", "p"] > 0.05 > rows.loc["made up", "p"] and rows.loc["all", "n"] == 6
+
+
+def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
+    frame = datasets.two_digit()
+    monkeypatch.setitem(datasets.DATASETS, "sums", lambda: frame)
+    kept, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
+    questions, runs = draw.random(500), []  # how hard each is
+    for arm, level in (("1 layer", 0.5), ("2 layers", 0.6)):
+        for seed in range(5):
+            run = Run("sums", arm, seed, model="scratch", test_items=500)
+            right = questions < level + draw.normal(0, 0.02)
+            text = "".join(map(str, right.astype(int)))
+            kept.keep(run, {"run": {}, "right": text, "trained": 1, "seconds": 1, "flops": 1}, {})
+            runs.append(run)
+    answered = comparison.answers(runs[:5], kept)
+    assert answered.right.shape == (5, 500) and len(answered.groups) == 500
+    row = comparison.difference_table(runs, kept, "2 layers", ["1 layer"]).iloc[0]
+    assert row["low"] > 0.03 and row["high"] < 0.17 and row["n"] == 500
+    kept.keep(runs[0], {"run": {}, "diverged": "the loss is nan"}, {})
+    with pytest.raises(ValueError, match=r"1 layer, seed 0\) diverged"):
+        comparison.answers(runs[:5], kept)
 
 
 def width(right, groups):

@@ -414,9 +414,26 @@ def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
     assert experiments.perform(tiny_run, store)["right"] == table["right"][0]
 
 
-def test_kept_weights_give_the_kept_answers(tiny_run, tmp_path):
-    store = Store(tmp_path, shipped=None)
+@pytest.fixture
+def mixed_run(tiny_run, monkeypatch):
+    """A run that gets some questions right and some wrong, and none before training."""
+    frame = datasets.one_digit_composite()
+    two, one = np.arange(len(frame)) % 2 == 1, np.arange(len(frame)) % 3 > 0
+    prompts = [f"{'two' if a else 'five'} plus {'one' if b else 'three'} is" for a, b in zip(two, one, strict=True)]
+    questions = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
+    monkeypatch.setitem(datasets.DATASETS, "mixed", lambda: questions)
+    monkeypatch.setattr(experiments, "perplexity", lambda *a: 1.0)
+    return replace(tiny_run, dataset="mixed", learning_rate=0.05, steps=40, train_items=64, test_items=16)
+
+
+def test_kept_weights_give_the_kept_answers(mixed_run, tmp_path):
+    tiny_run, store = mixed_run, Store(tmp_path, shipped=None)
     result = experiments.perform(tiny_run, store)
+    assert set(result["right"]) == {"0", "1"}
+    again = experiments.recheck([tiny_run], store, 12).iloc[0]
+    assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"]) and 0 < again["kept"] < 1
+    with experiments.armed(tiny_run, "float32") as (model, tok):  # untrained it has none right
+        assert not training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0].any()
     with experiments.armed(tiny_run, "float32") as (model, tok):
         experiments.put_weights(model, store.weights(tiny_run))
         right = training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0]
@@ -443,7 +460,7 @@ def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="profile full"):
         fresh.weights(replace(tiny_run, seed=5))
     (tmp_path / "data" / "checkpoints" / f"{tiny_run.key}.safetensors").write_bytes(b"something else")
-    with pytest.raises(OSError, match="is damaged"):
+    with pytest.raises(OSError, match="is not the file that"):
         fresh.weights(tiny_run)
 
 

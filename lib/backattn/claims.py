@@ -230,7 +230,8 @@ def raises_accuracy(difference: pd.DataFrame, controls: list[str], model: str = 
     """
     table = difference[difference["model"] == model]
     untrained = table[(table["other"] == "zero-shot") & (table["dataset"] != "all")]
-    trained = table[table["dataset"] == "all"].set_index("other", drop=False)
+    whole = table[table["dataset"] == "all"]
+    trained = (table if whole.empty else whole).set_index("other", drop=False)
     missing = sorted({"zero-shot", "few-shot", *controls} - set(trained.index))
     if missing:
         raise ValueError(f"There is no comparison over all datasets with {missing[0]!r}.")

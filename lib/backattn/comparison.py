@@ -2,7 +2,9 @@
 
 Questions that belong together (one bridge entity, one pair of digits, one kind of animal) are resampled together. The
 arms answer the same questions, so their differences are paired. Where all seeds answer the same questions (from
-scratch), seeds are resampled too; where each seed answers its own fold, a question was answered by one trained model.
+scratch), seeds are resampled too. Where each seed answers its own fold, a question was answered by one trained model,
+and what another training would have changed is not in the interval of one dataset; the interval over several datasets
+comes from how far the paired differences of single runs scatter, which holds all of it.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from .experiments import Run, Store, right_of, test_groups
 
@@ -34,7 +37,10 @@ def answers(runs: Sequence[Run], store: Store) -> Answers:
     for run in runs:
         result = store.result(run)
         if result is None or "right" not in result:
-            raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) is not finished: perform it.")
+            what = (
+                "diverged: lower its learning rate" if "diverged" in (result or {}) else "is not finished: perform it"
+            )
+            raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) {what}.")
         right.append(right_of(result).astype(float))
         groups.append(test_groups(run, result))
     if runs[0].fold is None:
@@ -131,14 +137,17 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm, per dataset and over all datasets (each with the same weight).
 
-    Returns: model, dataset ("all" for their mean), other, difference, low, high, p (two-sided, from the same samples),
-    n (questions, or datasets). Raises ValueError when an arm is missing on a dataset.
+    Returns: model, dataset ("all" for their mean), other, difference, low, high, p (two-sided), n (questions; of "all",
+    pairs of runs), names (held out by name; of "all", datasets). The interval of a dataset is from samples of names, of
+    "all" from Student's t over the paired differences of single runs within datasets.
+
+    Raises ValueError when an arm is missing on a dataset, or the arms were not tested on the same questions.
     """
     by, rows = _by_arm(runs), []
     places = list(dict.fromkeys((model, dataset) for model, dataset, _ in by))
     for model in dict.fromkeys(model for model, _ in places):
         for other in others:
-            means, draws = [], []
+            means, scatter = [], []
             for dataset in [name for owner, name in places if owner == model]:
                 missing = [name for name in (arm, other) if (model, dataset, name) not in by]
                 if missing:
@@ -147,28 +156,38 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
                 if not np.array_equal(one.groups, two.groups):
                     raise ValueError(f"{arm!r} and {other!r} were not tested on the same questions of {dataset!r}.")
                 seed = _seed_of(dataset)
-                draws.append(resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2))
+                draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
                 means.append(one.right.mean() - two.right.mean())
+                pairs = zip(by[model, dataset, arm], by[model, dataset, other], strict=True)
+                scatter.append([right_of(store.result(a)).mean() - right_of(store.result(b)).mean() for a, b in pairs])
                 about = {"model": model, "dataset": dataset, "other": other, "difference": means[-1]}
-                rows.append({**about, **_interval(draws[-1]), "p": _p(draws[-1]), "n": len(one.groups)})
+                names = len({name for group in one.groups for name in str(group).split("|")})
+                rows.append({**about, **_interval(draws), "p": _p(draws), "n": len(one.groups), "names": names})
             if len(means) > 1:
                 about = {"model": model, "dataset": "all", "other": other, "difference": float(np.mean(means))}
-                mean = np.mean(draws, 0)
-                rows.append({**about, **_interval(mean), "p": _p(mean), "n": len(means)})
+                rows.append({**about, **_over_runs(np.mean(means), scatter), "names": len(means)})
     return pd.DataFrame(rows)
 
 
-def questions_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
-    """How many test questions would bring the interval of each difference to ± `points` hundredths.
+def _over_runs(mean: float, scatter: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Interval and p of a mean over datasets from the differences of single runs, a list per dataset."""
+    free = sum(len(part) - 1 for part in scatter)
+    error = np.sqrt(sum(np.var(part, ddof=1) / len(part) for part in scatter)) / len(scatter)
+    half = stats.t.ppf(0.975, free) * error
+    p = 2 * stats.t.sf(abs(mean) / error, free) if error > 0 else float(mean == 0)
+    return {"low": mean - half, "high": mean + half, "p": float(p), "n": sum(map(len, scatter))}
 
-    differences: from `difference_table`; its rows over all datasets are left out. An interval narrows with the square
-    root of the number of names, and the questions asked per name stay as they are; where seeds differ too, more seeds
-    are needed as well. Returns: dataset, other, half_width, n, questions.
+
+def names_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
+    """How many held-out names would bring the interval of each difference to ± `points` hundredths.
+
+    differences: from `difference_table`; of its rows over all datasets the number of runs is given instead. An interval
+    narrows with the square root of the number of names (or runs). Returns: dataset, other, half_width, has, needed.
     """
-    table = differences[differences["dataset"] != "all"]
-    half = (table["high"] - table["low"]) / 2
-    needed = np.ceil(table["n"] * (100 * half / points) ** 2).astype(int)
-    return table[["dataset", "other"]].assign(half_width=half, n=table["n"], questions=needed).reset_index(drop=True)
+    half = (differences["high"] - differences["low"]) / 2
+    has = differences["names"].where(differences["dataset"] != "all", differences["n"])
+    needed = np.ceil(has * (100 * half / points) ** 2).astype(int)
+    return differences[["dataset", "other"]].assign(half_width=half, has=has, needed=needed)
 
 
 def _interval(draws: np.ndarray) -> dict[str, float]:
@@ -177,9 +196,10 @@ def _interval(draws: np.ndarray) -> dict[str, float]:
 
 
 def _p(draws: np.ndarray) -> float:
-    """Two-sided p of no difference: twice the share of samples on the other side of zero, at least 1 / DRAWS."""
+    """Two-sided p of no difference: twice the share of samples on the other side of zero, never none."""
     draws = draws[~np.isnan(draws)]
-    return float(min(1.0, max(2 * min((draws <= 0).mean(), (draws >= 0).mean()), 1 / DRAWS)))
+    beyond = min((draws <= 0).sum(), (draws >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 
 
 def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:

@@ -259,9 +259,10 @@ class Store:
         if own.exists():
             return load_file(own)
         if shipped.exists():
-            if _sha256(shipped) != self.shipped[run.key]["sha256"]:
+            if _sha256(shipped) != self.shipped.get(run.key, {}).get("sha256"):
                 raise OSError(
-                    f"{shipped} is damaged: its sha256 is not the one in {DATA / 'runs.jsonl'}. Fetch it anew."
+                    f"{shipped} is not the file that {DATA / 'runs.jsonl'} names (sha256): take both again from the "
+                    "repository (git checkout)."
                 )
             return load_file(shipped)
         raise FileNotFoundError(
@@ -271,7 +272,10 @@ class Store:
 
     def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA) -> None:
         """Write the results of finished runs into `folder`, one a line, sorted by key, and the weights of some."""
-        lines = {**self.shipped, **{run.key: {"key": run.key, **self.result(run)} for run in runs if self.result(run)}}
+        lines = dict(self.shipped)
+        for run in runs:
+            if self.result(run):
+                lines[run.key] = {**lines.get(run.key, {}), "key": run.key, **self.result(run)}
         for run in with_weights:
             path = folder / "checkpoints" / f"{run.key}.safetensors"
             with runtime.atomic_file(path) as temporary:
@@ -496,11 +500,14 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
 
 def _job(run: Run, store: Store, device: str) -> None:
     runtime.use_threads()
-    os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
+    bars = os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
     try:
         perform(run, store, device)
     except FloatingPointError as error:  # too high a learning rate is a result
         store.keep(run, {"run": asdict(run), "diverged": str(error)}, {})
+    finally:
+        if bars is not None:
+            os.environ[runtime.PROGRESS_FILE] = bars
 
 
 def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:

@@ -353,7 +353,7 @@ def arm_points(table: pd.DataFrame, ax: Axes | None = None, x: str | None = None
             at = part["dataset"].map(names.index) + (place - (len(arms) - 1) / 2) * 0.8 / len(arms)
         else:
             at = part[x]
-        error = [part["accuracy"] - part["low"], part["high"] - part["accuracy"]]
+        error = [(part["accuracy"] - part["low"]).clip(lower=0), (part["high"] - part["accuracy"]).clip(lower=0)]
         ax.errorbar(
             at, part["accuracy"], yerr=error, fmt=ARM_MARKERS[arm], color=ARM_COLOURS[arm], label=arm, capsize=2,
             markersize=4.5, linewidth=1,
