@@ -154,9 +154,18 @@ def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(pl
     assert nbformat.read(path, as_version=4).cells[1].execution_count is None  # the notebook is the paper profile's
 
 
+def test_runs_of_several_notebooks_are_joined(tmp_path):
+    new, goal = tmp_path / "new.jsonl", tmp_path / "runs.jsonl"
+    goal.write_text('{"key": "b", "n": 1}\n{"key": "c", "n": 1}\n')
+    new.write_text('{"key": "b", "n": 2}\n{"key": "a", "n": 2}\n')
+    cli._join_lines(new, goal)
+    assert goal.read_text() == '{"key": "a", "n": 2}\n{"key": "b", "n": 2}\n{"key": "c", "n": 1}\n'
+
+
 def test_shipped_results_have_the_checksum_that_the_manifest_notes():
     noted = json.loads((paths.DATA / "MANIFEST.json").read_text())["results"]
-    shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.DATA.glob("*.safetensors")}
+    files = [*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")]
+    shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert shipped == {name: entry["sha256"] for name, entry in noted.items()} and shipped
 
 

@@ -1,9 +1,11 @@
 """Datasets without leakage, the one training loop, the arms, and runs that can be stopped and resumed."""
 
+import hashlib
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from hypothesis import strategies as st
 from backattn import baselines, datasets, experiments, load_model, training
 from backattn.back_attention import TwoPassModel
 from backattn.experiments import Run, Store
+from backattn.paths import NOTEBOOKS
+
+NOTEBOOK_03 = NOTEBOOKS / "03_back_attention_training.ipynb"
 
 PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
 OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds"]
@@ -468,6 +473,27 @@ def test_keys_tell_runs_apart(tiny_run):
     others = [replace(tiny_run, **{k: v}) for k, v in dict(seed=1, arm="bias", learning_rate=0.1, steps=7).items()]
     assert len({run.key for run in [tiny_run, *others]}) == 5
     assert replace(tiny_run).key == tiny_run.key
+
+
+def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
+    @dataclass(frozen=True)
+    class Later(Run):
+        more: int = 1
+
+    assert Later(**asdict(tiny_run)).key == tiny_run.key != Later(**asdict(tiny_run), more=2).key
+
+
+def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
+    """A renamed field or another default would orphan them, and the notebook would train for hours."""
+    store = Store(tmp_path)
+    names = re.search(r"datasets_asked = (\[.*?\])", NOTEBOOK_03.read_text().replace('\\"', '"'))[1]
+    for plan in (experiments.scratch_runs, partial(experiments.adapter_runs, names=json.loads(names))):
+        tried, final = plan(store)
+        assert final and all(store.result(run) for run in tried + final)
+    files = sorted(experiments.CHECKPOINTS.iterdir())
+    assert sum(path.stat().st_size for path in files) < 40e6
+    for path in files:
+        assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def pretend(store, run, validation, **more):

@@ -346,7 +346,10 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
         if name.startswith(replaces[0]):
             goal = replaces[1] / Path(name).relative_to(replaces[0])
             goal.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, goal)
+            if goal.suffix == ".jsonl":  # runs of several notebooks: the new ones join the others
+                _join_lines(folder / name, goal)
+            else:
+                shutil.copyfile(folder / name, goal)
             if profile == "full":
                 digest = hashlib.sha256(goal.read_bytes()).hexdigest()
                 manifest.setdefault("results", {})[goal.name] = {
@@ -362,6 +365,14 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _join_lines(new: Path, goal: Path) -> None:
+    """Put the lines of one file of keyed results into another, in place of those with the same keys."""
+    files = [path for path in (goal, new) if path.exists()]
+    lines = {json.loads(line)["key"]: line for path in files for line in path.read_text("utf-8").splitlines()}
+    with atomic_file(goal) as temporary:
+        temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- checking

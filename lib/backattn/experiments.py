@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +71,10 @@ class Run:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that name the run."""
+        """16 hexadecimal digits that name the run; what has its default value does not count, so that a field that is
+        added later leaves the names of earlier runs what they are."""
         source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
-        about = [VERSION, asdict(self), asdict(self.recipe), data_hash(self.dataset), source, SHOTS]
+        about = [VERSION, _own(self), _own(self.recipe), data_hash(self.dataset), source, SHOTS]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -88,6 +89,11 @@ class Run:
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
         )
+
+
+def _own(settings) -> dict:
+    """The fields of a dataclass that have not their default values."""
+    return {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
 
 
 RATES = {  # learning rates tried first for each arm, see `search`
