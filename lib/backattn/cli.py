@@ -42,7 +42,7 @@ PROFILES: dict[str, dict[str, dict]] = {
     "full": {
         "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
         "02_failure_analysis": {"grid_recomputed": 1000},
-        "03_back_attention_training": {"retrain": True},
+        "03_back_attention_training": {"retrain": True, "processes": 2},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -356,7 +356,6 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                     "sha256": digest,
                     "made by": path.stem,
                     "hardware": hardware(),
-                    "seconds": stamp["seconds"],
                 }
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
     if "data/runs.jsonl" in stamp["written"]:  # runs that were finished before are not trained again
