@@ -487,7 +487,9 @@ def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
     """A renamed field or another default would orphan them, and the notebook would train for hours."""
     store = Store(tmp_path)
     names = re.search(r"datasets_asked = (\[.*?\])", NOTEBOOK_03.read_text().replace('\\"', '"'))[1]
-    for plan in (experiments.scratch_runs, partial(experiments.adapter_runs, names=json.loads(names))):
+    arms = ("back attention", "same layer", "residual LoRA")
+    second = partial(experiments.adapter_runs, model="gemma3-270m", names=("two-hop",), arms=arms)
+    for plan in (experiments.scratch_runs, partial(experiments.adapter_runs, names=json.loads(names)), second):
         tried, final = plan(store)
         assert final and all(store.result(run) for run in tried + final)
     files = sorted(experiments.CHECKPOINTS.iterdir())
