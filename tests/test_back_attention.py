@@ -9,8 +9,9 @@ from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
 
 from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model
 from backattn.back_attention import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from backattn.lens import Lens
 from backattn.models import tiny_names
-from backattn.residual import encode
+from backattn.residual import capture, encode
 
 CONFIGS = {
     "one source": BackAttentionConfig(source_layer=1, dim=8),
@@ -289,6 +290,60 @@ def test_attention_maps_sum_to_one_and_are_those_of_the_update(fresh, config):
         assert torch.allclose(weights.sum((-1, -2)), torch.ones(()), atol=1e-5)
         hidden = weights[2, :, -1, :, : int(batch.start[2])]
         assert hidden.abs().max() == 0  # padding is not read
+
+
+def test_cells_that_are_hidden_are_not_read(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    shape = 1, 1, len(wrapped.memory_layers), batch.ids.shape[1]
+    everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    before = logits(wrapped, batch)
+    with wrapped.reading(everything):
+        assert torch.allclose(logits(wrapped, batch), before, atol=1e-5)
+    with wrapped.reading(nothing):
+        emptied = logits(wrapped, batch)
+    assert torch.equal(logits(wrapped, batch), before)
+    with wrapped.disable_adapter():
+        assert torch.allclose(emptied, logits(wrapped, batch), atol=1e-5)
+    newest = everything.clone()
+    newest[..., -1] = False
+    with wrapped.reading(newest), wrapped.attention_maps() as maps:
+        logits(wrapped, batch)
+    for weights in maps.values():
+        assert weights[..., -1].abs().max() == 0
+        assert torch.allclose(weights[:, :, -1].sum((-1, -2)), torch.ones(()), atol=1e-5)
+
+
+def test_a_memory_of_zeros_gives_no_update(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    seen = []
+    with wrapped.reading(memory=lambda memory: seen.append(memory.shape) or torch.zeros_like(memory)):
+        without = logits(wrapped, batch)
+    assert set(seen) == {(len(wrapped.memory_layers), *batch.ids.shape, model.config.hidden_size)}
+    with wrapped.disable_adapter():
+        assert torch.allclose(without, logits(wrapped, batch), atol=1e-5)
+
+
+def test_cells_of_another_shape_are_refused(llama):
+    model, _ = llama
+    wrapped = get_back_attention_model(model, CONFIGS["high states only, raw"])
+    with pytest.raises(ValueError, match="2 memory layers"), wrapped.reading(torch.ones(1, 1, 3, 5, dtype=bool)):
+        pass
+    wrapped.unload()
+
+
+def test_states_of_the_second_pass_are_captured(fresh, config):
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch = encode(tok, PROMPTS, "left")
+    stream = capture(model, batch, detail=False)
+    assert len(stream.hidden) == wrapped.layers + 1
+    read = Lens(stream.arch).log_probs(batch.at_last(stream.hidden[-1]))
+    said = batch.at_last(logits(wrapped, batch)).float().log_softmax(-1)
+    assert torch.allclose(read, said, atol=1e-4)
 
 
 def test_fp32_adapter_on_a_bf16_base():

@@ -147,6 +147,55 @@ def test_what_is_missing_is_named(store):
         comparison.difference_table(runs, kept, "back attention", ["loop LoRA"])
 
 
+def test_arms_tried_on_some_datasets_are_compared_there_only(store, monkeypatch):
+    runs, kept = store
+    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    more = [Run("other", run.arm, run.seed, test_items=300) for run in runs if run.arm != "bias"]
+    for run in more:
+        kept.keep(run, kept.result(Run("made up", run.arm, run.seed, test_items=300)), {})
+    table = comparison.difference_table(runs + more, kept, "back attention", ["bias", "few-shot"])
+    assert table[table["other"] == "bias"]["dataset"].tolist() == ["made up"]
+    assert table[table["other"] == "few-shot"]["dataset"].tolist() == ["made up", "other", "all"]
+    accuracy = comparison.accuracy_table(runs + more, kept)
+    assert set(accuracy[accuracy["dataset"] == "all"]["arm"]) == {"back attention", "few-shot"}
+    with pytest.raises(ValueError, match="no runs of 'bias' on 'other'"):
+        comparison.difference_table(runs + more, kept, "bias", ["few-shot"])
+
+
+def laid_out(tmp_path, monkeypatch):
+    """One arm at three source layers with two seeds: layer 1 is best, layer 2 jumps and differs from seed to seed."""
+    frame = datasets.one_digit_composite()
+    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
+    kept, runs, rng = Store(tmp_path, shipped=None), [], np.random.default_rng(0)
+    for layer, share, apart in ((0, 0.4, 0), (1, 0.8, 0), (2, 0.5, 0.2)):
+        for seed in (0, 1):
+            right = np.arange(100) < round(100 * (share + apart * (seed - 0.5)))
+            losses = np.full(30, 1.0)
+            losses[20] = 3.0 if layer == 2 else 1.0
+            curve = [{"validation": 0.1, "losses": losses[:15].tolist()}]
+            curve.append({"validation": share + seed / 100 * (layer == 0), "losses": losses[15:].tolist()})
+            run = Run("made up", "same layer", seed, source_layer=layer, test_items=100)
+            result = {"run": {}, "right": "".join(map(str, rng.permutation(right.astype(int)))), "curve": curve}
+            kept.keep(run, {**result, "trained": 4, "seconds": 1.0, "flops": 1, "perplexity": 2.0}, {})
+            runs.append(run)
+    return runs, kept
+
+
+def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    table = comparison.by_setting(runs, "source_layer", lambda part: comparison.accuracy_table(part, kept))
+    assert table["source_layer"].tolist() == [0, 1, 2]
+    assert table["accuracy"].to_list() == pytest.approx([0.4, 0.8, 0.5])
+    best = comparison.choose(runs, kept, "source_layer").iloc[0]
+    assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
+
+
+def test_unrest_is_measured(tmp_path, monkeypatch):
+    table = comparison.unrest(*laid_out(tmp_path, monkeypatch)).set_index("source_layer")
+    assert table["jump"].tolist() == pytest.approx([1, 1, 3])
+    assert table["spread"].idxmax() == 2 and table["final"].tolist() == pytest.approx([1, 1, 1.2])
+
+
 def test_learning_curves_give_the_range_over_seeds(store):
     runs, kept = store
     row = comparison.learning_curves(runs, kept).set_index("arm").loc["bias"]
@@ -187,7 +236,7 @@ def differences(untrained, trained):
     for dataset in ("two-hop", "all"):
         rows += [("smollm2", dataset, other, *untrained) for other in ("zero-shot", "few-shot")]
         rows.append(("smollm2", dataset, "bias", *trained))
-    return pd.DataFrame(rows, columns=["model", "dataset", "other", "difference", "low", "high"])
+    return pd.DataFrame(rows, columns=["model", "dataset", "other", "difference", "low", "high"]).assign(names=2)
 
 
 @pytest.mark.parametrize(

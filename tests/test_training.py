@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backattn import baselines, datasets, experiments, load_model, training
+from backattn import baselines, datasets, experiments, load_model, runtime, training
 from backattn.back_attention import TwoPassModel
 from backattn.experiments import Run, Store
 from backattn.paths import NOTEBOOKS
@@ -329,7 +329,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
     assert path.exists()
     resumed, items = fresh()
     again = training.train(resumed, items, recipe, items, path, save_every=2)
-    columns = ["step", "loss", "train", "validation"]
+    columns = ["step", "loss", "train", "validation", "losses"]
     pd.testing.assert_frame_equal(curve[columns], again[columns])
     assert all(torch.equal(whole[name], p) for name, p in weights_of(resumed).items())
 
@@ -566,6 +566,37 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "data" / "checkpoints").iterdir())) == 3 + 1
     shipped = Store(tmp_path / "empty", tmp_path / "data" / "runs.jsonl")
     assert experiments.ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
+
+
+def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monkeypatch):
+    store, (tried, final) = Store(tmp_path, shipped=None), (["tried"], [tiny_run, replace(tiny_run, arm="few-shot")])
+    monkeypatch.setattr(experiments, "adapter_runs", lambda *a, **k: (tried, final))
+    runs = experiments.varied_runs(store, "source_layer", [1, 3], arms=["back attention"])
+    assert runs == (tried, [tiny_run, replace(tiny_run, source_layer=3)])
+
+
+def test_memory_layers_of_a_run_are_read(tiny_run):
+    run = replace(tiny_run, memory_layers=(3, 4))
+    assert run.key != tiny_run.key
+    with experiments.armed(run, "float32") as (model, _):
+        assert model.memory_layers == (3, 4)
+    with pytest.raises(ValueError, match="no memory"), experiments.armed(replace(run, arm="bias"), "float32"):
+        pass
+
+
+def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
+    from distributed import LocalCluster
+
+    runs, store = [tiny_run, replace(tiny_run, seed=1)], Store(tmp_path, shipped=None)
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        monkeypatch.setenv(runtime.CLUSTER, cluster.scheduler_address)
+        assert experiments.sweep(runs, store)["seed"].tolist() == [0, 1]
+    here = Store(tmp_path / "here", shipped=None)
+    monkeypatch.delenv(runtime.CLUSTER)
+    assert experiments.perform(tiny_run, here)["right"] == store.result(tiny_run)["right"]
+    monkeypatch.setenv(runtime.CLUSTER, "nowhere")
+    with pytest.raises(OSError, match="No dask scheduler"):
+        experiments.sweep([replace(tiny_run, seed=2)], store)
 
 
 def test_worked_examples_come_from_training_only(tiny_run, llama):

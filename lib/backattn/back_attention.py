@@ -18,7 +18,7 @@ import inspect
 import json
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -132,9 +132,16 @@ class BackAttention(nn.Module):
         return self._heads(self.q_proj(self._read(h))).transpose(1, 2)  # [B, H, T, d]
 
     def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """The update of h [B, T, D] from keys and values of `remember` and visible [B, T, S]: [B, T, D], fp32."""
+        """The update of h [B, T, D] from keys and values of `remember` and visible [B, T, S]: [B, T, D], fp32.
+
+        visible may also be [B, T, M, S], of single cells; a query that sees none gets zero.
+        """
         query, heads = self._query(h), self.config.heads
         layers, seen = keys.shape[1] // heads, visible[:, None]  # [B, 1, T, S]
+        if visible.dim() == 4:
+            weights, values = self.weights(h, keys, visible), values.unflatten(1, (heads, layers))
+            mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values)
+            return self.o_proj(mixed.transpose(1, 2).flatten(-2))
         if self.config.softmax == "joint":
             keys, values = (x.unflatten(1, (heads, layers)).flatten(2, 3) for x in (keys, values))  # [B, H, M·S, d]
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen.repeat(1, 1, 1, layers))
@@ -145,14 +152,18 @@ class BackAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def weights(self, h: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-        """Attention weights of every query over (memory layer, position): [B, H, T, M, S]; they sum to one."""
+        """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
+
+        They sum to one; to zero where no cell is visible.
+        """
         heads = self.config.heads
         keys = keys.unflatten(1, (heads, keys.shape[1] // heads))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", self._query(h), keys) / math.sqrt(keys.shape[-1])
-        scores = scores.masked_fill(~visible[:, None, :, None], -math.inf)
+        seen = visible[:, None] if visible.dim() == 4 else visible[:, None, :, None]  # [B, 1, T, M or 1, S]
+        scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
-            return scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
-        return scores.softmax(-1) / scores.shape[-2]
+            return scores.flatten(-2).softmax(-1).nan_to_num(0.0).unflatten(-1, scores.shape[-2:])
+        return scores.softmax(-1).nan_to_num(0.0) / scores.shape[-2]
 
 
 # ---------------------------------------------------------------- running the upper layers again
@@ -211,6 +222,8 @@ class TwoPassModel(nn.Module):
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
+        self._cells: Tensor | None = None  # see `BackAttentionModel.reading`
+        self._memory: Callable[[Tensor], Tensor] | None = None
         self._asleep: list[tuple[nn.Module, object]] = []
         self._attach()
         _wrapped.add(model)
@@ -304,7 +317,8 @@ class TwoPassModel(nn.Module):
         memory = [now.states[t].to(h.device) for t in self.memory_layers]
         keys = values = visible = None
         if memory:
-            keys, values = update.remember(torch.stack(memory))  # [B, K, T, d]
+            memory = torch.stack(memory)  # [M, B, T, D]
+            keys, values = update.remember(memory if self._memory is None else self._memory(memory))  # [B, K, T, d]
             cache = _cache_in(now.settings[0])
             if cache is not None:
                 self._extend(cache)
@@ -315,6 +329,8 @@ class TwoPassModel(nn.Module):
                     )
                 keys, values = cache.layers[place].update(keys, values)
             visible = self._visible(now, h)
+            if self._cells is not None:
+                visible = visible[:, :, None] & self._cells  # [B, T, M, S]
         if self._maps is not None:
             self._maps[layer] = update.weights(h, keys, visible).detach()
         return update(h, keys, values, visible).to(h.dtype)
@@ -499,6 +515,25 @@ class BackAttentionModel(TwoPassModel):
         updates = {layer: BackAttention(arch.width, config) for layer in config.sources}
         super().__init__(model, updates, memory, freeze_base)
         self.back_attention_config = config
+
+    @contextlib.contextmanager
+    def reading(self, cells: Tensor | None = None, memory: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+        """What may be read while the block runs, to test what is used; for forward passes without a cache.
+
+        cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a query. The softmax
+        goes over the others, and a query that may read none gets no update.
+        memory: what takes the place of the memory states: a function of [M, B, S, D] that returns the same shape.
+        """
+        if cells is not None and (cells.dim() != 4 or cells.shape[2] != len(self.memory_layers)):
+            raise ValueError(
+                f"cells must be [batch, queries, {len(self.memory_layers)} memory layers, positions], "
+                f"not {list(cells.shape)}."
+            )
+        self._cells, self._memory = cells, memory
+        try:
+            yield
+        finally:
+            self._cells = self._memory = None
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors; other files stay.

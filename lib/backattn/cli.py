@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, tables
-from .runtime import PROFILE, PROGRESS_FILE, atomic_file, hardware
+from .runtime import CLUSTER, PROFILE, PROGRESS_FILE, atomic_file, hardware
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
@@ -439,6 +439,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
+    p.add_argument(
+        "--cluster", metavar="ADDRESS", help="train on the workers of a dask scheduler that share this folder"
+    )
     return p
 
 
@@ -452,6 +455,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(
             "--update replaces committed results: use it with profile paper or full and the default model."
         )
+    if arguments.cluster:
+        os.environ[CLUSTER] = arguments.cluster
     try:
         return run(arguments)
     except KeyboardInterrupt:

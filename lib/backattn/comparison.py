@@ -8,7 +8,7 @@ comes from how far the paired differences of single runs scatter, which holds al
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,10 +92,10 @@ def _seed_of(dataset: str) -> int:
 def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """One row per model, dataset and arm: accuracy with its interval, what it cost and what it spoilt.
 
-    Returns: model, dataset ("all" for the mean of an arm's datasets), arm, accuracy, low, high, worst, best (seed), n
-    (questions), groups, seeds, trained (weights), seconds (of training, mean), flops (of a forward pass over one
-    question), operations (flops over the cheapest arm's), perplexity (of held-out text, mean; NaN from scratch),
-    learning_rate.
+    Returns: model, dataset ("all" for the mean over all datasets, of arms that were tried on each), arm, accuracy, low,
+    high, worst, best (seed), n (questions), groups, seeds, trained (weights), seconds (of training, mean), flops (of a
+    forward pass over one question), operations (flops over the cheapest arm's), perplexity (of held-out text, mean; NaN
+    from scratch), learning_rate.
     """
     rows, draws = [], []
     for (model, dataset, arm), mine in _by_arm(runs).items():
@@ -124,9 +124,9 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     cheapest = table.groupby(["model", "dataset"])["flops"].transform("min")
     table.insert(table.columns.get_loc("perplexity"), "operations", table["flops"] / cheapest)
-    over_all = []
+    over_all, asked = [], table.groupby("model")["dataset"].nunique()
     for (model, arm), part in table.groupby(["model", "arm"], sort=False):
-        if len(part) > 1:
+        if 1 < len(part) == asked[model]:
             row = {"model": model, "dataset": "all", "arm": arm, "seeds": part["seeds"].min()}
             row |= {name: part[name].mean() for name in ("accuracy", "trained", "seconds", "operations", "perplexity")}
             row |= {name: part[name].sum() for name in ("n", "groups")}
@@ -135,23 +135,28 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 
 
 def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
-    """How far `arm` is ahead of each other arm, per dataset and over all datasets (each with the same weight).
+    """How far `arm` is ahead of each other arm, per dataset and over all on which both were tried (of equal weight).
 
-    Returns: model, dataset ("all" for their mean), other, difference, low, high, p (two-sided), n (questions; of "all",
-    pairs of runs), names (held out by name; of "all", datasets). The interval of a dataset is from samples of names, of
-    "all" from Student's t over the paired differences of single runs within datasets.
+    Returns: model, dataset ("all" for their mean, where there are several), other, difference, low, high, p
+    (two-sided), n (questions; of "all", pairs of runs), names (held out by name; of "all", datasets). The interval of a
+    dataset is from samples of names, of "all" from Student's t over the paired differences of single runs within
+    datasets.
 
-    Raises ValueError when an arm is missing on a dataset, or the arms were not tested on the same questions.
+    Raises ValueError when `arm` is missing on a dataset, another arm on all of them, or two arms were not tested on the
+    same questions.
     """
     by, rows = _by_arm(runs), []
     places = list(dict.fromkeys((model, dataset) for model, dataset, _ in by))
     for model in dict.fromkeys(model for model, _ in places):
         for other in others:
             means, scatter = [], []
-            for dataset in [name for owner, name in places if owner == model]:
-                missing = [name for name in (arm, other) if (model, dataset, name) not in by]
-                if missing:
-                    raise ValueError(f"There are no runs of {missing[0]!r} on {dataset!r} with {model}.")
+            mine = [name for owner, name in places if owner == model]
+            both = [name for name in mine if (model, name, other) in by]
+            missing = [(arm, name) for name in mine if (model, name, arm) not in by]
+            missing += [(other, name) for name in mine if not both]
+            if missing:
+                raise ValueError(f"There are no runs of {missing[0][0]!r} on {missing[0][1]!r} with {model}.")
+            for dataset in both:
                 one, two = (answers(by[model, dataset, name], store) for name in (arm, other))
                 if not np.array_equal(one.groups, two.groups):
                     raise ValueError(f"{arm!r} and {other!r} were not tested on the same questions of {dataset!r}.")
@@ -200,6 +205,57 @@ def _p(draws: np.ndarray) -> float:
     draws = draws[~np.isnan(draws)]
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
+
+
+def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]) -> pd.DataFrame:
+    """What `make` says of the runs with each value of one field of `Run`, one below the other; the field is a column
+    (as text, where it is a tuple)."""
+    parts = []
+    for value in dict.fromkeys(getattr(run, field) for run in runs):
+        part = make([run for run in runs if getattr(run, field) == value])
+        parts.append(part.assign(**{field: str(value) if isinstance(value, tuple) else value}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
+    """Which value of one field of `Run` does best on the validation questions, per arm.
+
+    Returns: arm, the field (the best value), validation (mean over seeds), lowest and highest (of the choices that
+    single seeds would make).
+    """
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [run for run in runs if run.arm == arm]
+        scores = pd.DataFrame(
+            [(getattr(r, field), r.seed, store.result(r)["curve"][-1]["validation"]) for r in mine],
+            columns=[field, "seed", "validation"],
+        )
+        wide = scores.pivot(index=field, columns="seed", values="validation")
+        mean, own = wide.mean(axis=1), wide.idxmax()
+        row = {"arm": arm, field: mean.idxmax(), "validation": mean.max()}
+        rows.append({**row, "lowest": own.min(), "highest": own.max()})
+    return pd.DataFrame(rows)
+
+
+def unrest(runs: Sequence[Run], store: Store, field: str = "source_layer", before: int = 10) -> pd.DataFrame:
+    """How unsteady training is along one field of `Run`, per arm and value.
+
+    Returns: arm, the field, spread (standard deviation over seeds of the test accuracy less the mean of the seed's own
+    fold over all values, in points), jump (the largest loss of a step over the mean of the `before` steps before it,
+    mean over seeds), final (mean loss of the last `before` steps).
+    """
+    rows = []
+    for run in runs:
+        result = store.result(run)
+        losses = np.concatenate([row["losses"] for row in result["curve"]])
+        ahead = np.convolve(losses, np.ones(before) / before, "valid")[:-1]
+        row = {"arm": run.arm, field: getattr(run, field), "seed": run.seed, "accuracy": right_of(result).mean()}
+        rows.append({**row, "jump": (losses[before:] / ahead).max(), "final": losses[-before:].mean()})
+    table = pd.DataFrame(rows)
+    table["own"] = 100 * (table["accuracy"] - table.groupby(["arm", "seed"])["accuracy"].transform("mean"))
+    return table.groupby(["arm", field], as_index=False, sort=False).agg(
+        spread=("own", "std"), jump=("jump", "mean"), final=("final", "mean")
+    )
 
 
 def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:

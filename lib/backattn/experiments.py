@@ -63,6 +63,7 @@ class Run:
     validation_items: int | None = 200
     test_items: int | None = 300
     dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
+    memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
 
     @property
     def fold(self) -> int | None:
@@ -118,7 +119,8 @@ def data_hash(dataset: str) -> str:
 # ---------------------------------------------------------------- questions as a model gets them
 
 
-def _asked(run: Run, split: str) -> pd.DataFrame:
+def asked(run: Run, split: str) -> pd.DataFrame:
+    """A split of the run's dataset, as `datasets` has it."""
     counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
     return datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), split, counts[split])
 
@@ -136,7 +138,7 @@ def _groups(dataset: str, fold: int | None, count: int | None) -> np.ndarray:
 
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
-    frame, part = datasets.split(datasets.load(run.dataset), run.fold), _asked(run, split)
+    frame, part = datasets.split(datasets.load(run.dataset), run.fold), asked(run, split)
     if run.arm == "few-shot":
         shown = datasets.draw(frame, "train", SHOTS, seed=run.seed)
         part = part.assign(
@@ -208,13 +210,22 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     else:
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
-        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)
+        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim, run.memory_layers)
     model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
     try:
         yield model, tokenizer
     finally:
         if hasattr(model, "unload"):
             model.unload()
+
+
+@contextlib.contextmanager
+def trained(run: Run, store: "Store", device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
+    """`armed` in fp32, with the weights that were kept; raises FileNotFoundError where they are not there."""
+    weights = store.weights(run)
+    with armed(run, "float32", device) as (model, tokenizer):
+        put_weights(model, weights)
+        yield model, tokenizer
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -345,7 +356,7 @@ def _test(run: Run, model: nn.Module, tokenizer) -> dict:
     device = next(model.parameters()).device
     result = {"right": "".join(map(str, tested(run, model, tokenizer, test).astype(int)))}
     if run.dataset.lower() in datasets.PUBLISHED:
-        result["groups"] = _asked(run, "test")["group"].tolist()
+        result["groups"] = asked(run, "test")["group"].tolist()
     if run.model != SCRATCH:
         result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
     result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
@@ -376,10 +387,8 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
     """
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
-        weights = store.weights(run)
         kept = right_of(store.result(run))[:count]
-        with armed(run, "float32", device) as (model, tokenizer):
-            put_weights(model, weights)
+        with trained(run, store, device) as (model, tokenizer):
             test = questions(replace(run, test_items=len(kept)), tokenizer, "test")
             right = tested(run, model, tokenizer, test)
         about = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(kept)}
@@ -391,9 +400,8 @@ def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") ->
     """The first `count` test questions of a trained adapter: question, before (the next token without it), after,
     answer."""
     rows = []
-    with armed(run, "float32", device) as (model, tokenizer):
-        put_weights(model, store.weights(run))
-        for question in _asked(run, "test").head(count).itertuples():
+    with trained(run, store, device) as (model, tokenizer):
+        for question in asked(run, "test").head(count).itertuples():
             ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(device)
             with torch.no_grad():
                 after = model(ids).logits[0, -1].argmax()
@@ -418,7 +426,9 @@ def forward_flops(model: nn.Module, ids: Tensor) -> int:
 # ---------------------------------------------------------------- many runs
 
 C8_DATASETS = ("2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds")
+CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
 TUNED_ON = {"two-hop": "two-hop"}  # where a dataset's learning rates are chosen; "1DC" for all others
+LONGER = {"1DC": 3, "2-digit": 3}  # digits are learnt slowly: so many times the steps
 SEEDS = (0, 1, 2)
 
 
@@ -446,20 +456,38 @@ def adapter_runs(
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8: (runs that try learning rates, runs at the best of them for all seeds and without training).
 
-    See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run.
+    See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run; some datasets take LONGER.
     """
     sizes = {"steps": 100, **sizes}
     places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
-    plans = [Run(place, arm, model=model, **sizes) for place in places for arm in arms]
-    tried, best = _search_all(plans, store, steps=sizes["steps"] // 2)
+    tried, best = [], []
+    for place in places:
+        steps = sizes["steps"] * LONGER.get(place, 1)
+        plans = [Run(place, arm, model=model, **{**sizes, "steps": steps}) for arm in arms]
+        here, found = _search_all(plans, store, steps=steps // 2)
+        tried, best = tried + here, best + found
     if None in best:
         return tried, []
     final = []
     for name in names:
         plain = Run(name, "zero-shot", model=model, **{**sizes, "steps": 0})
-        mine = [plain, replace(plain, arm="few-shot"), *(r for r in best if r.dataset == TUNED_ON.get(name, "1DC"))]
+        steps = sizes["steps"] * LONGER.get(name, 1)
+        tuned = [replace(run, steps=steps) for run in best if run.dataset == TUNED_ON.get(name, "1DC")]
+        mine = [plain, replace(plain, arm="few-shot"), *tuned]
         final += [replace(run, dataset=name, seed=seed) for seed in SEEDS for run in mine]
     return tried, final
+
+
+def varied_runs(
+    store: Store, field: str, values: Sequence, arms: Sequence[str] = CORE_ARMS, dataset: str = "two-hop", **sizes
+) -> tuple[list[Run], list[Run]]:
+    """Claims C9 and C11: trained arms with every value of one field of `Run`, at the rates of `adapter_runs`.
+
+    Rates are found at the field's default value only. See `scratch_runs` for the two lists.
+    """
+    tried, final = adapter_runs(store, names=[dataset], arms=arms, **sizes)
+    trained = [run for run in final if run.arm in arms]
+    return tried, [replace(run, **{field: value}) for value in values for run in trained]
 
 
 def complete(
@@ -491,17 +519,40 @@ def ship(plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store:
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:
-    """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them."""
+    """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them.
+
+    Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler (`--cluster`), its workers
+    make them instead; they must see the store's folder. Raises OSError when the scheduler does not answer.
+    """
     from joblib import Parallel, delayed
 
     runs = list(runs)
     waiting = [run for run in runs if store.result(run) is None]
     if waiting:
         jobs = (delayed(_job)(run, store, device) for run in waiting)
-        made = Parallel(n_jobs=processes, return_as="generator_unordered")(jobs)
-        for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
-            pass
+        with _workers(processes) as count:
+            made = Parallel(n_jobs=count, return_as="generator_unordered")(jobs)
+            for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
+                pass
     return table(runs, store)
+
+
+@contextlib.contextmanager
+def _workers(processes: int) -> Iterator[int]:
+    """How many jobs run at a time: in processes here, or on the cluster named by BACKATTN_CLUSTER."""
+    address = os.environ.get(runtime.CLUSTER)
+    if not address:
+        yield processes
+        return
+    from distributed import Client
+    from joblib import parallel_config
+
+    try:
+        client = Client(address, timeout=20)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise OSError(f"No dask scheduler answers at {address!r} (--cluster): {error}") from error
+    with client, parallel_config(backend="dask"):
+        yield -1
 
 
 def _job(run: Run, store: Store, device: str) -> None:

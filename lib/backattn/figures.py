@@ -1,5 +1,6 @@
 """What the reader sees: plots that return their Axes, and saving with the plotted numbers beside the picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -365,7 +366,7 @@ def arm_points(table: pd.DataFrame, ax: Axes | None = None, x: str | None = None
     return ax
 
 
-def difference_points(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+def difference_points(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Differences with their intervals, a row per dataset and other arm, the first on top.
 
     table: dataset, other, difference, low, high.
@@ -377,6 +378,75 @@ def difference_points(table: pd.DataFrame, ax: Axes | None = None, title: str = 
         ax.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=2, solid_capstyle="butt")
         ax.plot(row["difference"], at, marker=ARM_MARKERS[row["other"]], color=colour, markersize=5)
     ax.axvline(0, color="0.4", linewidth=0.6)
-    ax.set(yticks=y, yticklabels=[f"{r['dataset']}: {r['other']}" for r in table.to_dict("records")], title=title)
+    ax.set(yticks=y, yticklabels=[f"{r['dataset']}: {r['other']}" for r in table.to_dict("records")])
     ax.set_xlabel("accuracy of back attention less the other arm's")
+    return ax
+
+
+def setting_lines(
+    table: pd.DataFrame, x: str, y: str, by: str, ax: Axes | None = None, chosen: dict[str, int] | None = None
+) -> Axes:
+    """A line per arm along one setting (source layer, d′), with the band of its interval.
+
+    table: x, y, low, high and `by` (arm, or the other arm of a difference); chosen: arm -> the setting to mark.
+    """
+    ax = _axes(ax)
+    for arm, part in table.groupby(by, sort=False):
+        part, colour = part.sort_values(x), ARM_COLOURS[arm]
+        ax.plot(part[x], part[y], color=colour, marker=ARM_MARKERS[arm], markersize=3.5, linewidth=1.2, label=arm)
+        ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)
+        if chosen:
+            at = part[part[x] == chosen[arm]]
+            ax.plot(at[x], at[y], "o", markersize=9, markerfacecolor="none", markeredgecolor=colour)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def cell_heatmap(
+    weights: np.ndarray, layers: Sequence[int], columns: Sequence[str], top: float, ax: Axes | None = None
+) -> Axes:
+    """Weights over memory layers and positions (or places) [M, columns], low layers at the bottom."""
+    ax = _axes(ax, width=3.4, height=3.0)
+    sns.heatmap(weights, ax=ax, cmap="mako", vmin=0, vmax=top, cbar=False)
+    shown = [place for place, layer in enumerate(layers) if layer % 5 == 0]
+    ax.set_yticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0)
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right")
+    ax.invert_yaxis()
+    ax.set(ylabel="memory layer")
+    return ax
+
+
+def interval_rows(table: pd.DataFrame, label: str, value: str, low: str, high: str, ax: Axes | None = None) -> Axes:
+    """One value with its interval per row, the first on top, against zero."""
+    ax = _axes(ax, height=0.6 + 0.2 * len(table))
+    y = np.arange(len(table))[::-1]
+    ax.hlines(y, table[low], table[high], color=PALETTE[0], linewidth=2)
+    ax.plot(table[value], y, "o", color=PALETTE[0], markersize=4)
+    ax.axvline(0, color="0.4", linewidth=0.6)
+    ax.set(yticks=y, yticklabels=table[label].tolist())
+    return ax
+
+
+def adapter_lines(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How often e2 and e3 can be read by layer, without the adapter (dashed) and with it; table: as
+    `reading.readable_lines`."""
+    ax = _axes(ax)
+    for (entity, adapter), part in table.groupby(["entity", "adapter"], sort=False):
+        colour, dashes = OUTCOME_COLOURS[entity], "-" if adapter == "on" else "--"
+        ax.plot(part["layer"], part["share"], dashes, color=colour, linewidth=1.2, label=f"{entity}, {adapter}")
+        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
+    ax.set(xlabel="state entering layer", ylabel="questions in which it can be read", ylim=(-0.02, 1.02))
+    ax.legend(fontsize=8)
+    return ax
+
+
+def block_points(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """What each block of cells weighs and what hiding it costs; table: query, place, weight, fall (means)."""
+    ax = _axes(ax, width=3.8, height=3.0)
+    for k, (query, part) in enumerate(table.groupby("query", sort=False)):
+        ax.plot(part["weight"], part["fall"], "os^vDP"[k % 6], color=PALETTE[k], markersize=5, label=f"from {query}")
+    ax.axhline(0, color="0.4", linewidth=0.6)
+    ax.set(xlabel="share of what the query reads", ylabel="fall of log p(e3) when hidden, nats")
+    ax.legend(fontsize=7)
     return ax

@@ -193,7 +193,8 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     """One forward pass with every residual contribution recorded.
 
     Args:
-        model: a supported Hugging Face decoder; its mode, hooks and attention kind are left as they were.
+        model: a supported Hugging Face decoder; its mode, hooks and attention kind are left as they were. While it
+            carries back attention, layers that run twice are recorded in their second run.
         batch: see `encode`. Padding on either side.
         detail: also record heads, values, attention weights and neurons; False keeps memory small.
 
@@ -204,43 +205,41 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and batch.ids.shape[1] > limit:
         raise ValueError(f"A prompt has {batch.ids.shape[1]} tokens; this model takes at most {limit}. Shorten it.")
-    seen: dict[str, list[Tensor]] = {}
+    names = ["hidden", "attention", "ffn", "heads", "fused", "neurons", "gate", "up", "attention_raw", "ffn_raw"]
+    seen: dict[str, dict[int, Tensor]] = {name: {} for name in [*names, "weights"]}  # of two runs the second stays
 
-    def keep(name: str) -> Callable:
-        seen[name] = []
-        return lambda x: seen[name].append(x.detach().float())
+    def keep(name: str, layer: int) -> Callable:
+        return lambda x: seen[name].update({layer: x.detach().float()})
 
-    taps, weights = [], []
-    record = {name: keep(name) for name in ("hidden", "attention", "ffn", "heads", "fused", "neurons", "gate", "up")}
-    record |= {name: keep(name) for name in ("attention_raw", "ffn_raw")}
-    for block in arch.blocks:
+    taps = [(arch.final_norm_module, "input", keep("hidden", len(arch.blocks)))]
+    for layer, block in enumerate(arch.blocks):
         taps += [
-            (block.module, "input", record["hidden"]),
-            (block.attention_result, "output", record["attention"]),
-            (block.ffn_result, "output", record["ffn"]),
+            (block.module, "input", keep("hidden", layer)),
+            (block.attention_result, "output", keep("attention", layer)),
+            (block.ffn_result, "output", keep("ffn", layer)),
         ]
         if detail:
             family = block.family
             taps += [
-                (block.get(family.attention_out), "input", record["heads"]),
-                (block.get(family.value), "output", record["fused"]),
-                (block.get(family.ffn_out), "input", record["neurons"]),
-                (block.get(family.up), "output", record["up"]),
+                (block.get(family.attention_out), "input", keep("heads", layer)),
+                (block.get(family.value), "output", keep("fused", layer)),
+                (block.get(family.ffn_out), "input", keep("neurons", layer)),
+                (block.get(family.up), "output", keep("up", layer)),
             ]
             if family.gate is not None and family.gate_layout == "own":
-                taps.append((block.get(family.gate), "output", record["gate"]))
+                taps.append((block.get(family.gate), "output", keep("gate", layer)))
             if family.attention_post is not None:
-                taps.append((block.attention, "output", record["attention_raw"]))
+                taps.append((block.attention, "output", keep("attention_raw", layer)))
             if family.ffn_post is not None:
-                taps.append((block.get(family.ffn), "output", record["ffn_raw"]))
-    taps.append((arch.final_norm_module, "input", record["hidden"]))
+                taps.append((block.get(family.ffn), "output", keep("ffn_raw", layer)))
 
-    def keep_weights(module, args, output):
-        weights.append(output[1].detach().float())
+    def keep_weights(layer: int):
+        return lambda module, args, output: seen["weights"].update({layer: output[1].detach().float()})
 
     was_training = model.training
     model.eval()
-    handles = [b.attention.register_forward_hook(keep_weights) for b in arch.blocks] if detail else []
+    blocks = enumerate(arch.blocks) if detail else ()
+    handles = [block.attention.register_forward_hook(keep_weights(layer)) for layer, block in blocks]
     try:
         with torch.no_grad(), _attention_weights_visible(model, detail), hooks(*taps):
             output = model(
@@ -251,27 +250,28 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
             handle.remove()
         model.train(was_training)
 
+    kept = {name: [layers[k] for k in sorted(layers)] for name, layers in seen.items()}
     stream = Stream(
         arch=arch,
         batch=batch,
         logits=batch.at_last(output).float(),
-        hidden=torch.stack(seen["hidden"]),
-        attention=torch.stack(seen["attention"]),
-        ffn=torch.stack(seen["ffn"]),
+        hidden=torch.stack(kept["hidden"]),
+        attention=torch.stack(kept["attention"]),
+        ffn=torch.stack(kept["ffn"]),
     )
     if detail:
         block = arch.blocks[0]
         pre = [
             b.split_ffn_in(gate, up)
-            for b, gate, up in zip(arch.blocks, seen["gate"] or [None] * len(arch.blocks), seen["up"], strict=True)
+            for b, gate, up in zip(arch.blocks, kept["gate"] or [None] * len(arch.blocks), kept["up"], strict=True)
         ]
-        stream.heads = [x.unflatten(-1, (block.heads, block.head_dim)) for x in seen["heads"]]
-        stream.values = [b.value_part(x) for b, x in zip(arch.blocks, seen["fused"], strict=True)]
-        stream.weights = weights
+        stream.heads = [x.unflatten(-1, (block.heads, block.head_dim)) for x in kept["heads"]]
+        stream.values = [b.value_part(x) for b, x in zip(arch.blocks, kept["fused"], strict=True)]
+        stream.weights = kept["weights"]
         stream.gates, stream.ups = [g for g, _ in pre], [u for _, u in pre]
-        stream.neurons = seen["neurons"]
-        stream.attention_raw = seen["attention_raw"] or list(stream.attention)
-        stream.ffn_raw = seen["ffn_raw"] or list(stream.ffn)
+        stream.neurons = kept["neurons"]
+        stream.attention_raw = kept["attention_raw"] or list(stream.attention)
+        stream.ffn_raw = kept["ffn_raw"] or list(stream.ffn)
     return stream
 
 

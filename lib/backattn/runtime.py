@@ -19,6 +19,7 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 PROFILE = "BACKATTN_PROFILE"  # set by the runner: which profile's folder a notebook writes to
+CLUSTER = "BACKATTN_CLUSTER"  # set by the runner: address of a dask scheduler whose workers train
 PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
 
 

@@ -315,11 +315,7 @@ def two_hop_prompts(
                 continue
             prompt = head + say(row["e1"], row["r1"], row["r2"])
             try:
-                entity = span(prompt, row["e1"], len(head))
-                # Outside the entity's own name the relations' words stand in the order of the wording.
-                places = {
-                    name: _relation_span(prompt, row[name], entity, len(head), name == "r2") for name in ("r1", "r2")
-                }
+                spans = two_hop_spans(prompt, row["e1"], row["r1"], row["r2"], len(head))
             except ValueError as error:
                 raise ValueError(f"Fact {index} ({row['pair']}, {row['e1']}): {error}") from error
             rows.append(
@@ -331,9 +327,7 @@ def two_hop_prompts(
                     "shortcut_prompt": seconds + say(row["e1"], row["r2"]),
                     "two_hop": prompt,
                     "head": head,
-                    "e1_span": entity,
-                    "r1_span": places["r1"],
-                    "r2_span": places["r2"],
+                    **spans,
                 }
             )
     written = pd.DataFrame(rows)
@@ -341,6 +335,20 @@ def two_hop_prompts(
         raise ValueError("No pair of relations has two facts to show and one to ask: give more facts.")
     written = written.sort_values("order", kind="stable").drop(columns="order")
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
+
+
+def two_hop_spans(prompt: str, e1: str, r1: str, r2: str, start: int = 0) -> dict[str, tuple[int, int]]:
+    """Where e1 and both relations stand in a two-hop question that begins at character `start` of a prompt.
+
+    Returns e1_span, r1_span, r2_span as (begin, end) characters. Raises ValueError when one is not there.
+    """
+    entity = span(prompt, e1, start)
+    # Outside the entity's own name the relations' words stand in the order of the wording.
+    places = {
+        f"{name}_span": _relation_span(prompt, r, entity, start, name == "r2")
+        for name, r in zip(("r1", "r2"), (r1, r2), strict=True)
+    }
+    return {"e1_span": entity, **places}
 
 
 def _relation_span(prompt: str, relation: str, entity: tuple[int, int], start: int, outer: bool) -> tuple[int, int]:

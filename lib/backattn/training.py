@@ -271,7 +271,8 @@ def train(
             passes run each time, to the same result but for rounding.
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
-    validation (share right; NaN without questions for it), seconds (of all sittings).
+    validation (share right; NaN without questions for it), seconds (of all sittings), losses (of each step since the
+    row before).
 
     Raises ValueError when nothing is to be trained, and FloatingPointError when the loss is no number any more.
     """
@@ -317,12 +318,13 @@ def train(
                 row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": score}
                 state["seconds"] = before + time.monotonic() - begin
                 row |= {"step": state["step"], "seconds": state["seconds"]}
-                state["curve"].append({k: float(v) for k, v in row.items()})
+                losses = [round(loss, 4) for loss in state["losses"]]
+                state["curve"].append({**{k: float(v) for k, v in row.items()}, "losses": losses})
                 state["losses"], state["right"] = [], []
             if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
                 state["seconds"] = before + time.monotonic() - begin
                 _save(checkpoint, recipe, weights, optimiser, schedule, state)
-    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation", "seconds"])
+    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation", "seconds", "losses"])
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:

@@ -1,0 +1,405 @@
+"""What trained back attention reads in two-hop questions, and whether it needs that (claim C10).
+
+A cell is a pair (memory layer, position of the prompt) that a query, a position at the source layer, can read. Places
+are e1's, r1's and r2's tokens, what stands after e1 and after r1 ("'s"), and the last token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from . import experiments, failures, tasks
+from .back_attention import BackAttentionModel
+from .experiments import Run, Store
+from .lens import read_states
+from .runtime import progress
+from .stages import mean_interval
+from .training import FirstPasses, Items, Questions, answer_logits, collate, right_answers
+
+PLACES = ("e1", "after e1", "r1", "after r1", "r2", "last")
+BATCH = 32
+
+
+def high_layers(layers: int) -> tuple[int, ...]:
+    """The states at the depth of those that C10 names, 27 to 30 of a model of 32 layers."""
+    return tuple(range(round(27 / 32 * layers), round(30 / 32 * layers) + 1))
+
+
+def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+    """The place of each token of questions in the wording "possessive"; frame: two_hop and spans. [T] per question."""
+    labels = failures.groups(tokenizer, frame)
+    for row in labels:
+        between = row == "context"
+        later = np.arange(len(row)) > np.flatnonzero(row == "r1")[0]
+        row[between & ~later], row[between & later] = "after e1", "after r1"
+    return labels
+
+
+class Reader:
+    """Questions put to a model with trained back attention, as they are or with some cells hidden.
+
+    The first pass is computed once. frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2;
+    labels: the place of each token, an array per question; memory_layers: what the adapter reads.
+    """
+
+    def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
+        self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
+        self.memory_layers, self.labels = wrapped.memory_layers, places(tokenizer, frame)
+        self._passes = FirstPasses(wrapped, items, group=BATCH)
+        self._source = wrapped.back_attention_config.sources[0]
+
+    def _batches(self) -> Iterator[tuple[list[int], Questions, Tensor]]:
+        order, device = np.argsort(self.items.lengths, kind="stable"), next(self.wrapped.parameters()).device
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH].tolist()
+            batch = collate(self.items, rows, device)
+            yield rows, batch, self._passes(rows, batch)
+
+    @torch.no_grad()
+    def weights(self) -> list[np.ndarray]:
+        """What each query reads, over cells (the mean over heads): an array [T, M, T] per question."""
+        out = [np.empty(0)] * len(self.items)
+        for rows, batch, first in self._batches():
+            with self.wrapped.attention_maps() as maps:
+                self.wrapped(batch.ids, batch.mask, position_ids=batch.position_ids, first_pass=first)
+            read = maps[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
+            for place, row in enumerate(rows):
+                own = len(self.labels[row])
+                out[row] = read[place, -own:, :, -own:]
+        return out
+
+    @torch.no_grad()
+    def ask(
+        self,
+        hidden: Sequence[np.ndarray] | None = None,
+        queries: Sequence[str] = ("last",),
+        memory: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(log-probability of the answer's first token [n], whether an accepted one is the most likely [n]).
+
+        hidden: per question [M, T] bool, the cells that queries at the places `queries` may not read. memory: see
+        `BackAttentionModel.reading`.
+        """
+        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+        for rows, batch, first in self._batches():
+            cells = None
+            if hidden is not None:
+                width = batch.ids.shape[1]
+                cells = torch.ones(len(rows), width, len(self.memory_layers), width, dtype=torch.bool)
+                for place, row in enumerate(rows):
+                    own = len(self.labels[row])
+                    affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
+                    cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
+                cells = cells.to(batch.ids.device)
+            with self.wrapped.reading(cells, memory):
+                logits = answer_logits(self.wrapped, batch, first)  # [B, 1, V]
+            said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
+            log_probs[rows] = said.cpu().numpy()
+            right[rows] = right_answers(logits, self.items, rows, batch).numpy()
+        return log_probs, right
+
+    def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The cells at some places in some memory layers (all, for None): [M, T] bool per question."""
+        among = np.isin(self.memory_layers, self.memory_layers if layers is None else layers)
+        return [among[:, None] & np.isin(row, source) for row in self.labels]
+
+
+def readers(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> Iterator[Reader]:
+    """A `Reader` of each run's first `count` test questions, one after the other, with its kept weights."""
+    for run in progress(list(runs), "reading", unit="run"):
+        frame = experiments.asked(run, "test").head(count)
+        spans = [tasks.two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
+        frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
+        with experiments.trained(run, store, device) as (wrapped, tokenizer):
+            items = experiments.questions(replace(run, test_items=len(frame)), tokenizer, "test")
+            yield Reader(wrapped, tokenizer, items, frame)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@dataclass
+class Reading:
+    """What queries read over all questions of some runs.
+
+    weights: [n, queries, M, places], the mean over a query place's tokens, summed over a read place's; chance: the same
+    if every query read all its cells alike; right: [n]; frame: the questions; layers: the memory layers; examples:
+    (tokens, what the last position reads [M, T]) of each run's first questions.
+    """
+
+    weights: np.ndarray
+    chance: np.ndarray
+    right: np.ndarray
+    frame: pd.DataFrame
+    layers: tuple[int, ...]
+    examples: list[tuple[list[str], np.ndarray]]
+
+    def of(self, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """(weights, chance) of the queries at one place: [n, M, places] each."""
+        return self.weights[:, PLACES.index(query)], self.chance[:, PLACES.index(query)]
+
+
+def read(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu", shown: int = 2) -> Reading:
+    """Weights of every query over memory layers and places, see `Reading`."""
+    weights, chance, right, frames, examples, layers = [], [], [], [], [], ()
+    for reader in readers(runs, store, count, device):
+        of_each, layers = reader.weights(), tuple(reader.memory_layers)
+        for own, labels in zip(of_each, reader.labels, strict=True):
+            inside = np.array([labels == place for place in PLACES], dtype=float)  # [places, T]
+            mean = inside / inside.sum(1, keepdims=True).clip(min=1)
+            weights.append(np.einsum("qt,tms,ps->qmp", mean, own, inside))
+            alike = np.tril(np.ones((len(labels), len(labels))))
+            alike /= alike.sum(1, keepdims=True) * len(layers)  # [T, T]
+            flat = np.einsum("qt,ts,ps->qp", mean, alike, inside)
+            chance.append(np.repeat(flat[:, None], len(layers), axis=1))
+        right.append(reader.ask()[1])
+        frames.append(reader.frame)
+        for row in range(min(shown, len(of_each))):
+            tokens = [reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]]
+            examples.append((tokens, of_each[row][-1]))
+    frame = pd.concat(frames, ignore_index=True)
+    return Reading(np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples)
+
+
+def weight_table(reading: Reading, query: str = "last") -> pd.DataFrame:
+    """Mean weight by cell for right and wrong cases, where there are any: case, layer, place, weight, chance, n."""
+    rows, (weights, chance) = [], reading.of(query)
+    for case, mask in (("right", reading.right), ("wrong", ~reading.right)):
+        if not mask.any():
+            continue
+        for k, place in enumerate(PLACES):
+            part = {
+                "layer": reading.layers,
+                "weight": weights[mask, :, k].mean(0),
+                "chance": chance[mask, :, k].mean(0),
+            }
+            rows.append(pd.DataFrame(part).assign(case=case, place=place, n=int(mask.sum())))
+    return pd.concat(rows, ignore_index=True)[["case", "layer", "place", "weight", "chance", "n"]]
+
+
+def query_table(reading: Reading) -> pd.DataFrame:
+    """What each query place reads at each place, over all layers: query, place, weight, chance, layer (the mean memory
+    layer of that weight)."""
+    rows = []
+    for query in PLACES:
+        weights, chance = (x.mean(0) for x in reading.of(query))  # [M, places]
+        for k, place in enumerate(PLACES):
+            if chance[:, k].sum() > 0:
+                layer = weights[:, k] @ np.array(reading.layers) / max(weights[:, k].sum(), 1e-12)
+                row = {"query": query, "place": place, "weight": weights[:, k].sum(), "chance": chance[:, k].sum()}
+                rows.append({**row, "layer": layer})
+    return pd.DataFrame(rows)
+
+
+def high_share(reading: Reading, layers: Sequence[int], place: str = "r1", query: str = "last") -> pd.DataFrame:
+    """Weight on one place's states in some layers, over all, by case and by pair of relations, against chance.
+
+    Returns: questions ("all", "right", "wrong" or a pair), share with its 95 % interval over bridge entities (low,
+    high), chance, over (share less chance) with over_low and over_high, n, names. Pairs with a single bridge entity
+    are left out.
+    """
+    among, k = np.isin(reading.layers, layers), PLACES.index(place)
+    share, chance = (x[:, among, k].sum(1) for x in reading.of(query))
+    bridge, pair, rows = reading.frame["e2"].to_numpy(), reading.frame["pair"].to_numpy(), []
+    parts = {"all": np.ones(len(share), dtype=bool), "right": reading.right, "wrong": ~reading.right}
+    parts |= {name: pair == name for name in sorted(set(pair))}
+    for name, mask in parts.items():
+        if len(set(bridge[mask])) < 2:
+            continue
+        mean, low, high = mean_interval(np.stack([share, share - chance], 1)[mask], bridge[mask])
+        row = {"questions": name, "share": mean[0], "low": low[0], "high": high[0], "chance": chance[mask].mean()}
+        row |= {"over": mean[1], "over_low": low[1], "over_high": high[1]}
+        rows.append({**row, "n": int(mask.sum()), "names": len(set(bridge[mask]))})
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- what is needed
+
+
+def most_read(weights: np.ndarray, share: float) -> np.ndarray:
+    """The fewest cells that together hold at least `share` of the weight: [M, T] bool."""
+    order = np.argsort(-weights, axis=None, kind="stable")
+    count = int(np.searchsorted(np.cumsum(weights.flat[order]), share - 1e-9)) + 1
+    chosen = np.zeros(weights.shape, dtype=bool)
+    chosen.flat[order[:count]] = True
+    return chosen
+
+
+def random_cells(weights: np.ndarray, most: np.ndarray, equal: str, draw: np.random.Generator) -> np.ndarray:
+    """Other cells than `most`, drawn at random: as many ("count"), or until they hold as much weight ("weight").
+
+    [M, T] bool. Raises ValueError for another kind.
+    """
+    if equal not in ("count", "weight"):
+        raise ValueError(f'Unknown kind {equal!r}; choose "count" or "weight".')
+    order = draw.permutation(np.flatnonzero(~most))
+    count = int(most.sum())
+    if equal == "weight":
+        count = int(np.searchsorted(np.cumsum(weights.flat[order]), weights[most].sum())) + 1
+    chosen = np.zeros(weights.shape, dtype=bool)
+    chosen.flat[order[:count]] = True
+    return chosen
+
+
+def knock_outs(
+    runs: Sequence[Run],
+    store: Store,
+    shares: Sequence[float] = (0.25, 0.5),
+    draws: int = 2,
+    count: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Hide cells and ask again.
+
+    From the last position: the cells it reads most, which hold a share of its weight, against random other cells, as
+    many or with as much weight; and all cells of one place in the `high_layers`, against as many random ones as r1 has
+    there. Besides, everything, from the queries at one place and from all.
+
+    Returns one row per question, kind of cells and draw: seed, question, e2, hidden (name), cells (how many), weight
+    (of the cells, in what the last position reads), fall (of the answer's log-probability), lost (right before less
+    right after).
+    """
+    draw, rows = np.random.default_rng(seed), []
+    for reader in readers(runs, store, count, device):
+        weights, everything = [own[-1] for own in reader.weights()], reader.block(PLACES)
+        plans = [(f"everything, at {place}", everything, (place,)) for place in PLACES]
+        plans.append(("everything, everywhere", everything, PLACES))
+        for share in shares:
+            most = [most_read(own, share) for own in weights]
+            plans.append((f"most read, {share:.0%}", most, ("last",)))
+            for equal in ("count", "weight") * draws:
+                cells = [random_cells(w, m, equal, draw) for w, m in zip(weights, most, strict=True)]
+                plans.append((f"random, same {equal} as {share:.0%}", cells, ("last",)))
+        blocks = {place: reader.block([place], high_layers(reader.wrapped.layers)) for place in PLACES}
+        plans += [(f"{place}, high layers", cells, ("last",)) for place, cells in blocks.items()]
+        for _ in range(draws):
+            cells = [random_cells(w, m, "count", draw) for w, m in zip(weights, blocks["r1"], strict=True)]
+            plans.append(("random, same count as r1", cells, ("last",)))
+        before, right = reader.ask()
+        for name, cells, queries in progress(plans, "hiding", unit="set"):
+            after, still = reader.ask(cells, queries)
+            about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
+            about |= {"cells": [c.sum() for c in cells], "fall": before - after}
+            about["weight"] = [w[c].sum() for w, c in zip(weights, cells, strict=True)]
+            rows.append(pd.DataFrame(about).assign(hidden=name, lost=right.astype(float) - still.astype(float)))
+    return pd.concat(rows, ignore_index=True)
+
+
+def knock_out_table(made: pd.DataFrame) -> pd.DataFrame:
+    """`knock_outs` over all questions: hidden, cells, weight, fall (nats) and lost (share of questions), both with
+    their 95 % intervals over bridge entities, n."""
+    rows = []
+    for name in dict.fromkeys(made["hidden"]):
+        part = _of_each(made[made["hidden"] == name])
+        mean, low, high = mean_interval(part[["fall", "lost"]].to_numpy(), part["e2"])
+        row = {"hidden": name, "cells": part["cells"].mean(), "weight": part["weight"].mean(), "fall": mean[0]}
+        row |= {"low": low[0], "high": high[0], "lost": mean[1], "lost_low": low[1], "lost_high": high[1]}
+        rows.append({**row, "n": len(part)})
+    return pd.DataFrame(rows)
+
+
+def knock_out_tests(made: pd.DataFrame) -> pd.DataFrame:
+    """How much more it costs to hide what is read most, and r1's high layers, than their controls, paired by question.
+
+    Returns: hidden, control, more (nats) with its 95 % interval over bridge entities (low, high), n.
+    """
+    shares = [name.removeprefix("most read, ") for name in dict.fromkeys(made["hidden"]) if name.startswith("most")]
+    pairs = [(f"most read, {x}", f"random, same {equal} as {x}") for x in shares for equal in ("count", "weight")]
+    rows = []
+    for hidden, control in [*pairs, ("r1, high layers", "random, same count as r1")]:
+        one, other = (_of_each(made[made["hidden"] == name]) for name in (hidden, control))
+        mean, low, high = mean_interval((one["fall"] - other["fall"]).to_numpy(), one["e2"])
+        row = {"hidden": hidden, "control": control, "more": float(mean), "low": float(low), "high": float(high)}
+        rows.append({**row, "n": len(one)})
+    return pd.DataFrame(rows)
+
+
+def _of_each(part: pd.DataFrame) -> pd.DataFrame:
+    """Per question the mean over draws."""
+    return part.groupby(["seed", "question", "e2"], as_index=False)[["cells", "weight", "fall", "lost"]].mean()
+
+
+def weight_against_fall(
+    runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Does the weight of cells tell how much they matter? Blocks: what the queries at one place read at another.
+
+    Returns (a row per question and block: seed, question, e2, query, place, weight (the mean of the queries'), fall (of
+    the answer's log-probability when the block is hidden); and the mean over questions of Spearman's rank correlation
+    of weight and fall over blocks, with its 95 % interval over bridge entities: mean, low, high, n).
+    """
+    rows = []
+    for reader in readers(runs, store, count, device):
+        weights, (before, _) = reader.weights(), reader.ask()
+        blocks = [(query, place) for k, query in enumerate(PLACES) for place in PLACES[: k + 1]]
+        for query, place in progress(blocks, "blocks", unit="block"):
+            asked = [own[labels == query].mean(0) for own, labels in zip(weights, reader.labels, strict=True)]
+            cells = reader.block([place])
+            about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
+            about["weight"] = [w[c].sum() for w, c in zip(asked, cells, strict=True)]
+            about["fall"] = before - reader.ask(cells, (query,))[0]
+            rows.append(pd.DataFrame(about).assign(query=query, place=place))
+    table = pd.concat(rows, ignore_index=True)
+    each = table.groupby(["seed", "question", "e2"])[["weight", "fall"]].apply(
+        lambda part: stats.spearmanr(part["weight"], part["fall"]).statistic
+    )
+    each = each.dropna().reset_index(name="rank")
+    mean, low, high = mean_interval(each["rank"].to_numpy(), each["e2"])
+    return table, {"mean": float(mean), "low": float(low), "high": float(high), "n": len(each)}
+
+
+# ---------------------------------------------------------------- what becomes readable
+
+
+def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> pd.DataFrame:
+    """From which layer on e2 and e3 can be read at the last position, without the adapter and with it.
+
+    Returns one row per question, entity and adapter ("off", "on"): seed, question, e2, entity, adapter, layer (the
+    first state in which the entity's first token is among the `failures.READABLE` highest; L + 1 where there is none)
+    and readable ([L+1] bool).
+    """
+    rows = []
+    for reader in readers(runs, store, count, device):
+        ids = failures.pair_ids(reader.tokenizer, reader.frame)
+        prompts, last = reader.frame["two_hop"].tolist(), [[len(row) - 1] for row in reader.labels]
+        for adapter in ("off", "on"):
+            reader.wrapped.enabled = adapter == "on"
+            _, ranks = read_states(reader.wrapped.base_model, reader.tokenizer, prompts, last, ids, ranks=True)
+            seen = ranks[:, 0] < failures.READABLE  # [n, L+1, 2]
+            for k, entity in enumerate(("e3", "e2")):
+                first = np.where(seen[..., k].any(1), seen[..., k].argmax(1), seen.shape[1])
+                about = {"seed": reader.frame["seed"], "question": range(len(first)), "e2": reader.frame["e2"]}
+                part = pd.DataFrame(about).assign(entity=entity, adapter=adapter, layer=first)
+                rows.append(part.assign(readable=list(seen[..., k])))
+    return pd.concat(rows, ignore_index=True)
+
+
+def readable_lines(made: pd.DataFrame) -> pd.DataFrame:
+    """Share of questions in which an entity can be read at the last position: entity, adapter, layer, share, low, high
+    (95 %, over bridge entities)."""
+    rows = []
+    for (entity, adapter), part in made.groupby(["entity", "adapter"]):
+        mean, low, high = mean_interval(np.stack(part["readable"].to_list()), part["e2"])
+        table = pd.DataFrame({"layer": range(len(mean)), "share": mean, "low": low, "high": high})
+        rows.append(table.assign(entity=entity, adapter=adapter))
+    return pd.concat(rows, ignore_index=True)
+
+
+def forward_table(made: pd.DataFrame) -> pd.DataFrame:
+    """How much earlier the adapter makes an entity readable: entity, off and on (mean first layer, L + 1 for never),
+    ever_off, ever_on (shares), earlier (layers, off less on) with its 95 % interval over bridge entities, n."""
+    rows = []
+    for entity, part in made.groupby("entity"):
+        wide = part.pivot(index=["seed", "question", "e2"], columns="adapter", values="layer").reset_index()
+        never = len(part["readable"].iloc[0])
+        mean, low, high = mean_interval((wide["off"] - wide["on"]).to_numpy(), wide["e2"])
+        row = {"entity": entity, "off": wide["off"].mean(), "on": wide["on"].mean()}
+        row |= {"ever_off": (wide["off"] < never).mean(), "ever_on": (wide["on"] < never).mean()}
+        rows.append({**row, "earlier": float(mean), "low": float(low), "high": float(high), "n": len(wide)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,162 @@
+"""What trained back attention reads: on a tiny model whose module is made to read what the test knows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from backattn import claims, datasets, experiments, reading, training
+from backattn.experiments import Run, Store
+
+FACTS = [("Bach", "mother", "Anna", "city", "Rome"), ("Mozart", "father", "Leo", "capital", "Paris")]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A run of back attention on eight questions, with weights that are not zero, and its store."""
+    rows = [(*FACTS[k % 2][:2], f"{FACTS[k % 2][2]}{k}", *FACTS[k % 2][3:]) for k in range(120)]
+    frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(pair="made", tested=True)
+    prompt = frame["e1"] + "'s " + frame["r1"] + "'s " + frame["r2"] + " is"
+    frame = frame.assign(prompt=prompt, answer=" " + frame["e3"], group=frame["e2"])
+    monkeypatch.setitem(datasets.DATASETS, "facts", lambda: frame)
+    monkeypatch.setattr(
+        experiments,
+        "questions",
+        lambda run, tok, split: training.first_tokens(
+            tok, asked := experiments.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
+        ),
+    )
+    run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
+    store = Store(tmp_path, shipped=None)
+    with experiments.armed(run, "float32") as (model, _):
+        for p in model.updates.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+        store.keep(run, {"run": {}}, experiments.trained_weights(model))
+    return run, store
+
+
+def one(kept):
+    run, store = kept
+    return reading.readers([run], store)
+
+
+def test_places_follow_the_words(kept):
+    reader = next(one(kept))
+    prompt, labels = reader.frame["two_hop"][0], reader.labels[0]
+    pieces = reader.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+    said = {
+        place: "".join(prompt[a:b] for (a, b), own in zip(pieces, labels, strict=True) if own == place)
+        for place in reading.PLACES
+    }
+    fact = reader.frame.iloc[0]
+    assert said["e1"].strip() == fact["e1"] and fact["r1"] in said["r1"] and fact["r2"] in said["r2"]
+    assert "'s" in said["after e1"] and "'s" in said["after r1"]
+
+
+def test_weights_are_those_of_the_model_and_sum_to_one(kept):
+    for reader in one(kept):
+        for own, prompt in zip(reader.weights(), reader.items.prompts, strict=True):
+            assert own.shape == (len(prompt), len(reader.memory_layers), len(prompt))
+            assert np.allclose(own.sum((1, 2)), 1, atol=1e-5)
+            assert np.triu(own.sum(1), 1).max() == 0  # nothing later is read
+        ids = torch.tensor([reader.items.prompts[3]])
+        with reader.wrapped.attention_maps() as maps, torch.no_grad():
+            reader.wrapped(ids, use_cache=False)
+        assert np.allclose(maps[1][0, 0].numpy(), reader.weights()[3], atol=1e-5)
+
+
+def test_hiding_everything_everywhere_is_no_adapter(kept):
+    for reader in one(kept):
+        log_probs, _ = reader.ask(reader.block(reading.PLACES), reading.PLACES)
+        reader.wrapped.enabled = False
+        for row, prompt in enumerate(reader.items.prompts):
+            with torch.no_grad():
+                plain = reader.wrapped(torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
+            assert log_probs[row] == pytest.approx(plain[reader.items.answers[row][0]].item(), abs=1e-4)
+
+
+def test_only_the_queries_that_are_named_lose_sight(kept):
+    for reader in one(kept):
+        before, _ = reader.ask()
+        nothing = [np.zeros_like(cells) for cells in reader.block(["r1"])]
+        assert np.allclose(reader.ask(nothing, reading.PLACES)[0], before, atol=1e-5)
+        last, everywhere = reader.ask(reader.block(["e1"]))[0], reader.ask(reader.block(["e1"]), reading.PLACES)[0]
+        assert abs(last - before).max() > 1e-3 and abs(last - everywhere).max() > 1e-3
+        early = reader.ask(reader.block(["last"]), reading.PLACES[:-1])[0]
+        assert np.allclose(early, before, atol=1e-5)  # no earlier query sees the last position
+
+
+def test_cells_are_chosen_by_weight_and_by_count():
+    weights = np.array([[0.4, 0.1], [0.3, 0.2]])
+    most = reading.most_read(weights, 0.7)
+    assert most.tolist() == [[True, False], [True, False]]
+    assert reading.most_read(weights, 0.41).sum() == 2 and reading.most_read(weights, 0.4).sum() == 1
+    draw = np.random.default_rng(0)
+    assert reading.random_cells(weights, most, "count", draw).tolist() == [[False, True], [False, True]]
+    one = reading.most_read(weights, 0.4)
+    for _ in range(20):
+        assert reading.random_cells(weights, one, "count", draw).sum() == 1
+        other = reading.random_cells(weights, one, "weight", draw)
+        assert weights[other].sum() >= 0.4 and not (other & one).any()
+    with pytest.raises(ValueError, match="count"):
+        reading.random_cells(weights, one, "size", draw)
+
+
+def test_tables_cover_what_was_asked(kept):
+    run, store = kept
+    read = reading.read([run], store, shown=1)
+    assert read.weights.sum((2, 3)) == pytest.approx(1) and read.chance.sum((2, 3)) == pytest.approx(1)
+    queries = reading.query_table(read)
+    assert queries.groupby("query")["weight"].sum().to_numpy() == pytest.approx(1)
+    table = reading.weight_table(read)
+    assert table.groupby("case")["weight"].sum().to_numpy() == pytest.approx(1)
+    share = reading.high_share(read, read.layers, "r1").set_index("questions").loc["all"]
+    assert share["share"] == pytest.approx(read.of("last")[0][:, :, reading.PLACES.index("r1")].sum(1).mean())
+    assert share["over"] == pytest.approx(share["share"] - share["chance"]) and share["low"] <= share["share"]
+    made = reading.knock_outs([run], store, shares=[0.5], draws=1)
+    means = reading.knock_out_table(made).set_index("hidden")
+    assert means.loc["everything, at last", "weight"] == pytest.approx(1)
+    assert means.loc["most read, 50%", "weight"] >= 0.5
+    assert means.loc["random, same count as 50%", "cells"] == means.loc["most read, 50%", "cells"]
+    tests = reading.knock_out_tests(made)
+    row = tests.iloc[0]
+    assert row["more"] == pytest.approx(means.loc[row["hidden"], "fall"] - means.loc[row["control"], "fall"])
+    blocks, rank = reading.weight_against_fall([run], store)
+    assert len(blocks.groupby(["query", "place"])) == 21 and -1 <= rank["low"] <= rank["mean"] <= rank["high"] <= 1
+    assert claims.brings_high_states(reading.high_share(read, [3, 4]), tests, [3, 4]).verdict in claims.VERDICTS
+
+
+def test_readable_states_are_those_of_both_models(kept, monkeypatch):
+    run, store = kept
+    monkeypatch.setattr(reading.failures, "READABLE", 60)
+    made = reading.brought_forward([run], store)
+    wide = made.pivot(index=["question", "entity"], columns="adapter", values="readable")
+    low = [np.array_equal(off[:1], on[:1]) for off, on in zip(wide["off"], wide["on"], strict=True)]
+    assert all(low)  # states below the source layer are the same
+    assert not all(np.array_equal(off, on) for off, on in zip(wide["off"], wide["on"], strict=True))
+    table = reading.forward_table(made).set_index("entity")
+    assert np.allclose(table["earlier"], table["off"] - table["on"])
+    lines = reading.readable_lines(made)
+    assert len(lines) == 4 * 5 and lines["share"].between(0, 1).all()
+
+
+def test_high_layers_lie_as_deep_as_in_the_paper():
+    assert reading.high_layers(32) == (27, 28, 29, 30)
+    assert reading.high_layers(30) == (25, 26, 27, 28)
+
+
+@pytest.mark.parametrize(
+    "over, more, verdict",
+    [
+        ((0.1, 0.3), (0.1, 0.2), "reproduced"),
+        ((0.1, 0.3), (-0.1, 0.2), "partly"),
+        ((-0.1, 0.3), (-0.1, 0.2), "not at this scale"),
+        ((-0.2, -0.1), (-0.1, 0.01), "contradicted"),
+    ],
+)
+def test_c10_follows_its_rule(over, more, verdict):
+    share = pd.DataFrame([{"questions": "all", "share": 0.1, "low": 0, "high": 0.2, "chance": 0.02, "n": 9}])
+    share = share.assign(over_low=over[0], over_high=over[1])
+    row = {"hidden": "r1, high layers", "control": "random, same count as r1", "more": 0.0, "n": 9}
+    tests = pd.DataFrame([{**row, "low": more[0], "high": more[1]}])
+    assert claims.brings_high_states(share, tests, (25, 28)).verdict == verdict
