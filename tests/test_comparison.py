@@ -154,7 +154,7 @@ def test_arms_tried_on_some_datasets_are_compared_there_only(store, monkeypatch)
     for run in more:
         kept.keep(run, kept.result(Run("made up", run.arm, run.seed, test_items=300)), {})
     table = comparison.difference_table(runs + more, kept, "back attention", ["bias", "few-shot"])
-    assert table[table["other"] == "bias"]["dataset"].tolist() == ["made up"]
+    assert table[table["other"] == "bias"]["dataset"].tolist() == ["made up"]  # once: no mean
     assert table[table["other"] == "few-shot"]["dataset"].tolist() == ["made up", "other", "all"]
     accuracy = comparison.accuracy_table(runs + more, kept)
     assert set(accuracy[accuracy["dataset"] == "all"]["arm"]) == {"back attention", "few-shot"}
@@ -173,7 +173,7 @@ def laid_out(tmp_path, monkeypatch):
             losses = np.full(30, 1.0)
             losses[20] = 3.0 if layer == 2 else 1.0
             curve = [{"validation": 0.1, "losses": losses[:15].tolist()}]
-            curve.append({"validation": share + seed / 100 * (layer == 0), "losses": losses[15:].tolist()})
+            curve.append({"validation": share + apart * (seed - 0.5), "losses": losses[15:].tolist()})
             run = Run("made up", "same layer", seed, source_layer=layer, test_items=100)
             result = {"run": {}, "right": "".join(map(str, rng.permutation(right.astype(int)))), "curve": curve}
             kept.keep(run, {**result, "trained": 4, "seconds": 1.0, "flops": 1, "perplexity": 2.0}, {})
@@ -190,10 +190,18 @@ def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
     assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
 
 
+def test_a_setting_is_compared_with_another_question_by_question(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    table = comparison.setting_differences(runs, kept, "same layer", "source_layer", 0).set_index("source_layer")
+    assert table.loc[0, ["difference", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc[1, "difference"] == pytest.approx(0.4) and table.loc[1, "low"] > 0
+
+
 def test_unrest_is_measured(tmp_path, monkeypatch):
     table = comparison.unrest(*laid_out(tmp_path, monkeypatch)).set_index("source_layer")
-    assert table["jump"].tolist() == pytest.approx([1, 1, 3])
-    assert table["spread"].idxmax() == 2 and table["final"].tolist() == pytest.approx([1, 1, 1.2])
+    assert table["jump"].tolist() == pytest.approx([0, 0, 2])
+    assert table["spread"].tolist() == pytest.approx([0, 0, 20 / 2**0.5])
+    assert table["final"].tolist() == pytest.approx([1, 1, 1.2])
 
 
 def test_learning_curves_give_the_range_over_seeds(store):
@@ -252,10 +260,39 @@ def test_c8_follows_its_rule(untrained, trained, verdict):
     assert claims.raises_accuracy(differences(untrained, trained), ["bias"]).verdict == verdict
 
 
+def test_c8_does_not_check_what_was_not_tried_on_all_datasets():
+    table = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2))
+    behind = table[table["other"] == "bias"].head(1).assign(other="loop LoRA", difference=-0.2, low=-0.3, high=-0.1)
+    claim = claims.raises_accuracy(pd.concat([table, behind]), ["bias", "loop LoRA"])
+    assert claim.verdict == "reproduced" and "on two-hop less loop LoRA -20.0" in claim.ours
+
+
 def test_c8_needs_every_control():
     table = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2))
     with pytest.raises(ValueError, match="same layer"):
         claims.raises_accuracy(table, ["bias", "same layer"])
+
+
+@pytest.mark.parametrize(
+    "best, seeds, ahead, spread, jump, slope, verdict",
+    [
+        (6, (5, 7), -0.01, 3.0, 3.0, -0.01, "reproduced"),
+        (6, (5, 20), -0.01, 3.0, 1.0, 0.0, "partly"),
+        (6, (5, 20), -0.01, 1.0, 3.0, 0.0, "partly"),
+        (20, (20, 20), -0.05, 1.0, 1.0, 0.0, "not at this scale"),
+        (20, (20, 20), 0.05, 0.3, 0.3, 0.01, "contradicted"),
+    ],
+)
+def test_c9_follows_its_rule(best, seeds, ahead, spread, jump, slope, verdict):
+    layers, noise = np.arange(30), np.arange(30) * 7 % 5
+    mine = {"arm": "back attention", "source_layer": layers}
+    chosen = pd.DataFrame({**mine, "source_layer": best, "lowest": seeds[0], "highest": seeds[1]}, index=[0])
+    six = pd.DataFrame({"source_layer": layers, "difference": ahead, "low": ahead - 0.01, "high": ahead + 0.01})
+    sizes = {name: np.where(layers < 6, size, 1) + noise / 100 for name, size in (("spread", spread), ("jump", jump))}
+    accuracy = pd.DataFrame({**mine, "accuracy": 0.5 + slope * layers + noise / 1000})
+    less = pd.DataFrame({"other": ["same layer"] * 3, "low": [0.1, -0.1, 0.1]})
+    claim = claims.low_layers_are_best(chosen, six, pd.DataFrame({**mine, **sizes}), accuracy, less)
+    assert claim.verdict == verdict and f"layer {best}" in claim.ours and "same layer at 2 of 30" in claim.ours
 
 
 def test_c11_follows_its_rule():

@@ -124,3 +124,43 @@ def test_the_sketch_shows_both_passes():
     ax = figures.idea_sketch(["a", "b"], layers=4, source=1)
     assert [text.get_text() for text in ax.texts].count("a") == 2
     assert {"first pass", "second pass"} <= {text.get_text() for text in ax.texts}
+
+
+def test_settings_are_drawn_in_order_with_the_chosen_one_marked():
+    table = pd.DataFrame({"arm": "bias", "dim": [4, 1], "accuracy": [0.4, 0.1], "low": 0.0, "high": 0.5})
+    ax = figures.setting_lines(table, "dim", "accuracy", "arm", chosen={"bias": 4})
+    assert ax.lines[0].get_xdata().tolist() == [1, 4] and ax.lines[0].get_ydata().tolist() == [0.1, 0.4]
+    assert (ax.lines[1].get_xdata().tolist(), ax.lines[1].get_ydata().tolist()) == ([4], [0.4])
+
+
+def test_cells_are_drawn_with_low_layers_at_the_bottom():
+    ax = figures.cell_heatmap(np.array([[0.1, 0.2], [0.3, 0.4]]), [10, 11], ["a", "b"], top=0.4)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["10"]
+    bottom, above = ax.get_ylim()
+    assert bottom < above
+    assert ax.collections[0].get_array().ravel().tolist() == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_rows_stand_from_the_top():
+    table = pd.DataFrame({"name": ["x", "y"], "mean": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]})
+    ax = figures.interval_rows(table, "name", "mean", "low", "high")
+    assert dict(zip(ax.get_yticks(), [t.get_text() for t in ax.get_yticklabels()], strict=True)) == {1: "x", 0: "y"}
+    assert ax.lines[0].get_xdata().tolist() == [1.0, 2.0]
+
+
+def test_the_adapter_has_whole_lines():
+    rows = [(entity, adapter, 0, 0.5) for entity in ("e2", "e3") for adapter in ("off", "on")]
+    table = pd.DataFrame(rows, columns=["entity", "adapter", "layer", "share"]).assign(low=0.4, high=0.6)
+    styles = {line.get_label(): line.get_linestyle() for line in figures.adapter_lines(table).lines}
+    assert styles == {"e2, off": "--", "e2, on": "-", "e3, off": "--", "e3, on": "-"}
+    shuffled = figures.adapter_lines(table.replace({"entity": {"e2": "e2 shuffled"}})).lines
+    assert len({str(line.get_color()) for line in shuffled}) == 2
+
+
+def test_blocks_stand_at_weight_and_fall():
+    table = pd.DataFrame({"query": ["r1", "last"], "place": "e1", "weight": [0.1, 0.9], "fall": [0.0, 1.0]})
+    lines = figures.block_points(table).lines
+    assert [(line.get_label(), line.get_xdata()[0], line.get_ydata()[0]) for line in lines[:2]] == [
+        ("from r1", 0.1, 0.0),
+        ("from last", 0.9, 1.0),
+    ]

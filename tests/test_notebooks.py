@@ -11,7 +11,13 @@ from backattn import cli, paths
 
 NOTEBOOKS = cli.notebooks()
 TAGS = {"setup", "parameters", "nbval-check-output", "nbval-skip"}
-LEAST_IMAGES = {"00_start_here": 2, "01_stage_discovery": 5, "02_failure_analysis": 7, "03_back_attention_training": 4}
+LEAST_IMAGES = {
+    "00_start_here": 2,
+    "01_stage_discovery": 5,
+    "02_failure_analysis": 7,
+    "03_back_attention_training": 4,
+    "05_what_it_reads": 6,
+}
 MEGABYTES = 1.5
 
 

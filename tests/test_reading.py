@@ -1,11 +1,13 @@
 """What trained back attention reads: on a tiny model whose module is made to read what the test knows."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, datasets, experiments, reading, training
+from backattn import claims, datasets, experiments, load_model, reading, tasks, training
 from backattn.experiments import Run, Store
 
 FACTS = [("Bach", "mother", "Anna", "city", "Rome"), ("Mozart", "father", "Leo", "capital", "Paris")]
@@ -17,7 +19,7 @@ def kept(tmp_path, monkeypatch):
     rows = [(*FACTS[k % 2][:2], f"{FACTS[k % 2][2]}{k}", *FACTS[k % 2][3:]) for k in range(120)]
     frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(pair="made", tested=True)
     prompt = frame["e1"] + "'s " + frame["r1"] + "'s " + frame["r2"] + " is"
-    frame = frame.assign(prompt=prompt, answer=" " + frame["e3"], group=frame["e2"])
+    frame = frame.assign(prompt=prompt, answer=" " + frame["e3"], group=frame["e2"], e2_aliases="", e3_aliases="")
     monkeypatch.setitem(datasets.DATASETS, "facts", lambda: frame)
     monkeypatch.setattr(
         experiments,
@@ -29,8 +31,8 @@ def kept(tmp_path, monkeypatch):
     run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
     store = Store(tmp_path, shipped=None)
     with experiments.armed(run, "float32") as (model, _):
-        for p in model.updates.parameters():
-            torch.nn.init.normal_(p, std=0.5)
+        for name, p in model.updates.named_parameters():
+            torch.nn.init.normal_(p, std=0.2 if name[2] in "qk" else 0.5)
         store.keep(run, {"run": {}}, experiments.trained_weights(model))
     return run, store
 
@@ -50,7 +52,15 @@ def test_places_follow_the_words(kept):
     }
     fact = reader.frame.iloc[0]
     assert said["e1"].strip() == fact["e1"] and fact["r1"] in said["r1"] and fact["r2"] in said["r2"]
-    assert "'s" in said["after e1"] and "'s" in said["after r1"]
+    assert "'s" in said["after e1"] and "'s" in said["after r1"] and not said["start"]
+
+
+def test_what_a_tokenizer_puts_in_front_is_a_place_of_its_own():
+    _, tokenizer = load_model("tiny-llama")
+    prompt = ": Bach's mother's city is"
+    spans = tasks.two_hop_spans(prompt, "Bach", "mother", "city")
+    labels = reading.places(tokenizer, pd.DataFrame([{"two_hop": prompt, **spans}]))[0]
+    assert labels[0] == "start" and list(dict.fromkeys(labels)) == list(reading.PLACES)
 
 
 def test_weights_are_those_of_the_model_and_sum_to_one(kept):
@@ -98,32 +108,49 @@ def test_cells_are_chosen_by_weight_and_by_count():
         assert reading.random_cells(weights, one, "count", draw).sum() == 1
         other = reading.random_cells(weights, one, "weight", draw)
         assert weights[other].sum() >= 0.4 and not (other & one).any()
+    assert not reading.random_cells(weights, most, "weight", draw).any()  # the others hold less
     with pytest.raises(ValueError, match="count"):
         reading.random_cells(weights, one, "size", draw)
 
 
 def test_tables_cover_what_was_asked(kept):
     run, store = kept
-    read = reading.read([run], store, shown=1)
-    assert read.weights.sum((2, 3)) == pytest.approx(1) and read.chance.sum((2, 3)) == pytest.approx(1)
-    queries = reading.query_table(read)
-    assert queries.groupby("query")["weight"].sum().to_numpy() == pytest.approx(1)
-    table = reading.weight_table(read)
-    assert table.groupby("case")["weight"].sum().to_numpy() == pytest.approx(1)
-    share = reading.high_share(read, read.layers, "r1").set_index("questions").loc["all"]
-    assert share["share"] == pytest.approx(read.of("last")[0][:, :, reading.PLACES.index("r1")].sum(1).mean())
-    assert share["over"] == pytest.approx(share["share"] - share["chance"]) and share["low"] <= share["share"]
-    made = reading.knock_outs([run], store, shares=[0.5], draws=1)
+    read = reading.maps([run], store, shown=1)
+    occurs = read.weights.sum((0, 2, 3)) > 0
+    assert read.weights[:, occurs].sum((2, 3)) == pytest.approx(1)
+    assert reading.query_table(read).groupby("query")["weight"].sum().to_numpy() == pytest.approx(1)
+    assert reading.weight_table(read).groupby("case")["weight"].sum().to_numpy() == pytest.approx(1)
+    share = reading.high_share(read, [3], "r1").set_index("questions").loc[["all", "training 0"]]
+    cells = read.of("last")[0][:, read.layers.index(3), reading.PLACES.index("r1")]
+    assert share["share"].to_list() == pytest.approx([cells.mean()] * 2)
+    tests = reading.case_tests(dataclasses.replace(read, right=np.arange(8) % 2 == 0), [3])
+    row = tests.set_index(["place", "layers"]).loc[("r1", "3–3")]
+    assert (row["right"], row["wrong"]) == pytest.approx((cells[::2].mean(), cells[1::2].mean()))
+
+
+def test_without_a_query_all_cells_are_read_alike(kept):
+    run, store = kept
+    weights = store.weights(run)
+    store.keep(run, {"run": {}}, {k: torch.zeros_like(w) if "q_proj" in k else w for k, w in weights.items()})
+    read = reading.maps([run], store)
+    assert np.allclose(read.weights, read.chance, atol=1e-5) and read.chance.max() > 0.1
+
+
+def test_hidden_cells_are_tabled(kept):
+    run, store = kept
+    made = reading.knock_outs([run], store, draws=2)
     means = reading.knock_out_table(made).set_index("hidden")
-    assert means.loc["everything, at last", "weight"] == pytest.approx(1)
-    assert means.loc["most read, 50%", "weight"] >= 0.5
-    assert means.loc["random, same count as 50%", "cells"] == means.loc["most read, 50%", "cells"]
-    tests = reading.knock_out_tests(made)
-    row = tests.iloc[0]
+    assert means.loc["everything, at last", "weight"] == pytest.approx(1) and "everything, at start" not in means.index
+    assert np.isnan(means.loc["everything, at e1", "weight"])
+    assert means.loc["most read", "weight"] >= 0.25
+    assert means.loc["random, same count as most read", "cells"] == means.loc["most read", "cells"]
+    assert means.loc["random, same weight as most read", "weight"] >= means.loc["most read", "weight"]
+    row = reading.knock_out_tests(made).iloc[0]
     assert row["more"] == pytest.approx(means.loc[row["hidden"], "fall"] - means.loc[row["control"], "fall"])
     blocks, rank = reading.weight_against_fall([run], store)
-    assert len(blocks.groupby(["query", "place"])) == 21 and -1 <= rank["low"] <= rank["mean"] <= rank["high"] <= 1
-    assert claims.brings_high_states(reading.high_share(read, [3, 4]), tests, [3, 4]).verdict in claims.VERDICTS
+    assert len(blocks.groupby(["query", "place"])) == 21
+    assert rank["query"].tolist() == ["r1", "after r1", "r2", "last"]
+    assert ((rank["low"] >= -1) & (rank["low"] <= rank["mean"]) & (rank["high"] <= 1)).all()
 
 
 def test_readable_states_are_those_of_both_models(kept, monkeypatch):
@@ -134,10 +161,23 @@ def test_readable_states_are_those_of_both_models(kept, monkeypatch):
     low = [np.array_equal(off[:1], on[:1]) for off, on in zip(wide["off"], wide["on"], strict=True)]
     assert all(low)  # states below the source layer are the same
     assert not all(np.array_equal(off, on) for off, on in zip(wide["off"], wide["on"], strict=True))
-    table = reading.forward_table(made).set_index("entity")
-    assert np.allclose(table["earlier"], table["off"] - table["on"])
     lines = reading.readable_lines(made)
-    assert len(lines) == 4 * 5 and lines["share"].between(0, 1).all()
+    assert len(lines) == 8 * 5 and lines["share"].between(0, 1).all()
+
+
+def test_earlier_counts_questions_readable_both_ways():
+    rows = [
+        ("a", "off", [0, 0, 0, 1]),
+        ("a", "on", [0, 1, 0, 1]),
+        ("b", "off", [0, 0, 1, 1]),
+        ("b", "on", [0, 0, 1, 1]),
+    ]
+    rows += [("c", "off", [0, 0, 0, 0]), ("c", "on", [1, 1, 1, 1])]
+    made = pd.DataFrame(rows, columns=["e2", "adapter", "readable"]).assign(seed=0, question=0, entity="e3")
+    made["readable"] = [np.array(row, dtype=bool) for row in made["readable"]]
+    row = reading.forward_table(made).iloc[0]
+    assert (row["n"], row["both"], row["off"], row["on"], row["earlier"]) == (3, 2, 2.5, 1.5, 1.0)
+    assert (row["ever_off"], row["ever_on"]) == pytest.approx((2 / 3, 1))
 
 
 def test_high_layers_lie_as_deep_as_in_the_paper():
@@ -146,17 +186,19 @@ def test_high_layers_lie_as_deep_as_in_the_paper():
 
 
 @pytest.mark.parametrize(
-    "over, more, verdict",
+    "over, more, trainings, verdict",
     [
-        ((0.1, 0.3), (0.1, 0.2), "reproduced"),
-        ((0.1, 0.3), (-0.1, 0.2), "partly"),
-        ((-0.1, 0.3), (-0.1, 0.2), "not at this scale"),
-        ((-0.2, -0.1), (-0.1, 0.01), "contradicted"),
+        ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "reproduced"),
+        ((0.1, 0.3), (0.001, 0.02), (0.1, 0.2), "partly"),
+        ((0.1, 0.3), (-0.1, 0.2), (0.1, -0.2), "not at this scale"),
+        ((-0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not at this scale"),
+        ((-0.2, -0.1), (-0.1, 0.01), (-0.1, -0.2), "contradicted"),
     ],
 )
-def test_c10_follows_its_rule(over, more, verdict):
+def test_c10_follows_its_rule(over, more, trainings, verdict):
     share = pd.DataFrame([{"questions": "all", "share": 0.1, "low": 0, "high": 0.2, "chance": 0.02, "n": 9}])
-    share = share.assign(over_low=over[0], over_high=over[1])
+    share = share.assign(over=0.1, over_low=over[0], over_high=over[1])
+    single = pd.DataFrame({"questions": ["training 0", "training 1"], "over": trainings})
     row = {"hidden": "r1, high layers", "control": "random, same count as r1", "more": 0.0, "n": 9}
     tests = pd.DataFrame([{**row, "low": more[0], "high": more[1]}])
-    assert claims.brings_high_states(share, tests, (25, 28)).verdict == verdict
+    assert claims.brings_high_states(pd.concat([share, single]), tests, (25, 28)).verdict == verdict

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -210,7 +211,8 @@ def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
         (" 75.", "75"),
         ("-12", "-12"),
         ("\n 4 pens", "4"),
-        ("1.5", None),
+        (" 75.89", "75"),
+        ("1234", "1234"),
         ("x 3", None),
         ("7,5", None),
     ):
@@ -485,11 +487,15 @@ def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
 
 def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
     """A renamed field or another default would orphan them, and the notebook would train for hours."""
-    store = Store(tmp_path)
-    names = re.search(r"datasets_asked = (\[.*?\])", NOTEBOOK_03.read_text().replace('\\"', '"'))[1]
-    arms = ("back attention", "same layer", "residual LoRA")
-    second = partial(experiments.adapter_runs, model="gemma3-270m", names=("two-hop",), arms=arms)
-    for plan in (experiments.scratch_runs, partial(experiments.adapter_runs, names=json.loads(names)), second):
+    store, text = Store(tmp_path), NOTEBOOK_03.read_text().replace('\\"', '"')
+    every, core = (json.loads(re.search(rf"{name}_on = (\[.*?\])", text)[1]) for name in ("every_arm", "core_arms"))
+    plans = [
+        experiments.scratch_runs,
+        partial(experiments.adapter_runs, names=every),
+        partial(experiments.adapter_runs, names=core, arms=experiments.CORE_ARMS),
+        partial(experiments.adapter_runs, model="gemma3-270m", names=("two-hop",), arms=experiments.CORE_ARMS),
+    ]
+    for plan in plans:
         tried, final = plan(store)
         assert final and all(store.result(run) for run in tried + final)
     files = sorted(experiments.CHECKPOINTS.iterdir())
@@ -587,10 +593,20 @@ def test_memory_layers_of_a_run_are_read(tiny_run):
 def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
     from distributed import LocalCluster
 
-    runs, store = [tiny_run, replace(tiny_run, seed=1)], Store(tmp_path, shipped=None)
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    runs, store, threads = [tiny_run, replace(tiny_run, seed=1)], Store(tmp_path, shipped=None), []
+    ordinary = experiments.perform
+    monkeypatch.setattr(
+        experiments, "perform", lambda *a: threads.append(threading.current_thread().name) or ordinary(*a)
+    )
+    local = {"processes": False, "dashboard_address": None, "n_workers": 1}
+    with LocalCluster(**local, threads_per_worker=1) as cluster:
         monkeypatch.setenv(runtime.CLUSTER, cluster.scheduler_address)
         assert experiments.sweep(runs, store)["seed"].tolist() == [0, 1]
+    assert len(threads) == 2 and all(name.startswith("Dask") for name in threads)
+    with LocalCluster(**local, threads_per_worker=2) as cluster:
+        monkeypatch.setenv(runtime.CLUSTER, cluster.scheduler_address)
+        with pytest.raises(OSError, match="one thread each"):
+            experiments.sweep([replace(tiny_run, seed=2)], store)
     here = Store(tmp_path / "here", shipped=None)
     monkeypatch.delenv(runtime.CLUSTER)
     assert experiments.perform(tiny_run, here)["right"] == store.result(tiny_run)["right"]

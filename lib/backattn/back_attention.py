@@ -154,7 +154,7 @@ class BackAttention(nn.Module):
     def weights(self, h: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
 
-        They sum to one; to zero where no cell is visible.
+        They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is visible counts zero).
         """
         heads = self.config.heads
         keys = keys.unflatten(1, (heads, keys.shape[1] // heads))  # [B, H, M, S, d]
@@ -162,8 +162,9 @@ class BackAttention(nn.Module):
         seen = visible[:, None] if visible.dim() == 4 else visible[:, None, :, None]  # [B, 1, T, M or 1, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
-            return scores.flatten(-2).softmax(-1).nan_to_num(0.0).unflatten(-1, scores.shape[-2:])
-        return scores.softmax(-1).nan_to_num(0.0) / scores.shape[-2]
+            weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
+            return weights.masked_fill(~seen.flatten(-2).any(-1)[..., None, None], 0.0)
+        return scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0) / scores.shape[-2]
 
 
 # ---------------------------------------------------------------- running the upper layers again
@@ -222,7 +223,7 @@ class TwoPassModel(nn.Module):
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
-        self._cells: Tensor | None = None  # see `BackAttentionModel.reading`
+        self._cells: Tensor | None = None  # see `BackAttentionModel.edited`
         self._memory: Callable[[Tensor], Tensor] | None = None
         self._asleep: list[tuple[nn.Module, object]] = []
         self._attach()
@@ -321,6 +322,8 @@ class TwoPassModel(nn.Module):
             keys, values = update.remember(memory if self._memory is None else self._memory(memory))  # [B, K, T, d]
             cache = _cache_in(now.settings[0])
             if cache is not None:
+                if self._cells is not None or self._memory is not None:
+                    raise ValueError("An edited memory cannot go through a cache: pass use_cache=False.")
                 self._extend(cache)
                 place = len(cache.layers) - len(self.sources) + self.sources.index(layer)
                 if cache.layers[place].get_seq_length() != now.past:
@@ -517,8 +520,8 @@ class BackAttentionModel(TwoPassModel):
         self.back_attention_config = config
 
     @contextlib.contextmanager
-    def reading(self, cells: Tensor | None = None, memory: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-        """What may be read while the block runs, to test what is used; for forward passes without a cache.
+    def edited(self, cells: Tensor | None = None, memory: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
+        """Hide cells, or put another memory in place, while the block runs, to test what is used; not with a cache.
 
         cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a query. The softmax
         goes over the others, and a query that may read none gets no update.
@@ -529,11 +532,12 @@ class BackAttentionModel(TwoPassModel):
                 f"cells must be [batch, queries, {len(self.memory_layers)} memory layers, positions], "
                 f"not {list(cells.shape)}."
             )
+        before = self._cells, self._memory
         self._cells, self._memory = cells, memory
         try:
             yield
         finally:
-            self._cells = self._memory = None
+            self._cells, self._memory = before
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors; other files stay.

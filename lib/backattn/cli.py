@@ -37,6 +37,7 @@ PROFILES: dict[str, dict[str, dict]] = {
             "grid_recomputed": 2,
         },
         "03_back_attention_training": {"rechecked": 6, "demo_steps": 40},
+        "05_what_it_reads": {"read_for": 24, "hidden_for": 8},
     },
     "paper": {},
     "full": {
@@ -440,7 +441,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument(
-        "--cluster", metavar="ADDRESS", help="train on the workers of a dask scheduler that share this folder"
+        "--cluster", metavar="ADDRESS", help="train on a dask scheduler's workers (one thread each, in this folder)"
     )
     return p
 

@@ -137,10 +137,10 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm, per dataset and over all on which both were tried (of equal weight).
 
-    Returns: model, dataset ("all" for their mean, where there are several), other, difference, low, high, p
-    (two-sided), n (questions; of "all", pairs of runs), names (held out by name; of "all", datasets). The interval of a
-    dataset is from samples of names, of "all" from Student's t over the paired differences of single runs within
-    datasets.
+    Returns: model, dataset ("all" for the mean, or how many where `other` was tried on some only), other, difference,
+    low, high, p (two-sided), n (questions; of a mean, pairs of runs), names (held out by name; of a mean, datasets).
+    The interval of a dataset is from samples of names, of a mean from Student's t over the paired differences of single
+    runs within datasets.
 
     Raises ValueError when `arm` is missing on a dataset, another arm on all of them, or two arms were not tested on the
     same questions.
@@ -169,7 +169,8 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
                 names = len({name for group in one.groups for name in str(group).split("|")})
                 rows.append({**about, **_interval(draws), "p": _p(draws), "n": len(one.groups), "names": names})
             if len(means) > 1:
-                about = {"model": model, "dataset": "all", "other": other, "difference": float(np.mean(means))}
+                name = "all" if both == mine else f"{len(both)} datasets"
+                about = {"model": model, "dataset": name, "other": other, "difference": float(np.mean(means))}
                 rows.append({**about, **_over_runs(np.mean(means), scatter), "names": len(means)})
     return pd.DataFrame(rows)
 
@@ -217,6 +218,23 @@ def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], 
     return pd.concat(parts, ignore_index=True)
 
 
+def setting_differences(runs: Sequence[Run], store: Store, arm: str, field: str, base) -> pd.DataFrame:
+    """How far one arm is ahead with each value of one field of `Run` of itself with the value `base`, paired.
+
+    Returns: the field, difference, low, high (95 %, samples of names), n. Raises ValueError when the tests differ.
+    """
+    mine = [run for run in runs if run.arm == arm]
+    fixed, rows = answers([run for run in mine if getattr(run, field) == base], store), []
+    for value in dict.fromkeys(getattr(run, field) for run in mine):
+        own = answers([run for run in mine if getattr(run, field) == value], store)
+        if not np.array_equal(own.groups, fixed.groups):
+            raise ValueError(f"{arm!r} was not tested on the same questions with {field} {value} and {base}.")
+        draws = resampled(own, seeds_seed=1) - resampled(fixed, seeds_seed=2)
+        row = {field: value, "difference": own.right.mean() - fixed.right.mean(), **_interval(draws)}
+        rows.append({**row, "n": len(own.groups)})
+    return pd.DataFrame(rows)
+
+
 def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
     """Which value of one field of `Run` does best on the validation questions, per arm.
 
@@ -240,21 +258,21 @@ def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
 def unrest(runs: Sequence[Run], store: Store, field: str = "source_layer", before: int = 10) -> pd.DataFrame:
     """How unsteady training is along one field of `Run`, per arm and value.
 
-    Returns: arm, the field, spread (standard deviation over seeds of the test accuracy less the mean of the seed's own
-    fold over all values, in points), jump (the largest loss of a step over the mean of the `before` steps before it,
-    mean over seeds), final (mean loss of the last `before` steps).
+    Returns: arm, the field, spread (standard deviation over seeds of the accuracy on validation questions, the same for
+    all seeds, in points), jump (the largest loss of a step less the mean of the `before` steps before it, in nats, mean
+    over seeds), final (mean loss of the last `before` steps).
     """
     rows = []
     for run in runs:
-        result = store.result(run)
-        losses = np.concatenate([row["losses"] for row in result["curve"]])
+        curve = store.result(run)["curve"]
+        losses = np.concatenate([row["losses"] for row in curve])
         ahead = np.convolve(losses, np.ones(before) / before, "valid")[:-1]
-        row = {"arm": run.arm, field: getattr(run, field), "seed": run.seed, "accuracy": right_of(result).mean()}
-        rows.append({**row, "jump": (losses[before:] / ahead).max(), "final": losses[-before:].mean()})
-    table = pd.DataFrame(rows)
-    table["own"] = 100 * (table["accuracy"] - table.groupby(["arm", "seed"])["accuracy"].transform("mean"))
-    return table.groupby(["arm", field], as_index=False, sort=False).agg(
-        spread=("own", "std"), jump=("jump", "mean"), final=("final", "mean")
+        row = {"arm": run.arm, field: getattr(run, field), "validation": 100 * curve[-1]["validation"]}
+        rows.append({**row, "jump": (losses[before:] - ahead).max(), "final": losses[-before:].mean()})
+    return (
+        pd.DataFrame(rows)
+        .groupby(["arm", field], as_index=False, sort=False)
+        .agg(spread=("validation", "std"), jump=("jump", "mean"), final=("final", "mean"))
     )
 
 

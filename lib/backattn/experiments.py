@@ -486,8 +486,8 @@ def varied_runs(
     Rates are found at the field's default value only. See `scratch_runs` for the two lists.
     """
     tried, final = adapter_runs(store, names=[dataset], arms=arms, **sizes)
-    trained = [run for run in final if run.arm in arms]
-    return tried, [replace(run, **{field: value}) for value in values for run in trained]
+    mine = [run for run in final if run.arm in arms]
+    return tried, [replace(run, **{field: value}) for value in values for run in mine]
 
 
 def complete(
@@ -502,19 +502,21 @@ def complete(
             return final
 
 
-def ship(plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path) -> int:
+def ship(
+    plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path, weights: bool = True
+) -> int:
     """Write what this repository ships of finished plans into `folder`, unless all of it was shipped before.
 
-    All results; the weights of back attention on a language model, of the other arms there for the first seed, and of
-    back attention from scratch for the first seed. Returns the number of results that are new.
+    All results; unless weights=False, the weights of back attention on a language model, of the other arms there for
+    the first seed, and of back attention from scratch for the first seed. Returns the number of results that are new.
     """
     runs = [run for plan in plans for part in plan(store) for run in part]
     new = [run for run in runs if run.key not in store.shipped]
     if new:
-        trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
-        first = [run for run in trained if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
-        more = [run for run in trained if run.seed != 0 and run.arm == "back attention"]
-        store.ship(runs, first + more, folder)
+        tested = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
+        first = [run for run in tested if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
+        more = [run for run in tested if run.seed != 0 and run.arm == "back attention"]
+        store.ship(runs, first + more if weights else [], folder)
     return len(new)
 
 
@@ -522,7 +524,8 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
     """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them.
 
     Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler (`--cluster`), its workers
-    make them instead; they must see the store's folder. Raises OSError when the scheduler does not answer.
+    make them instead; they must have one thread each and see the store's folder. Raises OSError when the scheduler
+    does not answer or a worker has more threads.
     """
     from joblib import Parallel, delayed
 
@@ -552,6 +555,8 @@ def _workers(processes: int) -> Iterator[int]:
     except (OSError, TimeoutError, ValueError) as error:
         raise OSError(f"No dask scheduler answers at {address!r} (--cluster): {error}") from error
     with client, parallel_config(backend="dask"):
+        if any(count > 1 for count in client.nthreads().values()):  # threads would share one model
+            raise OSError(f"The workers at {address} must have one thread each: dask worker --nthreads 1.")
         yield -1
 
 

@@ -408,7 +408,7 @@ def cell_heatmap(
 ) -> Axes:
     """Weights over memory layers and positions (or places) [M, columns], low layers at the bottom."""
     ax = _axes(ax, width=3.4, height=3.0)
-    sns.heatmap(weights, ax=ax, cmap="mako", vmin=0, vmax=top, cbar=False)
+    sns.heatmap(weights, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"extend": "max", "label": "weight"})
     shown = [place for place, layer in enumerate(layers) if layer % 5 == 0]
     ax.set_yticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0)
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right")
@@ -428,15 +428,18 @@ def interval_rows(table: pd.DataFrame, label: str, value: str, low: str, high: s
     return ax
 
 
-def adapter_lines(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How often e2 and e3 can be read by layer, without the adapter (dashed) and with it; table: as
-    `reading.readable_lines`."""
+def adapter_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> Axes:
+    """How often an entity and another question's can be read by layer, without the adapter (dashed) and with it.
+
+    table: entity ("e2" or "e2 shuffled", say), adapter, layer, share, low, high.
+    """
     ax = _axes(ax)
     for (entity, adapter), part in table.groupby(["entity", "adapter"], sort=False):
-        colour, dashes = OUTCOME_COLOURS[entity], "-" if adapter == "on" else "--"
+        own, _, shuffled = entity.partition(" ")
+        colour, dashes = "0.5" if shuffled else OUTCOME_COLOURS[own], "-" if adapter == "on" else "--"
         ax.plot(part["layer"], part["share"], dashes, color=colour, linewidth=1.2, label=f"{entity}, {adapter}")
         ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
-    ax.set(xlabel="state entering layer", ylabel="questions in which it can be read", ylim=(-0.02, 1.02))
+    ax.set(xlabel="state entering layer", title=title, ylim=(-0.02, 1.02))
     ax.legend(fontsize=8)
     return ax
 

@@ -1,7 +1,9 @@
 """What trained back attention reads in two-hop questions, and whether it needs that (claim C10).
 
 A cell is a pair (memory layer, position of the prompt) that a query, a position at the source layer, can read. Places
-are e1's, r1's and r2's tokens, what stands after e1 and after r1 ("'s"), and the last token.
+are e1's, r1's and r2's tokens, what stands before e1 (where a tokenizer puts something there), after e1 and after r1
+("'s"), and the last token. Intervals resample bridge entities; what another training would read is not in them, so
+that single trainings stand beside them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from .runtime import progress
 from .stages import mean_interval
 from .training import FirstPasses, Items, Questions, answer_logits, collate, right_answers
 
-PLACES = ("e1", "after e1", "r1", "after r1", "r2", "last")
+PLACES = ("start", "e1", "after e1", "r1", "after r1", "r2", "last")
 BATCH = 32
 
 
@@ -34,9 +36,10 @@ def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """The place of each token of questions in the wording "possessive"; frame: two_hop and spans. [T] per question."""
     labels = failures.groups(tokenizer, frame)
     for row in labels:
-        between = row == "context"
-        later = np.arange(len(row)) > np.flatnonzero(row == "r1")[0]
-        row[between & ~later], row[between & later] = "after e1", "after r1"
+        between, order = row == "context", np.arange(len(row))
+        for place, name in (("e1", "after e1"), ("r1", "after r1")):
+            row[between & (order > np.flatnonzero(row == place)[0])] = name
+        row[between & (order < np.flatnonzero(row == "e1")[0])] = "start"
     return labels
 
 
@@ -44,12 +47,13 @@ class Reader:
     """Questions put to a model with trained back attention, as they are or with some cells hidden.
 
     The first pass is computed once. frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2;
-    labels: the place of each token, an array per question; memory_layers: what the adapter reads.
+    labels: the place of each token, an array per question; places: those that occur; memory_layers: what is read.
     """
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
         self.memory_layers, self.labels = wrapped.memory_layers, places(tokenizer, frame)
+        self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
         self._source = wrapped.back_attention_config.sources[0]
 
@@ -65,9 +69,9 @@ class Reader:
         """What each query reads, over cells (the mean over heads): an array [T, M, T] per question."""
         out = [np.empty(0)] * len(self.items)
         for rows, batch, first in self._batches():
-            with self.wrapped.attention_maps() as maps:
-                self.wrapped(batch.ids, batch.mask, position_ids=batch.position_ids, first_pass=first)
-            read = maps[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
+            with self.wrapped.attention_maps() as recorded:
+                answer_logits(self.wrapped, batch, first)
+            read = recorded[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
             for place, row in enumerate(rows):
                 own = len(self.labels[row])
                 out[row] = read[place, -own:, :, -own:]
@@ -83,7 +87,7 @@ class Reader:
         """(log-probability of the answer's first token [n], whether an accepted one is the most likely [n]).
 
         hidden: per question [M, T] bool, the cells that queries at the places `queries` may not read. memory: see
-        `BackAttentionModel.reading`.
+        `BackAttentionModel.edited`.
         """
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
         for rows, batch, first in self._batches():
@@ -96,7 +100,7 @@ class Reader:
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
                 cells = cells.to(batch.ids.device)
-            with self.wrapped.reading(cells, memory):
+            with self.wrapped.edited(cells, memory):
                 logits = answer_logits(self.wrapped, batch, first)  # [B, 1, V]
             said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
             log_probs[rows] = said.cpu().numpy()
@@ -124,7 +128,7 @@ def readers(runs: Sequence[Run], store: Store, count: int | None = None, device:
 
 
 @dataclass
-class Reading:
+class Maps:
     """What queries read over all questions of some runs.
 
     weights: [n, queries, M, places], the mean over a query place's tokens, summed over a read place's; chance: the same
@@ -144,8 +148,8 @@ class Reading:
         return self.weights[:, PLACES.index(query)], self.chance[:, PLACES.index(query)]
 
 
-def read(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu", shown: int = 2) -> Reading:
-    """Weights of every query over memory layers and places, see `Reading`."""
+def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu", shown: int = 2) -> Maps:
+    """Weights of every query over memory layers and places, see `Maps`."""
     weights, chance, right, frames, examples, layers = [], [], [], [], [], ()
     for reader in readers(runs, store, count, device):
         of_each, layers = reader.weights(), tuple(reader.memory_layers)
@@ -163,18 +167,18 @@ def read(runs: Sequence[Run], store: Store, count: int | None = None, device: st
             tokens = [reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]]
             examples.append((tokens, of_each[row][-1]))
     frame = pd.concat(frames, ignore_index=True)
-    return Reading(np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples)
+    return Maps(np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples)
 
 
-def weight_table(reading: Reading, query: str = "last") -> pd.DataFrame:
+def weight_table(read: Maps, query: str = "last") -> pd.DataFrame:
     """Mean weight by cell for right and wrong cases, where there are any: case, layer, place, weight, chance, n."""
-    rows, (weights, chance) = [], reading.of(query)
-    for case, mask in (("right", reading.right), ("wrong", ~reading.right)):
+    rows, (weights, chance) = [], read.of(query)
+    for case, mask in (("right", read.right), ("wrong", ~read.right)):
         if not mask.any():
             continue
         for k, place in enumerate(PLACES):
             part = {
-                "layer": reading.layers,
+                "layer": read.layers,
                 "weight": weights[mask, :, k].mean(0),
                 "chance": chance[mask, :, k].mean(0),
             }
@@ -182,31 +186,32 @@ def weight_table(reading: Reading, query: str = "last") -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)[["case", "layer", "place", "weight", "chance", "n"]]
 
 
-def query_table(reading: Reading) -> pd.DataFrame:
+def query_table(read: Maps) -> pd.DataFrame:
     """What each query place reads at each place, over all layers: query, place, weight, chance, layer (the mean memory
     layer of that weight)."""
     rows = []
     for query in PLACES:
-        weights, chance = (x.mean(0) for x in reading.of(query))  # [M, places]
+        weights, chance = (x.mean(0) for x in read.of(query))  # [M, places]
         for k, place in enumerate(PLACES):
             if chance[:, k].sum() > 0:
-                layer = weights[:, k] @ np.array(reading.layers) / max(weights[:, k].sum(), 1e-12)
+                layer = weights[:, k] @ np.array(read.layers) / max(weights[:, k].sum(), 1e-12)
                 row = {"query": query, "place": place, "weight": weights[:, k].sum(), "chance": chance[:, k].sum()}
                 rows.append({**row, "layer": layer})
     return pd.DataFrame(rows)
 
 
-def high_share(reading: Reading, layers: Sequence[int], place: str = "r1", query: str = "last") -> pd.DataFrame:
-    """Weight on one place's states in some layers, over all, by case and by pair of relations, against chance.
+def high_share(read: Maps, layers: Sequence[int], place: str = "r1", query: str = "last") -> pd.DataFrame:
+    """Weight on one place's states in some layers: over all, by case, by training and by pair of relations.
 
-    Returns: questions ("all", "right", "wrong" or a pair), share with its 95 % interval over bridge entities (low,
-    high), chance, over (share less chance) with over_low and over_high, n, names. Pairs with a single bridge entity
-    are left out.
+    Returns: questions ("all", "right", "wrong", "training 0" or a pair), share with its 95 % interval over bridge
+    entities (low, high), chance, over (share less chance) with over_low and over_high, n, names. Pairs with a single
+    bridge entity are left out.
     """
-    among, k = np.isin(reading.layers, layers), PLACES.index(place)
-    share, chance = (x[:, among, k].sum(1) for x in reading.of(query))
-    bridge, pair, rows = reading.frame["e2"].to_numpy(), reading.frame["pair"].to_numpy(), []
-    parts = {"all": np.ones(len(share), dtype=bool), "right": reading.right, "wrong": ~reading.right}
+    among, k = np.isin(read.layers, layers), PLACES.index(place)
+    share, chance = (x[:, among, k].sum(1) for x in read.of(query))
+    bridge, pair, rows = read.frame["e2"].to_numpy(), read.frame["pair"].to_numpy(), []
+    parts = {"all": np.ones(len(share), dtype=bool), "right": read.right, "wrong": ~read.right}
+    parts |= {f"training {seed}": read.frame["seed"].to_numpy() == seed for seed in sorted(set(read.frame["seed"]))}
     parts |= {name: pair == name for name in sorted(set(pair))}
     for name, mask in parts.items():
         if len(set(bridge[mask])) < 2:
@@ -215,6 +220,25 @@ def high_share(reading: Reading, layers: Sequence[int], place: str = "r1", query
         row = {"questions": name, "share": mean[0], "low": low[0], "high": high[0], "chance": chance[mask].mean()}
         row |= {"over": mean[1], "over_low": low[1], "over_high": high[1]}
         rows.append({**row, "n": int(mask.sum()), "names": len(set(bridge[mask]))})
+    return pd.DataFrame(rows)
+
+
+def case_tests(read: Maps, layers: Sequence[int], query: str = "last") -> pd.DataFrame:
+    """Do right and wrong cases read differently, within pairs of relations? (see `failures.contrast`)
+
+    Returns per place, for all memory layers and for `layers`: place, layers, right, wrong (mean weights), difference
+    (right less wrong within pairs) and p (permutations, corrected for all rows).
+    """
+    weights, rows = read.of(query)[0], []
+    among, occurs = np.isin(read.layers, layers), read.chance.sum((0, 1, 2)) > 0
+    names = [(place, k) for k, place in enumerate(PLACES) if occurs[k]]
+    values = np.stack([x for _, k in names for x in (weights[:, :, k].sum(1), weights[:, among, k].sum(1))], axis=1)
+    test = failures.contrast(values, read.right, read.frame["pair"], read.frame["e2"])
+    labels = [(place, which) for place, _ in names for which in ("all", f"{layers[0]}–{layers[-1]}")]
+    for column, (place, which) in enumerate(labels):
+        row = {"place": place, "layers": which, "right": values[read.right, column].mean()}
+        row |= {"wrong": values[~read.right, column].mean(), "difference": test["difference"][column]}
+        rows.append({**row, "p": test["p"][column]})
     return pd.DataFrame(rows)
 
 
@@ -233,14 +257,15 @@ def most_read(weights: np.ndarray, share: float) -> np.ndarray:
 def random_cells(weights: np.ndarray, most: np.ndarray, equal: str, draw: np.random.Generator) -> np.ndarray:
     """Other cells than `most`, drawn at random: as many ("count"), or until they hold as much weight ("weight").
 
-    [M, T] bool. Raises ValueError for another kind.
+    [M, T] bool; none where all others hold less weight. Raises ValueError for another kind.
     """
     if equal not in ("count", "weight"):
         raise ValueError(f'Unknown kind {equal!r}; choose "count" or "weight".')
     order = draw.permutation(np.flatnonzero(~most))
     count = int(most.sum())
     if equal == "weight":
-        count = int(np.searchsorted(np.cumsum(weights.flat[order]), weights[most].sum())) + 1
+        sums, target = np.cumsum(weights.flat[order]), weights[most].sum()
+        count = int(np.searchsorted(sums, target)) + 1 if len(sums) and sums[-1] >= target else 0
     chosen = np.zeros(weights.shape, dtype=bool)
     chosen.flat[order[:count]] = True
     return chosen
@@ -249,7 +274,7 @@ def random_cells(weights: np.ndarray, most: np.ndarray, equal: str, draw: np.ran
 def knock_outs(
     runs: Sequence[Run],
     store: Store,
-    shares: Sequence[float] = (0.25, 0.5),
+    share: float = 0.25,
     draws: int = 2,
     count: int | None = None,
     seed: int = 0,
@@ -257,26 +282,25 @@ def knock_outs(
 ) -> pd.DataFrame:
     """Hide cells and ask again.
 
-    From the last position: the cells it reads most, which hold a share of its weight, against random other cells, as
-    many or with as much weight; and all cells of one place in the `high_layers`, against as many random ones as r1 has
-    there. Besides, everything, from the queries at one place and from all.
+    From the last position: the cells it reads most, which hold `share` of its weight, against random other cells, as
+    many or with as much weight (left out where all others hold less); and all cells of one place in the `high_layers`,
+    against as many random ones as r1 has there. Besides, everything, from the queries at one place and from all.
 
     Returns one row per question, kind of cells and draw: seed, question, e2, hidden (name), cells (how many), weight
-    (of the cells, in what the last position reads), fall (of the answer's log-probability), lost (right before less
-    right after).
+    (of the cells, in what the last position reads; missing for other queries), fall (of the answer's log-probability),
+    lost (right before less right after).
     """
     draw, rows = np.random.default_rng(seed), []
     for reader in readers(runs, store, count, device):
         weights, everything = [own[-1] for own in reader.weights()], reader.block(PLACES)
-        plans = [(f"everything, at {place}", everything, (place,)) for place in PLACES]
+        plans = [(f"everything, at {place}", everything, (place,)) for place in reader.places]
         plans.append(("everything, everywhere", everything, PLACES))
-        for share in shares:
-            most = [most_read(own, share) for own in weights]
-            plans.append((f"most read, {share:.0%}", most, ("last",)))
-            for equal in ("count", "weight") * draws:
-                cells = [random_cells(w, m, equal, draw) for w, m in zip(weights, most, strict=True)]
-                plans.append((f"random, same {equal} as {share:.0%}", cells, ("last",)))
-        blocks = {place: reader.block([place], high_layers(reader.wrapped.layers)) for place in PLACES}
+        most = [most_read(own, share) for own in weights]
+        plans.append(("most read", most, ("last",)))
+        for equal in ("count", "weight") * draws:
+            cells = [random_cells(w, m, equal, draw) for w, m in zip(weights, most, strict=True)]
+            plans.append((f"random, same {equal} as most read", cells, ("last",)))
+        blocks = {place: reader.block([place], high_layers(reader.wrapped.layers)) for place in reader.places}
         plans += [(f"{place}, high layers", cells, ("last",)) for place, cells in blocks.items()]
         for _ in range(draws):
             cells = [random_cells(w, m, "count", draw) for w, m in zip(weights, blocks["r1"], strict=True)]
@@ -287,7 +311,10 @@ def knock_outs(
             about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
             about |= {"cells": [c.sum() for c in cells], "fall": before - after}
             about["weight"] = [w[c].sum() for w, c in zip(weights, cells, strict=True)]
-            rows.append(pd.DataFrame(about).assign(hidden=name, lost=right.astype(float) - still.astype(float)))
+            part = pd.DataFrame(about).assign(hidden=name, lost=right.astype(float) - still.astype(float))
+            if queries != ("last",):
+                part["weight"] = np.nan
+            rows.append(part[part["cells"] > 0])
     return pd.concat(rows, ignore_index=True)
 
 
@@ -309,14 +336,16 @@ def knock_out_tests(made: pd.DataFrame) -> pd.DataFrame:
 
     Returns: hidden, control, more (nats) with its 95 % interval over bridge entities (low, high), n.
     """
-    shares = [name.removeprefix("most read, ") for name in dict.fromkeys(made["hidden"]) if name.startswith("most")]
-    pairs = [(f"most read, {x}", f"random, same {equal} as {x}") for x in shares for equal in ("count", "weight")]
+    pairs = [("most read", f"random, same {equal} as most read") for equal in ("count", "weight")]
     rows = []
     for hidden, control in [*pairs, ("r1, high layers", "random, same count as r1")]:
         one, other = (_of_each(made[made["hidden"] == name]) for name in (hidden, control))
-        mean, low, high = mean_interval((one["fall"] - other["fall"]).to_numpy(), one["e2"])
+        if other.empty:
+            continue
+        both = one.merge(other, on=["seed", "question", "e2"], suffixes=("", "_other"))
+        mean, low, high = mean_interval((both["fall"] - both["fall_other"]).to_numpy(), both["e2"])
         row = {"hidden": hidden, "control": control, "more": float(mean), "low": float(low), "high": float(high)}
-        rows.append({**row, "n": len(one)})
+        rows.append({**row, "n": len(both)})
     return pd.DataFrame(rows)
 
 
@@ -327,17 +356,18 @@ def _of_each(part: pd.DataFrame) -> pd.DataFrame:
 
 def weight_against_fall(
     runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
-) -> tuple[pd.DataFrame, dict[str, float]]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Does the weight of cells tell how much they matter? Blocks: what the queries at one place read at another.
 
     Returns (a row per question and block: seed, question, e2, query, place, weight (the mean of the queries'), fall (of
-    the answer's log-probability when the block is hidden); and the mean over questions of Spearman's rank correlation
-    of weight and fall over blocks, with its 95 % interval over bridge entities: mean, low, high, n).
+    the answer's log-probability when the block is hidden); and per query with three places or more to read, the mean
+    over questions of Spearman's rank correlation of weight and fall over these places, with its 95 % interval over
+    bridge entities: query, mean, low, high, n).
     """
     rows = []
     for reader in readers(runs, store, count, device):
         weights, (before, _) = reader.weights(), reader.ask()
-        blocks = [(query, place) for k, query in enumerate(PLACES) for place in PLACES[: k + 1]]
+        blocks = [(query, place) for k, query in enumerate(reader.places) for place in reader.places[: k + 1]]
         for query, place in progress(blocks, "blocks", unit="block"):
             asked = [own[labels == query].mean(0) for own, labels in zip(weights, reader.labels, strict=True)]
             cells = reader.block([place])
@@ -345,13 +375,17 @@ def weight_against_fall(
             about["weight"] = [w[c].sum() for w, c in zip(asked, cells, strict=True)]
             about["fall"] = before - reader.ask(cells, (query,))[0]
             rows.append(pd.DataFrame(about).assign(query=query, place=place))
-    table = pd.concat(rows, ignore_index=True)
-    each = table.groupby(["seed", "question", "e2"])[["weight", "fall"]].apply(
-        lambda part: stats.spearmanr(part["weight"], part["fall"]).statistic
-    )
-    each = each.dropna().reset_index(name="rank")
-    mean, low, high = mean_interval(each["rank"].to_numpy(), each["e2"])
-    return table, {"mean": float(mean), "low": float(low), "high": float(high), "n": len(each)}
+    table, ranks = pd.concat(rows, ignore_index=True), []
+    for query, part in table.groupby("query", sort=False):
+        if part["place"].nunique() < 3:
+            continue
+        each = part.groupby(["seed", "question", "e2"])[["weight", "fall"]].apply(
+            lambda own: stats.spearmanr(own["weight"], own["fall"]).statistic
+        )
+        each = each.dropna().reset_index(name="rank")
+        mean, low, high = mean_interval(each["rank"].to_numpy(), each["e2"])
+        ranks.append({"query": query, "mean": float(mean), "low": float(low), "high": float(high), "n": len(each)})
+    return table, pd.DataFrame(ranks)
 
 
 # ---------------------------------------------------------------- what becomes readable
@@ -360,22 +394,24 @@ def weight_against_fall(
 def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> pd.DataFrame:
     """From which layer on e2 and e3 can be read at the last position, without the adapter and with it.
 
-    Returns one row per question, entity and adapter ("off", "on"): seed, question, e2, entity, adapter, layer (the
-    first state in which the entity's first token is among the `failures.READABLE` highest; L + 1 where there is none)
-    and readable ([L+1] bool).
+    Read with the logit lens: an entity can be read where its first token is among the `failures.READABLE` highest. As
+    control, the e2 and e3 of another question with the same relations: an adapter may raise all names of a kind.
+
+    Returns one row per question, entity ("e3", "e2", "e3 shuffled", "e2 shuffled") and adapter ("off", "on"): seed,
+    question, e2, entity, adapter and readable ([L+1] bool, by state).
     """
     rows = []
     for reader in readers(runs, store, count, device):
-        ids = failures.pair_ids(reader.tokenizer, reader.frame)
+        ids = np.array(failures.pair_ids(reader.tokenizer, reader.frame))
+        tokens = np.concatenate([ids, ids[failures.donors(reader.frame)]], axis=1).tolist()
         prompts, last = reader.frame["two_hop"].tolist(), [[len(row) - 1] for row in reader.labels]
         for adapter in ("off", "on"):
             reader.wrapped.enabled = adapter == "on"
-            _, ranks = read_states(reader.wrapped.base_model, reader.tokenizer, prompts, last, ids, ranks=True)
-            seen = ranks[:, 0] < failures.READABLE  # [n, L+1, 2]
-            for k, entity in enumerate(("e3", "e2")):
-                first = np.where(seen[..., k].any(1), seen[..., k].argmax(1), seen.shape[1])
-                about = {"seed": reader.frame["seed"], "question": range(len(first)), "e2": reader.frame["e2"]}
-                part = pd.DataFrame(about).assign(entity=entity, adapter=adapter, layer=first)
+            _, ranks = read_states(reader.wrapped.base_model, reader.tokenizer, prompts, last, tokens, ranks=True)
+            seen = ranks[:, 0] < failures.READABLE  # [n, L+1, 4]
+            for k, entity in enumerate(("e3", "e2", "e3 shuffled", "e2 shuffled")):
+                about = {"seed": reader.frame["seed"], "question": range(len(seen)), "e2": reader.frame["e2"]}
+                part = pd.DataFrame(about).assign(entity=entity, adapter=adapter)
                 rows.append(part.assign(readable=list(seen[..., k])))
     return pd.concat(rows, ignore_index=True)
 
@@ -384,7 +420,7 @@ def readable_lines(made: pd.DataFrame) -> pd.DataFrame:
     """Share of questions in which an entity can be read at the last position: entity, adapter, layer, share, low, high
     (95 %, over bridge entities)."""
     rows = []
-    for (entity, adapter), part in made.groupby(["entity", "adapter"]):
+    for (entity, adapter), part in made.groupby(["entity", "adapter"], sort=False):
         mean, low, high = mean_interval(np.stack(part["readable"].to_list()), part["e2"])
         table = pd.DataFrame({"layer": range(len(mean)), "share": mean, "low": low, "high": high})
         rows.append(table.assign(entity=entity, adapter=adapter))
@@ -392,14 +428,22 @@ def readable_lines(made: pd.DataFrame) -> pd.DataFrame:
 
 
 def forward_table(made: pd.DataFrame) -> pd.DataFrame:
-    """How much earlier the adapter makes an entity readable: entity, off and on (mean first layer, L + 1 for never),
-    ever_off, ever_on (shares), earlier (layers, off less on) with its 95 % interval over bridge entities, n."""
+    """How much earlier the adapter makes an entity readable.
+
+    Returns: entity; ever_off, ever_on (share of questions in which it can be read in some state); n; and over the
+    questions in which it can be read both ways (both): off, on (mean first state) and earlier (off less on) with its
+    95 % interval over bridge entities (low, high; missing for fewer than two entities).
+    """
     rows = []
-    for entity, part in made.groupby("entity"):
-        wide = part.pivot(index=["seed", "question", "e2"], columns="adapter", values="layer").reset_index()
-        never = len(part["readable"].iloc[0])
-        mean, low, high = mean_interval((wide["off"] - wide["on"]).to_numpy(), wide["e2"])
-        row = {"entity": entity, "off": wide["off"].mean(), "on": wide["on"].mean()}
-        row |= {"ever_off": (wide["off"] < never).mean(), "ever_on": (wide["on"] < never).mean()}
-        rows.append({**row, "earlier": float(mean), "low": float(low), "high": float(high), "n": len(wide)})
+    for entity, part in made.groupby("entity", sort=False):
+        wide = part.pivot(index=["seed", "question", "e2"], columns="adapter", values="readable").reset_index()
+        off, on = (np.stack(wide[adapter].to_list()) for adapter in ("off", "on"))  # [n, L+1]
+        row = {"entity": entity, "ever_off": off.any(1).mean(), "ever_on": on.any(1).mean(), "n": len(wide)}
+        both = off.any(1) & on.any(1)
+        row |= {"both": int(both.sum())}
+        if wide.loc[both, "e2"].nunique() > 1:
+            first = [x[both].argmax(1) for x in (off, on)]
+            mean, low, high = mean_interval(first[0] - first[1], wide.loc[both, "e2"])
+            row |= {"off": first[0].mean(), "on": first[1].mean(), "earlier": mean, "low": low, "high": high}
+        rows.append(row)
     return pd.DataFrame(rows)

@@ -189,7 +189,7 @@ def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.n
     return right, losses / targets
 
 
-NUMBER = re.compile(r"\s*(-?\d+)(?![\d]|[.,]\d)")
+NUMBER = re.compile(r"\s*(-?\d+)(?!\d|,\d)")  # a full stop ends it, as in training, whatever follows
 
 
 @torch.no_grad()
