@@ -142,6 +142,8 @@ def test_hidden_cells_are_tabled(kept):
     means = reading.knock_out_table(made).set_index("hidden")
     assert means.loc["everything, at last", "weight"] == pytest.approx(1) and "everything, at start" not in means.index
     assert np.isnan(means.loc["everything, at e1", "weight"])
+    only = means.loc["everything, but at last", "fall"] - means.loc["everything, everywhere", "fall"]
+    assert abs(only) > 1e-3  # the last position reads on
     assert means.loc["most read", "weight"] >= 0.25
     assert means.loc["random, same count as most read", "cells"] == means.loc["most read", "cells"]
     assert means.loc["random, same weight as most read", "weight"] >= means.loc["most read", "weight"]
@@ -201,4 +203,7 @@ def test_c10_follows_its_rule(over, more, trainings, verdict):
     single = pd.DataFrame({"questions": ["training 0", "training 1"], "over": trainings})
     row = {"hidden": "r1, high layers", "control": "random, same count as r1", "more": 0.0, "n": 9}
     tests = pd.DataFrame([{**row, "low": more[0], "high": more[1]}])
-    assert claims.brings_high_states(pd.concat([share, single]), tests, (25, 28)).verdict == verdict
+    model = pd.concat([share, single]), tests, (25, 28)
+    assert claims.brings_high_states({"one": model}).verdict == verdict
+    one_more = claims.brings_high_states({"one": model, "two": (*model[:1], tests.assign(low=0.1, high=0.2), (3, 4))})
+    assert one_more.verdict in ("reproduced", "partly") and "two: weight of r1's layers 3–4" in one_more.ours

@@ -284,7 +284,8 @@ def knock_outs(
 
     From the last position: the cells it reads most, which hold `share` of its weight, against random other cells, as
     many or with as much weight (left out where all others hold less); and all cells of one place in the `high_layers`,
-    against as many random ones as r1 has there. Besides, everything, from the queries at one place and from all.
+    against as many random ones as r1 has there. Besides, everything, from the queries at one place, from those at all
+    others and from all.
 
     Returns one row per question, kind of cells and draw: seed, question, e2, hidden (name), cells (how many), weight
     (of the cells, in what the last position reads; missing for other queries), fall (of the answer's log-probability),
@@ -294,6 +295,8 @@ def knock_outs(
     for reader in readers(runs, store, count, device):
         weights, everything = [own[-1] for own in reader.weights()], reader.block(PLACES)
         plans = [(f"everything, at {place}", everything, (place,)) for place in reader.places]
+        for place in reader.places:
+            plans.append((f"everything, but at {place}", everything, tuple(p for p in PLACES if p != place)))
         plans.append(("everything, everywhere", everything, PLACES))
         most = [most_read(own, share) for own in weights]
         plans.append(("most read", most, ("last",)))
