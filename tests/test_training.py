@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -593,23 +592,19 @@ def test_memory_layers_of_a_run_are_read(tiny_run):
 def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
     from distributed import LocalCluster
 
-    runs, store, threads = [tiny_run, replace(tiny_run, seed=1)], Store(tmp_path, shipped=None), []
-    ordinary = experiments.perform
-    monkeypatch.setattr(
-        experiments, "perform", lambda *a: threads.append(threading.current_thread().name) or ordinary(*a)
-    )
-    local = {"processes": False, "dashboard_address": None, "n_workers": 1}
-    with LocalCluster(**local, threads_per_worker=1) as cluster:
-        monkeypatch.setenv(runtime.CLUSTER, cluster.scheduler_address)
-        assert experiments.sweep(runs, store)["seed"].tolist() == [0, 1]
-    assert len(threads) == 2 and all(name.startswith("Dask") for name in threads)
-    with LocalCluster(**local, threads_per_worker=2) as cluster:
-        monkeypatch.setenv(runtime.CLUSTER, cluster.scheduler_address)
-        with pytest.raises(OSError, match="one thread each"):
-            experiments.sweep([replace(tiny_run, seed=2)], store)
-    here = Store(tmp_path / "here", shipped=None)
-    monkeypatch.delenv(runtime.CLUSTER)
-    assert experiments.perform(tiny_run, here)["right"] == store.result(tiny_run)["right"]
+    run, store = replace(tiny_run, dataset="1DC"), Store(tmp_path, shipped=None)
+    with monkeypatch.context() as here:
+        here.setattr(experiments, "perform", lambda *a: pytest.fail("made here"))
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            here.setenv(runtime.CLUSTER, cluster.scheduler_address)
+            assert experiments.sweep([run, replace(run, seed=1)], store)["seed"].tolist() == [0, 1]
+        for sizes in ({"n_workers": 1, "threads_per_worker": 2}, {"n_workers": 1, "threads_per_worker": 1}):
+            with LocalCluster(**sizes, processes=False, dashboard_address=None) as cluster:
+                here.setenv(runtime.CLUSTER, cluster.scheduler_address)
+                with pytest.raises(OSError, match="two workers or more"):
+                    experiments.sweep([replace(run, seed=2)], store)
+    kept = store.result(run)["right"]
+    assert experiments.perform(run, Store(tmp_path / "again", shipped=None))["right"] == kept
     monkeypatch.setenv(runtime.CLUSTER, "nowhere")
     with pytest.raises(OSError, match="No dask scheduler"):
         experiments.sweep([replace(tiny_run, seed=2)], store)

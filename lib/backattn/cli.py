@@ -441,7 +441,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument(
-        "--cluster", metavar="ADDRESS", help="train on a dask scheduler's workers (one thread each, in this folder)"
+        "--cluster",
+        metavar="ADDRESS",
+        help="train on a dask scheduler's workers, of one thread each, that see this folder",
     )
     return p
 

@@ -524,8 +524,8 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
     """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them.
 
     Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler (`--cluster`), its workers
-    make them instead; they must have one thread each and see the store's folder. Raises OSError when the scheduler
-    does not answer or a worker has more threads.
+    make them instead: two or more, with one thread each, that see the store's folder. Raises OSError when the scheduler
+    does not answer or its workers are others.
     """
     from joblib import Parallel, delayed
 
@@ -555,8 +555,11 @@ def _workers(processes: int) -> Iterator[int]:
     except (OSError, TimeoutError, ValueError) as error:
         raise OSError(f"No dask scheduler answers at {address!r} (--cluster): {error}") from error
     with client, parallel_config(backend="dask"):
-        if any(count > 1 for count in client.nthreads().values()):  # threads would share one model
-            raise OSError(f"The workers at {address} must have one thread each: dask worker --nthreads 1.")
+        # Threads would share one model, and with a single one joblib would stay here.
+        if set(client.nthreads().values()) != {1} or len(client.nthreads()) < 2:
+            raise OSError(
+                f"{address} must have two workers or more, of one thread each: dask worker --nworkers 2 --nthreads 1."
+            )
         yield -1
 
 
