@@ -299,40 +299,28 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
     shape = 1, 1, len(wrapped.memory_layers), batch.ids.shape[1]
     everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     before = logits(wrapped, batch)
-    with wrapped.edited(everything):
+    with wrapped.restricted(everything):
         assert torch.allclose(logits(wrapped, batch), before, atol=1e-5)
-    with wrapped.edited(nothing):
+    with wrapped.restricted(nothing):
         emptied = logits(wrapped, batch)
     assert torch.equal(logits(wrapped, batch), before)
     with wrapped.disable_adapter():
         assert torch.allclose(emptied, logits(wrapped, batch), atol=1e-5)
     newest = everything.clone()
     newest[..., -1] = False
-    with wrapped.edited(newest), wrapped.attention_maps() as maps:
+    with wrapped.restricted(newest), wrapped.attention_maps() as maps:
         logits(wrapped, batch)
     for weights in maps.values():
         assert weights[..., -1].abs().max() == 0
         assert torch.allclose(weights[:, :, -1].sum((-1, -2)), torch.ones(()), atol=1e-5)
 
 
-def test_a_memory_of_zeros_gives_no_update(fresh, config):
-    model, tok = fresh
-    wrapped = trained(model, config)
-    batch = encode(tok, PROMPTS, "left")
-    seen = []
-    with wrapped.edited(memory=lambda memory: seen.append(memory.shape) or torch.zeros_like(memory)):
-        without = logits(wrapped, batch)
-    assert set(seen) == {(len(wrapped.memory_layers), *batch.ids.shape, model.config.hidden_size)}
-    with wrapped.disable_adapter():
-        assert torch.allclose(without, logits(wrapped, batch), atol=1e-5)
-
-
 def test_cells_of_another_shape_are_refused(llama):
     model, _ = llama
     wrapped = get_back_attention_model(model, CONFIGS["high states only, raw"])
-    with pytest.raises(ValueError, match="2 memory layers"), wrapped.edited(torch.ones(1, 1, 3, 5, dtype=bool)):
+    with pytest.raises(ValueError, match="2 memory layers"), wrapped.restricted(torch.ones(1, 1, 3, 5, dtype=bool)):
         pass
-    with pytest.raises(ValueError, match="use_cache=False"), wrapped.edited(memory=torch.zeros_like):
+    with pytest.raises(ValueError, match="use_cache=False"), wrapped.restricted(torch.ones(1, 1, 2, 3, dtype=bool)):
         wrapped(torch.tensor([[1, 2, 3]]), use_cache=True)
     wrapped.unload()
 

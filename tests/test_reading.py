@@ -115,12 +115,12 @@ def test_cells_are_chosen_by_weight_and_by_count():
 
 def test_tables_cover_what_was_asked(kept):
     run, store = kept
-    read = reading.maps([run], store, shown=1)
+    read = reading.maps([run], store)
     occurs = read.weights.sum((0, 2, 3)) > 0
     assert read.weights[:, occurs].sum((2, 3)) == pytest.approx(1)
     assert reading.query_table(read).groupby("query")["weight"].sum().to_numpy() == pytest.approx(1)
     assert reading.weight_table(read).groupby("case")["weight"].sum().to_numpy() == pytest.approx(1)
-    share = reading.high_share(read, [3], "r1").set_index("questions").loc[["all", "training 0"]]
+    share = reading.high_share(read, [3]).set_index("questions").loc[["all", "training 0"]]
     cells = read.of("last")[0][:, read.layers.index(3), reading.PLACES.index("r1")]
     assert share["share"].to_list() == pytest.approx([cells.mean()] * 2)
     tests = reading.case_tests(dataclasses.replace(read, right=np.arange(8) % 2 == 0), [3])

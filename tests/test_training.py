@@ -580,15 +580,6 @@ def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monk
     assert runs == (tried, [tiny_run, replace(tiny_run, source_layer=3)])
 
 
-def test_memory_layers_of_a_run_are_read(tiny_run):
-    run = replace(tiny_run, memory_layers=(3, 4))
-    assert run.key != tiny_run.key
-    with experiments.armed(run, "float32") as (model, _):
-        assert model.memory_layers == (3, 4)
-    with pytest.raises(ValueError, match="no memory"), experiments.armed(replace(run, arm="bias"), "float32"):
-        pass
-
-
 def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
     from distributed import LocalCluster
 

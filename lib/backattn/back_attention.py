@@ -18,7 +18,7 @@ import inspect
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -223,8 +223,7 @@ class TwoPassModel(nn.Module):
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
-        self._cells: Tensor | None = None  # see `BackAttentionModel.edited`
-        self._memory: Callable[[Tensor], Tensor] | None = None
+        self._cells: Tensor | None = None  # see `BackAttentionModel.restricted`
         self._asleep: list[tuple[nn.Module, object]] = []
         self._attach()
         _wrapped.add(model)
@@ -318,12 +317,11 @@ class TwoPassModel(nn.Module):
         memory = [now.states[t].to(h.device) for t in self.memory_layers]
         keys = values = visible = None
         if memory:
-            memory = torch.stack(memory)  # [M, B, T, D]
-            keys, values = update.remember(memory if self._memory is None else self._memory(memory))  # [B, K, T, d]
+            keys, values = update.remember(torch.stack(memory))  # [B, K, T, d]
             cache = _cache_in(now.settings[0])
             if cache is not None:
-                if self._cells is not None or self._memory is not None:
-                    raise ValueError("An edited memory cannot go through a cache: pass use_cache=False.")
+                if self._cells is not None:
+                    raise ValueError("Cells cannot be hidden where there is a cache: pass use_cache=False.")
                 self._extend(cache)
                 place = len(cache.layers) - len(self.sources) + self.sources.index(layer)
                 if cache.layers[place].get_seq_length() != now.past:
@@ -520,24 +518,22 @@ class BackAttentionModel(TwoPassModel):
         self.back_attention_config = config
 
     @contextlib.contextmanager
-    def edited(self, cells: Tensor | None = None, memory: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
-        """Hide cells, or put another memory in place, while the block runs, to test what is used; not with a cache.
+    def restricted(self, cells: Tensor | None) -> Iterator[None]:
+        """Hide cells while the block runs, to test what is used; not with a cache.
 
-        cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a query. The softmax
-        goes over the others, and a query that may read none gets no update.
-        memory: what takes the place of the memory states: a function of [M, B, S, D] that returns the same shape.
+        cells: [B, T, M, S] bool (B and T may be 1), or None for all: False hides a (memory layer, position) from a
+        query. The softmax goes over the others, and a query that may read none gets no update.
         """
         if cells is not None and (cells.dim() != 4 or cells.shape[2] != len(self.memory_layers)):
             raise ValueError(
                 f"cells must be [batch, queries, {len(self.memory_layers)} memory layers, positions], "
                 f"not {list(cells.shape)}."
             )
-        before = self._cells, self._memory
-        self._cells, self._memory = cells, memory
+        before, self._cells = self._cells, cells
         try:
             yield
         finally:
-            self._cells, self._memory = before
+            self._cells = before
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors; other files stay.

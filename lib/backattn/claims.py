@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 VERDICTS = ("reproduced", "partly", "not at this scale", "contradicted", "not testable here")
 
@@ -306,55 +305,4 @@ def brings_high_states(models: dict[str, tuple[pd.DataFrame, pd.DataFrame, Seque
         verdict=_weighed(list(map(bool, passed)), list(map(bool, against))),
         notebook="05_what_it_reads",
         figure="05_map",
-    )
-
-
-def low_layers_are_best(
-    chosen: pd.DataFrame,
-    against_six: pd.DataFrame,
-    unrest: pd.DataFrame,
-    accuracy: pd.DataFrame,
-    difference: pd.DataFrame,
-) -> Claim:
-    """C9, of back attention. chosen: `comparison.choose`; against_six: `comparison.setting_differences` from layer 6;
-    unrest: `comparison.unrest`; accuracy: arm, source_layer, accuracy; difference: from `comparison.difference_table`,
-    by source_layer, only told.
-
-    Four checks. The layer chosen on validation questions is 5, 6 or 7, and so is every single seed's (against: the
-    chosen one is another, and ahead of layer 6 on the test with its whole interval). Seeds differ more, and losses jump
-    higher, at layers 0 to 5 than from 6 on (Mann-Whitney); accuracy falls from layer 6 on (Spearman); these three with
-    p < 0.05 / 3.
-    """
-    mine = [table[table["arm"] == "back attention"] for table in (chosen, unrest, accuracy)]
-    choice, level = mine[0].iloc[0], 0.05 / 3
-    best = int(choice["source_layer"])
-    ahead = against_six.set_index("source_layer").loc[best]
-    low = mine[1]["source_layer"] < 6
-    after = mine[2][mine[2]["source_layer"] >= 6]
-    fall = stats.spearmanr(after["source_layer"], after["accuracy"])
-    near = {best, int(choice["lowest"]), int(choice["highest"])} <= {5, 6, 7}
-    passed, against, told = [near], [best not in (5, 6, 7) and ahead["low"] > 0], []
-    for name, unit in (("spread", "points"), ("jump", "nats")):
-        below, above = mine[1].loc[low, name], mine[1].loc[~low, name]
-        passed.append(stats.mannwhitneyu(below, above, alternative="greater").pvalue < level)
-        against.append(stats.mannwhitneyu(below, above, alternative="less").pvalue < level)
-        told.append(f"{name} {below.mean():.2f} {unit} below layer 6, {above.mean():.2f} from 6 on")
-    passed.append(fall.statistic < 0 and fall.pvalue < level)
-    against.append(fall.statistic > 0 and fall.pvalue < level)
-    wins = (difference["low"] > 0).groupby(difference["other"], sort=False).sum()
-    return Claim(
-        id="C9",
-        claim="layer 6 is the best source layer; 0–5 are unstable, and it falls after",
-        paper="sweep on Llama-7B, arithmetic: 93.2 at layer 6, 67.1 without",
-        ours=(
-            f"chosen on validation: layer {best} (single seeds {choice['lowest']} to {choice['highest']}), on the test "
-            f"{_points(ahead)} points ahead of layer 6; {'; '.join(told)}; from layer 6 on, Spearman of layer and "
-            f"accuracy {fall.statistic:+.2f} (p = {fall.pvalue:.2g}); ahead with the whole interval of "
-            f"{', '.join(f'{other} at {count}' for other, count in wins.items())} of {len(mine[2])} layers; learning "
-            "rates found at layer 6"
-        ),
-        kind="band over seeds",
-        verdict=_weighed(list(map(bool, passed)), list(map(bool, against))),
-        notebook="04_layer_ablation",
-        figure="04_layers",
     )

@@ -8,7 +8,7 @@ comes from how far the paired differences of single runs scatter, which holds al
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,74 +206,6 @@ def _p(draws: np.ndarray) -> float:
     draws = draws[~np.isnan(draws)]
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
-
-
-def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]) -> pd.DataFrame:
-    """What `make` says of the runs with each value of one field of `Run`, one below the other; the field is a column
-    (as text, where it is a tuple)."""
-    parts = []
-    for value in dict.fromkeys(getattr(run, field) for run in runs):
-        part = make([run for run in runs if getattr(run, field) == value])
-        parts.append(part.assign(**{field: str(value) if isinstance(value, tuple) else value}))
-    return pd.concat(parts, ignore_index=True)
-
-
-def setting_differences(runs: Sequence[Run], store: Store, arm: str, field: str, base) -> pd.DataFrame:
-    """How far one arm is ahead with each value of one field of `Run` of itself with the value `base`, paired.
-
-    Returns: the field, difference, low, high (95 %, samples of names), n. Raises ValueError when the tests differ.
-    """
-    mine = [run for run in runs if run.arm == arm]
-    fixed, rows = answers([run for run in mine if getattr(run, field) == base], store), []
-    for value in dict.fromkeys(getattr(run, field) for run in mine):
-        own = answers([run for run in mine if getattr(run, field) == value], store)
-        if not np.array_equal(own.groups, fixed.groups):
-            raise ValueError(f"{arm!r} was not tested on the same questions with {field} {value} and {base}.")
-        draws = resampled(own, seeds_seed=1) - resampled(fixed, seeds_seed=2)
-        row = {field: value, "difference": own.right.mean() - fixed.right.mean(), **_interval(draws)}
-        rows.append({**row, "n": len(own.groups)})
-    return pd.DataFrame(rows)
-
-
-def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
-    """Which value of one field of `Run` does best on the validation questions, per arm.
-
-    Returns: arm, the field (the best value), validation (mean over seeds), lowest and highest (of the choices that
-    single seeds would make).
-    """
-    rows = []
-    for arm in dict.fromkeys(run.arm for run in runs):
-        mine = [run for run in runs if run.arm == arm]
-        scores = pd.DataFrame(
-            [(getattr(r, field), r.seed, store.result(r)["curve"][-1]["validation"]) for r in mine],
-            columns=[field, "seed", "validation"],
-        )
-        wide = scores.pivot(index=field, columns="seed", values="validation")
-        mean, own = wide.mean(axis=1), wide.idxmax()
-        row = {"arm": arm, field: mean.idxmax(), "validation": mean.max()}
-        rows.append({**row, "lowest": own.min(), "highest": own.max()})
-    return pd.DataFrame(rows)
-
-
-def unrest(runs: Sequence[Run], store: Store, field: str = "source_layer", before: int = 10) -> pd.DataFrame:
-    """How unsteady training is along one field of `Run`, per arm and value.
-
-    Returns: arm, the field, spread (standard deviation over seeds of the accuracy on validation questions, the same for
-    all seeds, in points), jump (the largest loss of a step less the mean of the `before` steps before it, in nats, mean
-    over seeds), final (mean loss of the last `before` steps).
-    """
-    rows = []
-    for run in runs:
-        curve = store.result(run)["curve"]
-        losses = np.concatenate([row["losses"] for row in curve])
-        ahead = np.convolve(losses, np.ones(before) / before, "valid")[:-1]
-        row = {"arm": run.arm, field: getattr(run, field), "validation": 100 * curve[-1]["validation"]}
-        rows.append({**row, "jump": (losses[before:] - ahead).max(), "final": losses[-before:].mean()})
-    return (
-        pd.DataFrame(rows)
-        .groupby(["arm", field], as_index=False, sort=False)
-        .agg(spread=("validation", "std"), jump=("jump", "mean"), final=("final", "mean"))
-    )
 
 
 def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:

@@ -63,7 +63,6 @@ class Run:
     validation_items: int | None = 200
     test_items: int | None = 300
     dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
-    memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
 
     @property
     def fold(self) -> int | None:
@@ -210,7 +209,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     else:
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
-        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim, run.memory_layers)
+        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)
     model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
     try:
         yield model, tokenizer
@@ -481,7 +480,7 @@ def adapter_runs(
 def varied_runs(
     store: Store, field: str, values: Sequence, arms: Sequence[str] = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> tuple[list[Run], list[Run]]:
-    """Claims C9 and C11: trained arms with every value of one field of `Run`, at the rates of `adapter_runs`.
+    """Claim C9: trained arms with every value of one field of `Run`, at the rates of `adapter_runs`.
 
     Rates are found at the field's default value only. See `scratch_runs` for the two lists.
     """
@@ -502,13 +501,11 @@ def complete(
             return final
 
 
-def ship(
-    plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path, weights: bool = True
-) -> int:
+def ship(plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path) -> int:
     """Write what this repository ships of finished plans into `folder`, unless all of it was shipped before.
 
-    All results; unless weights=False, the weights of back attention on a language model, of the other arms there for
-    the first seed, and of back attention from scratch for the first seed. Returns the number of results that are new.
+    All results; the weights of back attention on a language model, of the other arms there for the first seed, and of
+    back attention from scratch for the first seed. Returns the number of results that are new.
     """
     runs = [run for plan in plans for part in plan(store) for run in part]
     new = [run for run in runs if run.key not in store.shipped]
@@ -516,7 +513,7 @@ def ship(
         tested = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
         first = [run for run in tested if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
         more = [run for run in tested if run.seed != 0 and run.arm == "back attention"]
-        store.ship(runs, first + more if weights else [], folder)
+        store.ship(runs, first + more, folder)
     return len(new)
 
 

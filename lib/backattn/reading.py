@@ -6,7 +6,7 @@ are e1's, r1's and r2's tokens, what stands before e1 (where a tokenizer puts so
 that single trainings stand beside them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch import Tensor
 from . import experiments, failures, tasks
 from .back_attention import BackAttentionModel
 from .experiments import Run, Store
-from .lens import read_states
 from .runtime import progress
 from .stages import mean_interval
 from .training import FirstPasses, Items, Questions, answer_logits, collate, right_answers
@@ -79,15 +78,11 @@ class Reader:
 
     @torch.no_grad()
     def ask(
-        self,
-        hidden: Sequence[np.ndarray] | None = None,
-        queries: Sequence[str] = ("last",),
-        memory: Callable[[Tensor], Tensor] | None = None,
+        self, hidden: Sequence[np.ndarray] | None = None, queries: Sequence[str] = ("last",)
     ) -> tuple[np.ndarray, np.ndarray]:
         """(log-probability of the answer's first token [n], whether an accepted one is the most likely [n]).
 
-        hidden: per question [M, T] bool, the cells that queries at the places `queries` may not read. memory: see
-        `BackAttentionModel.edited`.
+        hidden: per question [M, T] bool, the cells that queries at the places `queries` may not read.
         """
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
         for rows, batch, first in self._batches():
@@ -100,7 +95,7 @@ class Reader:
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
                 cells = cells.to(batch.ids.device)
-            with self.wrapped.edited(cells, memory):
+            with self.wrapped.restricted(cells):
                 logits = answer_logits(self.wrapped, batch, first)  # [B, 1, V]
             said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
             log_probs[rows] = said.cpu().numpy()
@@ -133,7 +128,7 @@ class Maps:
 
     weights: [n, queries, M, places], the mean over a query place's tokens, summed over a read place's; chance: the same
     if every query read all its cells alike; right: [n]; frame: the questions; layers: the memory layers; examples:
-    (tokens, what the last position reads [M, T]) of each run's first questions.
+    (tokens, what the last position reads [M, T]) of each run's first two questions.
     """
 
     weights: np.ndarray
@@ -148,7 +143,7 @@ class Maps:
         return self.weights[:, PLACES.index(query)], self.chance[:, PLACES.index(query)]
 
 
-def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu", shown: int = 2) -> Maps:
+def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> Maps:
     """Weights of every query over memory layers and places, see `Maps`."""
     weights, chance, right, frames, examples, layers = [], [], [], [], [], ()
     for reader in readers(runs, store, count, device):
@@ -163,16 +158,16 @@ def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: st
             chance.append(np.repeat(flat[:, None], len(layers), axis=1))
         right.append(reader.ask()[1])
         frames.append(reader.frame)
-        for row in range(min(shown, len(of_each))):
+        for row in range(min(2, len(of_each))):
             tokens = [reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]]
             examples.append((tokens, of_each[row][-1]))
     frame = pd.concat(frames, ignore_index=True)
     return Maps(np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples)
 
 
-def weight_table(read: Maps, query: str = "last") -> pd.DataFrame:
-    """Mean weight by cell for right and wrong cases, where there are any: case, layer, place, weight, chance, n."""
-    rows, (weights, chance) = [], read.of(query)
+def weight_table(read: Maps) -> pd.DataFrame:
+    """Mean weight of the last position by cell and case (right, wrong): case, layer, place, weight, chance, n."""
+    rows, (weights, chance) = [], read.of("last")
     for case, mask in (("right", read.right), ("wrong", ~read.right)):
         if not mask.any():
             continue
@@ -200,15 +195,15 @@ def query_table(read: Maps) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def high_share(read: Maps, layers: Sequence[int], place: str = "r1", query: str = "last") -> pd.DataFrame:
-    """Weight on one place's states in some layers: over all, by case, by training and by pair of relations.
+def high_share(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
+    """Weight of the last position on r1's states in some layers: over all, by case, by training, by pair of relations.
 
     Returns: questions ("all", "right", "wrong", "training 0" or a pair), share with its 95 % interval over bridge
     entities (low, high), chance, over (share less chance) with over_low and over_high, n, names. Pairs with a single
     bridge entity are left out.
     """
-    among, k = np.isin(read.layers, layers), PLACES.index(place)
-    share, chance = (x[:, among, k].sum(1) for x in read.of(query))
+    among, k = np.isin(read.layers, layers), PLACES.index("r1")
+    share, chance = (x[:, among, k].sum(1) for x in read.of("last"))
     bridge, pair, rows = read.frame["e2"].to_numpy(), read.frame["pair"].to_numpy(), []
     parts = {"all": np.ones(len(share), dtype=bool), "right": read.right, "wrong": ~read.right}
     parts |= {f"training {seed}": read.frame["seed"].to_numpy() == seed for seed in sorted(set(read.frame["seed"]))}
@@ -223,13 +218,13 @@ def high_share(read: Maps, layers: Sequence[int], place: str = "r1", query: str 
     return pd.DataFrame(rows)
 
 
-def case_tests(read: Maps, layers: Sequence[int], query: str = "last") -> pd.DataFrame:
-    """Do right and wrong cases read differently, within pairs of relations? (see `failures.contrast`)
+def case_tests(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
+    """Does the last position read otherwise in right than in wrong cases of a pair of relations? `failures.contrast`.
 
     Returns per place, for all memory layers and for `layers`: place, layers, right, wrong (mean weights), difference
     (right less wrong within pairs) and p (permutations, corrected for all rows).
     """
-    weights, rows = read.of(query)[0], []
+    weights, rows = read.of("last")[0], []
     among, occurs = np.isin(read.layers, layers), read.chance.sum((0, 1, 2)) > 0
     names = [(place, k) for k, place in enumerate(PLACES) if occurs[k]]
     values = np.stack([x for _, k in names for x in (weights[:, :, k].sum(1), weights[:, among, k].sum(1))], axis=1)
@@ -405,17 +400,13 @@ def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None,
     """
     rows = []
     for reader in readers(runs, store, count, device):
-        ids = np.array(failures.pair_ids(reader.tokenizer, reader.frame))
-        tokens = np.concatenate([ids, ids[failures.donors(reader.frame)]], axis=1).tolist()
-        prompts, last = reader.frame["two_hop"].tolist(), [[len(row) - 1] for row in reader.labels]
         for adapter in ("off", "on"):
             reader.wrapped.enabled = adapter == "on"
-            _, ranks = read_states(reader.wrapped.base_model, reader.tokenizer, prompts, last, tokens, ranks=True)
-            seen = ranks[:, 0] < failures.READABLE  # [n, L+1, 4]
-            for k, entity in enumerate(("e3", "e2", "e3 shuffled", "e2 shuffled")):
-                about = {"seed": reader.frame["seed"], "question": range(len(seen)), "e2": reader.frame["e2"]}
+            seen = failures.read_conflict(reader.wrapped.base_model, reader.tokenizer, reader.frame)
+            for entity, readable in seen.readable.items():  # [n, places, L+1], the last position the last place
+                about = {"seed": reader.frame["seed"], "question": range(len(readable)), "e2": reader.frame["e2"]}
                 part = pd.DataFrame(about).assign(entity=entity, adapter=adapter)
-                rows.append(part.assign(readable=list(seen[..., k])))
+                rows.append(part.assign(readable=list(readable[:, -1])))
     return pd.concat(rows, ignore_index=True)
 
 
