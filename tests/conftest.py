@@ -1,4 +1,4 @@
-"""Shared fixtures, and what nbval must not compare."""
+"""Shared fixtures."""
 
 import pytest
 import torch
@@ -8,12 +8,6 @@ from backattn.models import tiny_names
 
 runtime.use_threads()
 PROMPTS = ["France's capital is", "The mother of Anna was born in Tokyo and lives in the", "Mozart's mother is"]
-
-
-def pytest_collectstart(collector):
-    """nbval: HTML tables differ by pandas version and repeat the plain text."""
-    if hasattr(collector, "skip_compare"):
-        collector.skip_compare += ("text/html", "stderr")
 
 
 @pytest.fixture(scope="session", params=tiny_names())

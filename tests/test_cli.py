@@ -214,6 +214,19 @@ def nbval(path):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=paths.ROOT)
 
 
+def test_what_is_told_while_a_model_is_fetched_is_no_change(tmp_path):
+    shutil.copy(paths.ROOT / "conftest.py", tmp_path)
+    path = write(tmp_path, "09_fetched", ["import sys", "print('fetching', file=sys.stderr)\nprint(3)"])
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[2].metadata["tags"] = ["nbval-check-output"]
+    for count, cell in enumerate(notebook.cells[1:], 1):
+        cell.execution_count = count
+    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="3\n")]
+    nbformat.write(notebook, path)
+    done = nbval(path)
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_changed_number_in_a_committed_notebook_turns_the_check_red(tmp_path):
     path = write(tmp_path, "09_numbers", ["n = 3", "print(f'{n / 8:.2f}')"])
     notebook = nbformat.read(path, as_version=4)
