@@ -1,5 +1,7 @@
 """Intervals over groups and seeds, paired differences, and the rules of C7, C8 and C11."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -162,6 +164,82 @@ def test_arms_tried_on_some_datasets_are_compared_there_only(store, monkeypatch)
         comparison.difference_table(runs + more, kept, "bias", ["few-shot"])
 
 
+def laid_out(tmp_path, monkeypatch):
+    """One arm at three source layers with two seeds: layer 1 is best, layer 2 jumps and differs from seed to seed."""
+    frame = datasets.one_digit_composite()
+    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
+    kept, runs, rng = Store(tmp_path, shipped=None), [], np.random.default_rng(0)
+    for layer, share, apart in ((0, 0.4, 0), (1, 0.8, 0), (2, 0.5, 0.2)):
+        for seed in (0, 1):
+            right = np.arange(100) < round(100 * (share + apart * (seed - 0.5)))
+            losses = np.full(30, 1.0)
+            losses[20] = 3.0 if layer == 2 else 1.0
+            curve = [{"validation": 0.1, "losses": losses[:15].tolist()}]
+            curve.append({"validation": share + apart * (seed - 0.5), "losses": losses[15:].tolist()})
+            run = Run("made up", "same layer", seed, source_layer=layer, test_items=100)
+            result = {"run": {}, "right": "".join(map(str, rng.permutation(right.astype(int)))), "curve": curve}
+            kept.keep(run, {**result, "trained": 4, "seconds": 1.0, "flops": 1, "perplexity": 2.0}, {})
+            runs.append(run)
+    return runs, kept
+
+
+def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    table = comparison.by_setting(runs, "source_layer", lambda part: comparison.accuracy_table(part, kept))
+    assert table["source_layer"].tolist() == [0, 1, 2]
+    assert table["accuracy"].to_list() == pytest.approx([0.4, 0.8, 0.5])
+    best = comparison.choose(runs, kept, "source_layer").iloc[0]
+    assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
+
+
+def test_a_setting_is_compared_with_another_question_by_question(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    table = comparison.setting_differences(runs, kept, "same layer", "source_layer", 0).set_index("source_layer")
+    assert table.loc[0, ["difference", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc[1, "difference"] == pytest.approx(0.4) and table.loc[1, "low"] > 0
+
+
+def test_arms_are_compared_over_all_settings(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    others = [replace(run, arm="bias") for run in runs]
+    for run, other in zip(runs, others, strict=True):  # ten right answers fewer at each layer
+        result = kept.result(run)
+        where = [at for at, digit in enumerate(result["right"]) if digit == "1"][:10]
+        right = "".join("0" if at in where else digit for at, digit in enumerate(result["right"]))
+        kept.keep(other, {**result, "right": right}, {})
+    row = comparison.over_settings(runs + others, kept, "source_layer", "same layer", ["bias"]).iloc[0]
+    assert row["difference"] == pytest.approx(0.1) and row["low"] > 0 and row["settings"] == 3
+    assert row["worst"] == pytest.approx(0.1) == row["best"] and row["seeds"] == 2
+    with pytest.raises(ValueError, match="not finished"):
+        comparison.over_settings(
+            [*runs, *others, replace(runs[0], source_layer=9)], kept, "source_layer", "same layer", ["bias"]
+        )
+    with pytest.raises(ValueError, match="no runs"):
+        comparison.over_settings(runs + others[:2], kept, "source_layer", "same layer", ["bias"])
+
+
+def test_unrest_is_measured(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    table = comparison.unrest(runs, kept).set_index("source_layer")
+    assert table["jump"].tolist() == pytest.approx([0, 0, 2])
+    own = np.array([[0.4, 0.4], [0.8, 0.8], [0.4, 0.6]]) * 100  # validation by layer and seed
+    assert table["spread"].tolist() == pytest.approx((own - own.mean(0)).std(1, ddof=1))
+    for run in runs:  # a batch that is hard at every layer is no jump
+        result = kept.result(run)
+        result["curve"][0]["losses"][10] += 5
+        kept.keep(run, result, {})
+    assert comparison.unrest(runs, kept)["jump"].tolist() == pytest.approx([0, 0, 2])
+    kept.keep(runs[0], {"run": {}, "diverged": "the loss is nan"}, {})
+    with pytest.raises(ValueError, match="diverged"):
+        comparison.unrest(runs, kept)
+
+
+def test_what_is_compared_must_be_the_same_questions(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="same questions"):
+        comparison.setting_differences([*runs[:2], runs[2]], kept, "same layer", "source_layer", 0)
+
+
 def test_learning_curves_give_the_range_over_seeds(store):
     runs, kept = store
     row = comparison.learning_curves(runs, kept).set_index("arm").loc["bias"]
@@ -229,6 +307,34 @@ def test_c8_needs_every_control():
     table = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2))
     with pytest.raises(ValueError, match="same layer"):
         claims.raises_accuracy(table, ["bias", "same layer"])
+
+
+@pytest.mark.parametrize(
+    "best, seeds, ahead, spread, jump, slope, same, verdict",
+    [
+        (6, (5, 7), -0.01, 3.0, 3.0, -0.01, 0.02, "reproduced"),
+        (6, (5, 7), -0.01, 3.0, 3.0, -0.01, 0.0, "partly"),
+        (6, (5, 20), -0.01, 3.0, 1.0, 0.0, 0.0, "partly"),
+        (6, (5, 20), -0.01, 1.0, 3.0, 0.0, 0.0, "partly"),
+        (20, (20, 20), -0.05, 1.0, 1.0, 0.0, 0.0, "not at this scale"),
+        (20, (20, 20), 0.05, 0.3, 0.3, 0.01, -0.02, "contradicted"),
+    ],
+)
+def test_c9_follows_its_rule(best, seeds, ahead, spread, jump, slope, same, verdict):
+    layers, noise = np.arange(30), np.arange(30) * 7 % 5
+    arms = ["back attention", "same layer"]
+    about = {"source_layer": best, "lowest": seeds[0], "highest": seeds[1], "seeds": 3}
+    chosen = pd.DataFrame({"arm": arms, **about})
+    six = pd.DataFrame({"source_layer": layers, "difference": ahead, "low": ahead - 0.01, "high": ahead + 0.01})
+    sizes = {name: np.where(layers < 6, size, 1) + noise / 100 for name, size in (("spread", spread), ("jump", jump))}
+    mine = pd.concat([pd.DataFrame({"arm": arm, "source_layer": layers, **sizes}) for arm in arms])
+    accuracy = mine.assign(accuracy=lambda t: 0.5 + slope * t["source_layer"] + np.tile(noise, 2) / 1000)
+    less = pd.DataFrame({"other": "same layer", "source_layer": layers, "difference": same, "n": 436})
+    claim = claims.low_layers_are_best(
+        chosen, six, mine, accuracy, less.assign(low=less["difference"] - 0.01, high=less["difference"] + 0.01)
+    )
+    assert claim.verdict == verdict and f"layer {best}" in claim.ours and "n = 436" in claim.ours
+    assert f"same layer at {30 * (same > 0)} (behind at {30 * (same < 0)}) of 30" in claim.ours
 
 
 def test_c11_follows_its_rule():

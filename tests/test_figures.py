@@ -126,6 +126,13 @@ def test_the_sketch_shows_both_passes():
     assert {"first pass", "second pass"} <= {text.get_text() for text in ax.texts}
 
 
+def test_settings_are_drawn_in_order_with_the_chosen_one_marked():
+    table = pd.DataFrame({"arm": "bias", "dim": [4, 1], "accuracy": [0.4, 0.1], "low": 0.0, "high": 0.5})
+    ax = figures.setting_lines(table, "dim", "accuracy", "arm", chosen={"bias": 4})
+    assert ax.lines[0].get_xdata().tolist() == [1, 4] and ax.lines[0].get_ydata().tolist() == [0.1, 0.4]
+    assert (ax.lines[1].get_xdata().tolist(), ax.lines[1].get_ydata().tolist()) == ([4], [0.4])
+
+
 def test_cells_are_drawn_with_low_layers_at_the_bottom():
     ax = figures.cell_heatmap(np.array([[0.1, 0.2], [0.3, 0.4]]), [10, 11], ["a", "b"], top=0.4)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["10"]

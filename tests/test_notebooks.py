@@ -16,6 +16,7 @@ LEAST_IMAGES = {
     "01_stage_discovery": 5,
     "02_failure_analysis": 7,
     "03_back_attention_training": 4,
+    "04_layer_ablation": 4,
     "05_what_it_reads": 7,
 }
 MEGABYTES = 1.5

@@ -1,5 +1,6 @@
 """Datasets without leakage, the one training loop, the arms, and runs that can be stopped and resumed."""
 
+import ast
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -503,6 +505,29 @@ def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
         assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def parameter(notebook, name):
+    """The value of a notebook's parameter."""
+    path = next(NOTEBOOK_03.parent.glob(f"{notebook}_*.ipynb"))
+    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
+    found = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    return found[name]
+
+
+def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
+    store, layers = Store(tmp_path), 30
+    memories = [tuple(range(first, last + 1)) for first, last in parameter("04", "memories")]
+    plans = [
+        experiments.varied_runs(store, "source_layer", range(layers)),
+        experiments.varied_runs(store, "memory_layers", [None, *memories], ["back attention"]),
+    ]
+    for layer in parameter("04", "retuned"):
+        own = {"source_layer": layer, "arms": experiments.CORE_ARMS}
+        plans.append(experiments.adapter_runs(store, names=["two-hop"], **own))
+    for tried, final in plans:
+        assert final and all(store.result(run) for run in tried + final)
+    assert all("losses" in row for run in plans[0][1] for row in store.result(run)["curve"])
+
+
 def pretend(store, run, validation, **more):
     store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {})
 
@@ -572,12 +597,29 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     shipped = Store(tmp_path / "empty", tmp_path / "data" / "runs.jsonl")
     assert experiments.ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
 
+    monkeypatch.setattr(experiments, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "runs.jsonl").write_text('{"key": "earlier"}\n')
+    assert experiments.ship([plan], store, tmp_path / "later", weights=False) == 18 - 4
+    lines = [json.loads(line) for line in (tmp_path / "later" / "runs.jsonl").read_text().splitlines()]
+    assert "earlier" in [line["key"] for line in lines] and len(lines) == 1 + 18 - 4
+    assert not (tmp_path / "later" / "checkpoints").exists()
+
 
 def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monkeypatch):
     store, (tried, final) = Store(tmp_path, shipped=None), (["tried"], [tiny_run, replace(tiny_run, arm="few-shot")])
     monkeypatch.setattr(experiments, "adapter_runs", lambda *a, **k: (tried, final))
     runs = experiments.varied_runs(store, "source_layer", [1, 3], arms=["back attention"])
     assert runs == (tried, [tiny_run, replace(tiny_run, source_layer=3)])
+
+
+def test_memory_layers_of_a_run_are_read(tiny_run):
+    run = replace(tiny_run, memory_layers=(3, 4))
+    assert run.key != tiny_run.key
+    with experiments.armed(run, "float32") as (model, _):
+        assert model.memory_layers == (3, 4)
+    with pytest.raises(ValueError, match="no memory"), experiments.armed(replace(run, arm="bias"), "float32"):
+        pass
 
 
 def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):

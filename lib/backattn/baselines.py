@@ -58,16 +58,22 @@ class Bias(nn.Module):
         return self.bias + torch.zeros_like(h, dtype=self.bias.dtype)
 
 
-def make_arm(name: str, model: nn.Module, source_layer: int, dim: int) -> nn.Module:
+def make_arm(
+    name: str, model: nn.Module, source_layer: int, dim: int, memory_layers: tuple[int, ...] | None = None
+) -> nn.Module:
     """Put an arm on a frozen model, untrained, with about as many weights as back attention of width `dim` has.
 
     Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on queries and values, one
-    vector for the bias. Returns the wrapped model. Raises ValueError for an unknown arm.
+    vector for the bias. memory_layers: see `BackAttentionConfig`, of back attention only.
+
+    Returns the wrapped model. Raises ValueError for an unknown arm, and for memory layers of an arm that has none.
     """
     if name not in ARMS:
         raise ValueError(f"Unknown arm {name!r}; choose one of {', '.join(ARMS)}.")
+    if memory_layers is not None and name != "back attention":
+        raise ValueError(f"{name!r} reads no memory that could be chosen; leave memory_layers out.")
     if name in ("back attention", "same layer"):
-        memory = (source_layer,) if name == "same layer" else None
+        memory = (source_layer,) if name == "same layer" else memory_layers
         return get_back_attention_model(model, BackAttentionConfig(source_layer, dim, memory_layers=memory))
     if name == "LoRA q,v":
         return _lora(model, dim)

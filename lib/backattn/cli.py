@@ -44,6 +44,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         "01_stage_discovery": {"kept_per_relation": 100, "tested": 400, "knockout_draws": 29},
         "02_failure_analysis": {"grid_recomputed": 1000},
         "03_back_attention_training": {"retrain": True, "processes": 2},
+        "04_layer_ablation": {"retrain": True, "processes": 2},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -346,10 +347,11 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     for name in stamp["written"]:
         if name.startswith(replaces[0]):
             goal = replaces[1] / Path(name).relative_to(replaces[0])
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            if goal.suffix == ".jsonl":  # runs of several notebooks: the new ones join the others
+            if goal.suffix == ".jsonl":  # runs of several notebooks, a file each, join those that are there
+                goal = paths.DATA / goal.name
                 _join_lines(folder / name, goal)
             else:
+                goal.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, goal)
             if profile == "full":
                 digest = hashlib.sha256(goal.read_bytes()).hexdigest()
@@ -359,8 +361,8 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                     "hardware": hardware(),
                 }
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
-    if "data/runs.jsonl" in stamp["written"]:  # runs that were finished before are not trained again
-        lines = (paths.DATA / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    for name in (name for name in stamp["written"] if name.endswith(".jsonl")):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
         took["training_seconds"] = round(sum(json.loads(line).get("seconds", 0) for line in lines))
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:

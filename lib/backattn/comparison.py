@@ -8,7 +8,7 @@ comes from how far the paired differences of single runs scatter, which holds al
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,20 +32,25 @@ class Answers:
 
 
 def answers(runs: Sequence[Run], store: Store) -> Answers:
-    """The answers of one arm's runs. Raises ValueError when a run is not finished."""
+    """The answers of one arm's runs. Raises ValueError when there are none, or one is not finished."""
+    if not runs:
+        raise ValueError("There are no runs of this arm here: an arm may be missing at some setting.")
     right, groups = [], []
     for run in runs:
-        result = store.result(run)
-        if result is None or "right" not in result:
-            what = (
-                "diverged: lower its learning rate" if "diverged" in (result or {}) else "is not finished: perform it"
-            )
-            raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) {what}.")
+        result = _finished(run, store)
         right.append(right_of(result).astype(float))
         groups.append(test_groups(run, result))
     if runs[0].fold is None:
         return Answers(np.stack(right), groups[0])
     return Answers(np.concatenate(right)[None], np.concatenate(groups))
+
+
+def _finished(run: Run, store: Store) -> dict:
+    result = store.result(run)
+    if result is None or "right" not in result:
+        what = "diverged: lower its learning rate" if "diverged" in (result or {}) else "is not finished: perform it"
+        raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) {what}.")
+    return result
 
 
 def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
@@ -158,21 +163,29 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
                 raise ValueError(f"There are no runs of {missing[0][0]!r} on {missing[0][1]!r} with {model}.")
             for dataset in both:
                 one, two = (answers(by[model, dataset, name], store) for name in (arm, other))
-                if not np.array_equal(one.groups, two.groups):
-                    raise ValueError(f"{arm!r} and {other!r} were not tested on the same questions of {dataset!r}.")
-                seed = _seed_of(dataset)
-                draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
-                means.append(one.right.mean() - two.right.mean())
+                less = _paired(one, two, f"{arm!r} and {other!r} on {dataset!r}", _seed_of(dataset))
+                means.append(less["difference"])
                 pairs = zip(by[model, dataset, arm], by[model, dataset, other], strict=True)
                 scatter.append([right_of(store.result(a)).mean() - right_of(store.result(b)).mean() for a, b in pairs])
-                about = {"model": model, "dataset": dataset, "other": other, "difference": means[-1]}
                 names = len({name for group in one.groups for name in str(group).split("|")})
-                rows.append({**about, **_interval(draws), "p": _p(draws), "n": len(one.groups), "names": names})
+                rows.append({"model": model, "dataset": dataset, "other": other, **less, "names": names})
             if len(means) > 1:
                 name = "all" if both == mine else f"{len(both)} datasets"
                 about = {"model": model, "dataset": name, "other": other, "difference": float(np.mean(means))}
                 rows.append({**about, **_over_runs(np.mean(means), scatter), "names": len(means)})
     return pd.DataFrame(rows)
+
+
+def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, float]:
+    """difference of the accuracies, its 95 % interval (low, high) and p, and n (questions).
+
+    Raises ValueError naming `which` were compared when the questions are not the same.
+    """
+    if not np.array_equal(one.groups, two.groups):
+        raise ValueError(f"{which} were not tested on the same questions.")
+    draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
+    difference = float(one.right.mean() - two.right.mean())
+    return {"difference": difference, **_interval(draws), "p": _p(draws), "n": len(one.groups)}
 
 
 def _over_runs(mean: float, scatter: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -206,6 +219,104 @@ def _p(draws: np.ndarray) -> float:
     draws = draws[~np.isnan(draws)]
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
+
+
+def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]) -> pd.DataFrame:
+    """What `make` says of the runs with each value of one field of `Run`, one below the other; the field is a
+    column."""
+    parts = []
+    for value in dict.fromkeys(getattr(run, field) for run in runs):
+        parts.append(make([run for run in runs if getattr(run, field) == value]).assign(**{field: value}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def setting_differences(runs: Sequence[Run], store: Store, arm: str, field: str, base) -> pd.DataFrame:
+    """How far one arm is ahead with each value of one field of `Run` of itself with the value `base`, paired.
+
+    Returns: the field, difference, low, high (95 %, samples of names), p, n, seeds. Raises ValueError when the tests
+    differ.
+    """
+    mine = [run for run in runs if run.arm == arm]
+    fixed, rows = answers([run for run in mine if getattr(run, field) == base], store), []
+    for value in dict.fromkeys(getattr(run, field) for run in mine):
+        own = [run for run in mine if getattr(run, field) == value]
+        less = _paired(answers(own, store), fixed, f"{arm!r} with {field} {value} and {base}")
+        rows.append({field: value, **less, "seeds": len(own)})
+    return pd.DataFrame(rows)
+
+
+def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]) -> pd.DataFrame:
+    """How far `arm` is ahead of each other arm in the mean over all values of one field of `Run`, paired.
+
+    A question counts with the share of values at which it was answered right. Returns: other, difference, low, high
+    (95 %, samples of names), p, n (questions), worst, best (single seeds' differences), seeds, settings (values).
+    Raises ValueError when the tests differ.
+    """
+    values = list(dict.fromkeys(getattr(run, field) for run in runs))
+
+    def mean(name: str, seed: int | None = None) -> Answers:
+        mine = [run for run in runs if run.arm == name and seed in (None, run.seed)]
+        each = [answers([run for run in mine if getattr(run, field) == value], store) for value in values]
+        if not all(np.array_equal(one.groups, each[0].groups) for one in each):
+            raise ValueError(f"{name!r} was not tested on the same questions with every {field}.")
+        return Answers(np.mean([one.right for one in each], axis=0), each[0].groups)
+
+    rows, seeds = [], sorted({run.seed for run in runs})
+    for other in others:
+        row = {"other": other, **_paired(mean(arm), mean(other), f"{arm!r} and {other!r}")}
+        single = [mean(arm, seed).right.mean() - mean(other, seed).right.mean() for seed in seeds]
+        rows.append({**row, "worst": min(single), "best": max(single), "seeds": len(seeds), "settings": len(values)})
+    return pd.DataFrame(rows)
+
+
+def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
+    """Which value of one field of `Run` does best on the validation questions, per arm.
+
+    Returns: arm, the field (the best value), validation (mean over seeds), lowest and highest (of the choices that
+    single seeds would make), seeds, settings (values to choose from). Raises ValueError when a run is not finished.
+    """
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [run for run in runs if run.arm == arm]
+        wide = _validation(mine, store, field)
+        mean, own = wide.mean(axis=1), wide.idxmax()
+        row = {"arm": arm, field: mean.idxmax(), "validation": mean.max(), "lowest": own.min(), "highest": own.max()}
+        rows.append({**row, "seeds": wide.shape[1], "settings": len(wide)})
+    return pd.DataFrame(rows)
+
+
+def _validation(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
+    """Share of validation questions right at the end of training: a row per value of the field, a column per seed."""
+    rows = [(getattr(run, field), run.seed, _finished(run, store)["curve"][-1]["validation"]) for run in runs]
+    return pd.DataFrame(rows, columns=[field, "seed", "share"]).pivot(index=field, columns="seed", values="share")
+
+
+def unrest(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    """How unsteady training is at each source layer, per arm.
+
+    Returns: arm, source_layer, spread, jump, seeds. spread: standard deviation over seeds of the accuracy on the
+    validation questions (in points; they are the same for all seeds), each seed less its mean over layers. jump: the
+    largest sudden rise of the loss, in nats, mean over seeds. A rise is a step's loss less the mean of the three steps
+    before it, all less their medians over layers: the batches are the same at all layers, and some are hard. Raises
+    ValueError when a run is not finished.
+    """
+    tables = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [run for run in runs if run.arm == arm]
+        wide = 100 * _validation(mine, store, "source_layer")
+        jumps = []
+        for seed in wide.columns:
+            own = sorted((run for run in mine if run.seed == seed), key=lambda run: run.source_layer)
+            curves = [_finished(run, store)["curve"] for run in own]
+            losses = np.stack([np.concatenate([row["losses"] for row in curve]) for curve in curves])  # [layers, steps]
+            over = losses - np.median(losses, axis=0)
+            before = (over[:, :-3] + over[:, 1:-2] + over[:, 2:-1]) / 3
+            jumps.append((over[:, 3:] - before).max(1))
+        table = pd.DataFrame(
+            {"arm": arm, "source_layer": wide.index, "spread": (wide - wide.mean()).std(axis=1).values}
+        )
+        tables.append(table.assign(jump=np.mean(jumps, axis=0), seeds=wide.shape[1]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:

@@ -63,6 +63,7 @@ class Run:
     validation_items: int | None = 200
     test_items: int | None = 300
     dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
+    memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
 
     @property
     def fold(self) -> int | None:
@@ -209,7 +210,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     else:
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
-        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim)
+        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim, run.memory_layers)
     model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
     try:
         yield model, tokenizer
@@ -501,19 +502,24 @@ def complete(
             return final
 
 
-def ship(plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path) -> int:
+def ship(
+    plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path, weights: bool = True
+) -> int:
     """Write what this repository ships of finished plans into `folder`, unless all of it was shipped before.
 
-    All results; the weights of back attention on a language model, of the other arms there for the first seed, and of
-    back attention from scratch for the first seed. Returns the number of results that are new.
+    All results, and the weights of back attention on a language model, of the other arms there for the first seed, and
+    of back attention from scratch for the first seed. With weights=False results only, without those runs that are in
+    the repository with their weights, so that the two stay together. Returns the number of results that are new.
     """
     runs = [run for plan in plans for part in plan(store) for run in part]
+    if not weights:
+        runs = [run for run in runs if not (CHECKPOINTS / f"{run.key}.safetensors").exists()]
     new = [run for run in runs if run.key not in store.shipped]
     if new:
         tested = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
         first = [run for run in tested if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
         more = [run for run in tested if run.seed != 0 and run.arm == "back attention"]
-        store.ship(runs, first + more, folder)
+        store.ship(runs, first + more if weights else [], folder)
     return len(new)
 
 

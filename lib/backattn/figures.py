@@ -383,6 +383,26 @@ def difference_points(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def setting_lines(
+    table: pd.DataFrame, x: str, y: str, by: str, ax: Axes | None = None, chosen: dict[str, int] | None = None
+) -> Axes:
+    """A line per arm along one setting (source layer, d′), with the band of its interval.
+
+    table: x, y, low, high and `by` (arm, or the other arm of a difference); chosen: arm -> the setting to mark.
+    """
+    ax = _axes(ax)
+    for arm, part in table.groupby(by, sort=False):
+        part, colour = part.sort_values(x), ARM_COLOURS[arm]
+        ax.plot(part[x], part[y], color=colour, marker=ARM_MARKERS[arm], markersize=3.5, linewidth=1.2, label=arm)
+        ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)
+        if chosen:
+            at = part[part[x] == chosen[arm]]
+            ax.plot(at[x], at[y], "o", markersize=9, markerfacecolor="none", markeredgecolor=colour)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y)
+    ax.legend(fontsize=8)
+    return ax
+
+
 def cell_heatmap(
     weights: np.ndarray, layers: Sequence[int], columns: Sequence[str], top: float, ax: Axes | None = None
 ) -> Axes:
