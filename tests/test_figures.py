@@ -133,6 +133,13 @@ def test_settings_are_drawn_in_order_with_the_chosen_one_marked():
     assert (ax.lines[1].get_xdata().tolist(), ax.lines[1].get_ydata().tolist()) == ([4], [0.4])
 
 
+def test_levels_of_untrained_arms_are_named():
+    ax = figures.arm_points(pd.DataFrame({"dataset": "a", "arm": ["bias"], "accuracy": 0.5, "low": 0.4, "high": 0.6}))
+    figures.level_lines(pd.DataFrame({"arm": ["zero-shot", "few-shot"], "accuracy": [0.1, 0.2]}), ax)
+    assert [text.get_text() for text in ax.texts] == ["zero-shot", "few-shot"]
+    assert [line.get_ydata()[0] for line in ax.lines[-2:]] == [0.1, 0.2]
+
+
 def test_cells_are_drawn_with_low_layers_at_the_bottom():
     ax = figures.cell_heatmap(np.array([[0.1, 0.2], [0.3, 0.4]]), [10, 11], ["a", "b"], top=0.4)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["10"]
