@@ -142,7 +142,9 @@ def test_update_after_a_finished_run_still_updates(place, monkeypatch):
 
 def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(place, monkeypatch):
     made = (
-        f"p = pathlib.Path({str(place / 'build/full/data/made.safetensors')!r})\np.parent.mkdir()\np.write_text('new')"
+        f"p = pathlib.Path({str(place / 'build/full/data/made.safetensors')!r})\np.parent.mkdir()\n"
+        "p.write_text('new')\n"
+        'r = p.parent / \'01/runs.jsonl\'\nr.parent.mkdir()\nr.write_text(\'{"key": "a", "seconds": 5}\\n\')'
     )
     path = write(place / "notebooks", "01_good", ["n = 3", f"import pathlib\n{made}"])
     monkeypatch.setattr(paths, "FIGURES", place / "figures")
@@ -151,6 +153,9 @@ def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(pl
     assert (place / "data/made.safetensors").read_text() == "new"
     noted = json.loads((place / "data/MANIFEST.json").read_text())["results"]["made.safetensors"]
     assert noted["sha256"] == hashlib.sha256(b"new").hexdigest() and noted["hardware"]
+    assert (place / "data/runs.jsonl").exists() and not (place / "data/01").exists()
+    took = json.loads((place / "data/MANIFEST.json").read_text())["runs"]["full"]["01_good"]
+    assert took["training_seconds"] == 5
     assert nbformat.read(path, as_version=4).cells[1].execution_count is None  # the notebook is the paper profile's
 
 

@@ -407,7 +407,7 @@ def level_lines(table: pd.DataFrame, ax: Axes) -> None:
     """A dotted line with its name at the accuracy of each untrained arm; table: arm, accuracy."""
     for arm, level in table[["arm", "accuracy"]].to_numpy():
         ax.axhline(level, color=ARM_COLOURS[arm], linewidth=0.9, linestyle=":")
-        ax.annotate(arm, (1, level), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+        ax.annotate(arm, (0.5, level), xycoords=("axes fraction", "data"), fontsize=7, ha="center", va="top")
 
 
 def cell_heatmap(
