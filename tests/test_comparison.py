@@ -188,6 +188,8 @@ def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
     table = comparison.by_setting(runs, "source_layer", lambda part: comparison.accuracy_table(part, kept))
     assert table["source_layer"].tolist() == [0, 1, 2]
     assert table["accuracy"].to_list() == pytest.approx([0.4, 0.8, 0.5])
+    seen = comparison.validation_table(runs, kept, "source_layer").set_index("source_layer")
+    assert seen.loc[2, ["validation", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
     best = comparison.choose(runs, kept, "source_layer").iloc[0]
     assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
 

@@ -269,6 +269,17 @@ def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, other
     return pd.DataFrame(rows)
 
 
+def validation_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
+    """Share of validation questions right at the end of training: arm, field, validation (mean over seeds), low and
+    high (single seeds), seeds. Raises ValueError when a run is not finished."""
+    tables = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        wide = _validation([run for run in runs if run.arm == arm], store, field)
+        row = {"arm": arm, "validation": wide.mean(axis=1), "low": wide.min(axis=1), "high": wide.max(axis=1)}
+        tables.append(pd.DataFrame({**row, "seeds": wide.shape[1]}).reset_index())
+    return pd.concat(tables, ignore_index=True)
+
+
 def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
     """Which value of one field of `Run` does best on the validation questions, per arm.
 
