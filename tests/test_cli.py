@@ -219,32 +219,28 @@ def nbval(path):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=paths.ROOT)
 
 
-def test_what_is_told_while_a_model_is_fetched_is_no_change(tmp_path):
-    shutil.copy(paths.ROOT / "conftest.py", tmp_path)
-    path = write(tmp_path, "09_fetched", ["import sys", "print('fetching', file=sys.stderr)\nprint(3)"])
+def committed(folder, cell, output):
+    """A notebook as it is committed, its second code cell checked against `output`."""
+    path = write(folder, "09_numbers", ["import sys\nn = 3", cell])
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[2].metadata["tags"] = ["nbval-check-output"]
-    for count, cell in enumerate(notebook.cells[1:], 1):
-        cell.execution_count = count
-    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="3\n")]
+    for count, own in enumerate(notebook.cells[1:], 1):
+        own.execution_count = count
+    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text=output)]
     nbformat.write(notebook, path)
-    done = nbval(path)
+    return path
+
+
+def test_what_is_told_while_a_model_is_fetched_is_no_change(tmp_path):
+    shutil.copy(paths.ROOT / "conftest.py", tmp_path)
+    done = nbval(committed(tmp_path, "print('fetching', file=sys.stderr)\nprint(3)", "3\n"))
     assert done.returncode == 0, done.stdout
 
 
 def test_a_changed_number_in_a_committed_notebook_turns_the_check_red(tmp_path):
-    path = write(tmp_path, "09_numbers", ["n = 3", "print(f'{n / 8:.2f}')"])
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[2].metadata["tags"] = ["nbval-check-output"]
-    for count, cell in enumerate(notebook.cells[1:], 1):
-        cell.execution_count = count
-    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="0.38\n")]
-    nbformat.write(notebook, path)
-    done = nbval(path)
+    done = nbval(committed(tmp_path, "print(f'{n / 8:.2f}')", "0.38\n"))
     assert done.returncode == 0, done.stdout
-    notebook.cells[2].outputs[0].text = "0.83\n"
-    nbformat.write(notebook, path)
-    done = nbval(path)
+    done = nbval(committed(tmp_path, "print(f'{n / 8:.2f}')", "0.83\n"))
     assert done.returncode == 1
     assert "0.83" in done.stdout and "0.38" in done.stdout
 
