@@ -175,7 +175,7 @@ def laid_out(tmp_path, monkeypatch):
             losses = np.full(30, 1.0)
             losses[20] = 3.0 if layer == 2 else 1.0
             curve = [{"validation": 0.1, "losses": losses[:15].tolist()}]
-            curve.append({"validation": share + apart * (seed - 0.5), "losses": losses[15:].tolist()})
+            curve.append({"train": 0.25, "validation": share + apart * (seed - 0.5), "losses": losses[15:].tolist()})
             run = Run("made up", "same layer", seed, source_layer=layer, test_items=100)
             result = {"run": {}, "right": "".join(map(str, rng.permutation(right.astype(int)))), "curve": curve}
             kept.keep(run, {**result, "trained": 4, "seconds": 1.0, "flops": 1, "perplexity": 2.0}, {})
@@ -188,8 +188,9 @@ def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
     table = comparison.by_setting(runs, "source_layer", lambda part: comparison.accuracy_table(part, kept))
     assert table["source_layer"].tolist() == [0, 1, 2]
     assert table["accuracy"].to_list() == pytest.approx([0.4, 0.8, 0.5])
-    seen = comparison.validation_table(runs, kept, "source_layer").set_index("source_layer")
+    seen = comparison.end_table(runs, kept, "source_layer").set_index("source_layer")
     assert seen.loc[2, ["validation", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
+    assert comparison.end_table(runs, kept, "source_layer", "train")["train"].tolist() == [0.25, 0.25, 0.25]
     best = comparison.choose(runs, kept, "source_layer").iloc[0]
     assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
 
@@ -344,3 +345,47 @@ def test_c11_follows_its_rule():
     assert claims.small(sizes).verdict == "partly"
     assert claims.small(sizes.assign(share=2e-5)).verdict == "reproduced"
     assert claims.small(sizes.assign(share=1e-2)).verdict == "contradicted"
+
+
+def test_what_a_doubling_does(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    sizes = {0: 1, 1: 2, 2: 8}
+    sized = [replace(run, dim=sizes[run.source_layer]) for run in runs]
+    for run, one in zip(runs, sized, strict=True):
+        kept.keep(one, kept.result(run), {})
+    slope = np.polyfit([0, 1, 3], [0.4, 0.8, 0.5], 1)[0]
+    row = comparison.doubling_table(sized, kept, "dim").iloc[0]
+    assert row["slope"] == pytest.approx(slope) and row["low"] < slope < row["high"] and row["settings"] == 3
+    assert [row["worst"], row["best"]] == pytest.approx(
+        [np.polyfit([0, 1, 3], [0.4, 0.8, last], 1)[0] for last in (0.4, 0.6)]
+    )
+
+
+def test_the_share_of_a_gain_that_is_kept(tmp_path, monkeypatch):
+    runs, kept = laid_out(tmp_path, monkeypatch)
+    at = {layer: [run for run in runs if run.source_layer == layer] for layer in (0, 1, 2)}
+    share = comparison.kept_share(at[2], at[1], at[0], kept)
+    assert share["kept"] == pytest.approx(0.25) and share["low"] < 0.25 < share["high"] and share["n"] == 200
+    with pytest.raises(ValueError, match="too small"):
+        comparison.kept_share(at[2], at[0], at[1], kept)
+
+
+@pytest.mark.parametrize(
+    "low, high, less, verdict",
+    [
+        (0.6, 0.9, (0.05, 0.05, 0.05), "reproduced"),
+        (0.6, 0.9, (0.05, -0.01, 0.0), "partly"),
+        (0.4, 0.7, (0.05, 0.0, 0.0), "partly"),
+        (0.4, 0.7, (0.0, 0.0, -0.1), "not at this scale"),
+        (0.1, 0.4, (-0.1, -0.1, -0.1), "contradicted"),
+    ],
+)
+def test_c11_asks_whether_so_little_is_enough(low, high, less, verdict):
+    rivals = ["same layer", "residual LoRA", "bias"]
+    gain = pd.DataFrame({"other": [*rivals, "zero-shot"], "difference": [*less, 0.2]})
+    gain = gain.assign(low=gain["difference"] - 0.02, high=gain["difference"] + 0.02)
+    share = pd.Series({"dim": 1, "share": 1.7e-5})
+    kept = pd.DataFrame({"arm": ["back attention", *rivals], "kept": (low + high) / 2, "low": low, "high": high})
+    claim = claims.small_keeps_its_gain(share, kept.assign(n=436), gain)
+    assert claim.verdict == verdict and "0.0017 %" in claim.ours and f"[{low:.0%}, {high:.0%}]" in claim.ours
+    assert claim.ours.count("more than half") == 3 * (low > 0.5)

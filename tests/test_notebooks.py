@@ -18,6 +18,7 @@ LEAST_IMAGES = {
     "03_back_attention_training": 4,
     "04_layer_ablation": 4,
     "05_what_it_reads": 7,
+    "06_capacity": 3,
 }
 MEGABYTES = 1.5
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -528,6 +529,22 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
     assert all("losses" in row for run in plans[0][1] for row in store.result(run)["curve"])
 
 
+def test_shipped_runs_are_all_that_notebook_06_asks_for(tmp_path):
+    store, own = Store(tmp_path), {name: parameter("06", name) for name in ("source_layer", "steps")}
+    plan = partial(
+        experiments.adapter_runs, model=parameter("06", "model_name"), names=[parameter("06", "dataset")], **own
+    )
+    shape = {"widths": parameter("06", "scratch_widths"), "dims": parameter("06", "scratch_dims")}
+    plans = [partial(plan, arms=experiments.CORE_ARMS, dim=dim) for dim in parameter("06", "dims")]
+    plans += [
+        partial(plan, arms=["bias"]),
+        partial(experiments.varied_runs, field="dim", values=parameter("06", "dims"), **own),
+        partial(experiments.scratch_runs, tried_for=750, seeds=experiments.SEEDS, **shape),
+    ]
+    for tried, final in (plan(store) for plan in plans):
+        assert final and all(store.result(run) for run in tried + final)
+
+
 def pretend(store, run, validation, **more):
     store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {})
 
@@ -588,6 +605,7 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     runs = experiments.complete(plan, store)
     assert [run.arm for run in runs[:4]] == ["zero-shot", "few-shot", "back attention", "bias"]
     assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
+    assert runs[0].dim != runs[2].dim  # the untrained are the same for every size of a trained arm
     again = experiments.recheck([run for run in runs if run.arm == "bias"], store, 3)
     assert (again["n"] == 3).all() and (again["agree"] == 1).all()
     examples = experiments.before_and_after(runs[2], store, 2)
@@ -669,9 +687,36 @@ def test_operations_are_counted_by_hand(llama):
     assert experiments.forward_flops(wrapped, ids) == total + 3 * layer + update
 
 
+def test_models_from_scratch_of_other_widths(tmp_path):
+    store = Store(tmp_path, shipped=None)
+
+    def plan():
+        return experiments.scratch_runs(store, seeds=(0, 1), widths=(40, 80), dims=(10, 4), tried_for=750)
+
+    tried, final = plan()
+    assert {run.steps for run in tried} == {750} and {run.test_items for run in tried} == {0}
+    assert len(tried) == 2 * 3 * (3 + 2 * 2) and final == []  # widths, rates, arms: every width and d′ has its own
+    for run in tried:
+        pretend(store, run, 1 - abs(np.log(run.learning_rate / (1e-3 if run.dim != 4 else 2e-3))))
+    for run in plan()[0]:
+        if store.result(run) is None:
+            pretend(store, run, 0.0)
+    final = plan()[1]
+    assert len(final) == 2 * 2 * (3 + 2 * 2)  # seeds, widths
+    assert {run.learning_rate for run in final if run.dim == 4} == {2e-3}
+    assert {run.learning_rate for run in final if run.dim != 4} == {1e-3}
+    sizes = {}
+    for run in final:
+        model, _ = experiments.scratch_model(run.arm, run.width, run.dim)
+        sizes[run.width, run.arm, run.dim] = sum(p.numel() for p in model.parameters())
+    for width, dim in itertools.product((40, 80), (10, 4)):
+        own, wide = (sizes[width, arm, dim] - sizes[width, "1 layer", 160] for arm in experiments.SIZED)
+        assert own == 4 * width * dim and abs(wide - own) <= 3 * width
+
+
 @pytest.mark.parametrize("arm", experiments.SCRATCH_ARMS)
 def test_models_from_scratch(arm):
-    run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 0, 16, 64, 8, 8, "float32")
+    run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 8, 16, 64, 8, 8, "float32")
     with experiments.armed(run, "float32") as (model, tok):
         items = experiments.questions(run, tok, "train")
         assert {len(answer) for answer in items.answers} == {5} and {len(prompt) for prompt in items.prompts} == {6}

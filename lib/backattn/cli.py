@@ -45,6 +45,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         "02_failure_analysis": {"grid_recomputed": 1000},
         "03_back_attention_training": {"retrain": True, "processes": 2},
         "04_layer_ablation": {"retrain": True, "processes": 2},
+        "06_capacity": {"retrain": True, "processes": 2},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -380,13 +381,21 @@ def _join_lines(new: Path, goal: Path) -> None:
 # ---------------------------------------------------------------- checking
 
 
+def _side_by_side() -> list[str]:
+    """Options of pytest that check two files at a time, where there are cores and memory for two notebooks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = cores >= 2 and psutil.virtual_memory().available > 6 * 2**30
+    print("two files at a time" if room else "one file at a time: fewer than two cores, or less than 6 GiB free")
+    return ["-n", "2", "--dist", "loadfile"] if room else []
+
+
 def check() -> int:
     """Lint, unit tests and guards, the committed notebooks re-run cell by cell, and their numbers compared."""
     folder = paths.run_folder("check")
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
     environment.pop("MPLBACKEND", None)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
     nbval = [*pytest, "--nbval-lax", "--nbval-cell-timeout=1200", *map(str, notebooks())]
     steps: list[tuple[str, list[str]]] = [
         ("lint", [sys.executable, "-m", "ruff", "check", "."]),

@@ -181,11 +181,16 @@ def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, 
 
     Raises ValueError naming `which` were compared when the questions are not the same.
     """
-    if not np.array_equal(one.groups, two.groups):
-        raise ValueError(f"{which} were not tested on the same questions.")
+    _same_questions([one, two], which)
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference = float(one.right.mean() - two.right.mean())
     return {"difference": difference, **_interval(draws), "p": _p(draws), "n": len(one.groups)}
+
+
+def _same_questions(several: Sequence[Answers], which: str) -> None:
+    """Raises ValueError, saying which, unless all were tested on the same questions."""
+    if not all(np.array_equal(one.groups, several[0].groups) for one in several):
+        raise ValueError(f"{which} were not tested on the same questions.")
 
 
 def _over_runs(mean: float, scatter: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -245,6 +250,29 @@ def setting_differences(runs: Sequence[Run], store: Store, arm: str, field: str,
     return pd.DataFrame(rows)
 
 
+def kept_share(narrow: Sequence[Run], best: Sequence[Run], base: Sequence[Run], store: Store) -> dict[str, float]:
+    """Which share of what `best` gains over `base` is kept by `narrow`, three arms' runs on the same questions.
+
+    Returns: kept, low, high (95 %, samples of names), n. Raises ValueError when the tests differ, or when `best` is not
+    ahead of `base` in every sample.
+    """
+    three = [answers(runs, store) for runs in (narrow, best, base)]
+    _same_questions(three, "The three arms")
+    own, whole, floor = (one.right.mean() for one in three)
+    one, two, zero = (resampled(answered) for answered in three)
+    if (two <= zero).any():
+        raise ValueError(f"A gain from {floor:.3f} to {whole:.3f} is too small: its share has no interval.")
+    kept = (own - floor) / (whole - floor)
+    return {"kept": kept, **_interval((one - zero) / (two - zero)), "n": len(three[0].groups)}
+
+
+def _over_values(runs: Sequence[Run], store: Store, field: str, values: Sequence, weights: np.ndarray) -> Answers:
+    """The sum over values of one field of `Run`, weighted, of whether each question was answered right."""
+    each = [answers([run for run in runs if getattr(run, field) == value], store) for value in values]
+    _same_questions(each, f"The runs of {runs[0].arm!r} with every {field}")
+    return Answers(np.tensordot(weights, [one.right for one in each], 1), each[0].groups)
+
+
 def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm in the mean over all values of one field of `Run`, paired.
 
@@ -253,29 +281,52 @@ def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, other
     Raises ValueError when the tests differ.
     """
     values = list(dict.fromkeys(getattr(run, field) for run in runs))
+    alike = np.full(len(values), 1 / len(values))
 
-    def mean(name: str, seed: int | None = None) -> Answers:
-        mine = [run for run in runs if run.arm == name and seed in (None, run.seed)]
-        each = [answers([run for run in mine if getattr(run, field) == value], store) for value in values]
-        if not all(np.array_equal(one.groups, each[0].groups) for one in each):
-            raise ValueError(f"{name!r} was not tested on the same questions with every {field}.")
-        return Answers(np.mean([one.right for one in each], axis=0), each[0].groups)
+    def mean(name: str, seeds: Sequence[int]) -> Answers:
+        mine = [run for run in runs if run.arm == name and run.seed in seeds]
+        return _over_values(mine, store, field, values, alike)
 
     rows, seeds = [], sorted({run.seed for run in runs})
     for other in others:
-        row = {"other": other, **_paired(mean(arm), mean(other), f"{arm!r} and {other!r}")}
-        single = [mean(arm, seed).right.mean() - mean(other, seed).right.mean() for seed in seeds]
+        row = {"other": other, **_paired(mean(arm, seeds), mean(other, seeds), f"{arm!r} and {other!r}")}
+        single = [mean(arm, [seed]).right.mean() - mean(other, [seed]).right.mean() for seed in seeds]
         rows.append({**row, "worst": min(single), "best": max(single), "seeds": len(seeds), "settings": len(values)})
     return pd.DataFrame(rows)
 
 
-def validation_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
-    """Share of validation questions right at the end of training: arm, field, validation (mean over seeds), low and
-    high (single seeds), seeds. Raises ValueError when a run is not finished."""
+def doubling_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
+    """What one doubling of a field of `Run` does to accuracy, per arm: the least-squares slope over log2 of its values.
+
+    Returns: arm, slope, low, high (95 %, samples of names), p, worst, best (single seeds' slopes), n (questions),
+    seeds, settings (values). Raises ValueError when the tests differ.
+    """
+    rows, values = [], list(dict.fromkeys(getattr(run, field) for run in runs))
+    away = np.log2(values) - np.log2(values).mean()
+    weights = away / (away**2).sum()
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [run for run in runs if run.arm == arm]
+        whole, seeds = _over_values(mine, store, field, values, weights), sorted({run.seed for run in mine})
+        own = {seed: [run for run in mine if run.seed == seed] for seed in seeds}
+        single = [_over_values(part, store, field, values, weights).right.mean() for part in own.values()]
+        draws = resampled(whole)
+        row = {"arm": arm, "slope": whole.right.mean(), **_interval(draws), "p": _p(draws)}
+        row |= {"worst": min(single), "best": max(single), "n": len(whole.groups)}
+        rows.append({**row, "seeds": len(seeds), "settings": len(values)})
+    return pd.DataFrame(rows)
+
+
+def end_table(runs: Sequence[Run], store: Store, field: str, of: str = "validation") -> pd.DataFrame:
+    """Share of questions right at the end of training: arm, field, `of` (mean over seeds), low and high (single seeds),
+    seeds.
+
+    of: "validation", or "train" for the training questions, as their batches came since the evaluation before the last.
+    Raises ValueError when a run is not finished.
+    """
     tables = []
     for arm in dict.fromkeys(run.arm for run in runs):
-        wide = _validation([run for run in runs if run.arm == arm], store, field)
-        row = {"arm": arm, "validation": wide.mean(axis=1), "low": wide.min(axis=1), "high": wide.max(axis=1)}
+        wide = _at_end([run for run in runs if run.arm == arm], store, field, of)
+        row = {"arm": arm, of: wide.mean(axis=1), "low": wide.min(axis=1), "high": wide.max(axis=1)}
         tables.append(pd.DataFrame({**row, "seeds": wide.shape[1]}).reset_index())
     return pd.concat(tables, ignore_index=True)
 
@@ -289,16 +340,16 @@ def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
-        wide = _validation(mine, store, field)
+        wide = _at_end(mine, store, field)
         mean, own = wide.mean(axis=1), wide.idxmax()
         row = {"arm": arm, field: mean.idxmax(), "validation": mean.max(), "lowest": own.min(), "highest": own.max()}
         rows.append({**row, "seeds": wide.shape[1], "settings": len(wide)})
     return pd.DataFrame(rows)
 
 
-def _validation(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
-    """Share of validation questions right at the end of training: a row per value of the field, a column per seed."""
-    rows = [(getattr(run, field), run.seed, _finished(run, store)["curve"][-1]["validation"]) for run in runs]
+def _at_end(runs: Sequence[Run], store: Store, field: str, of: str = "validation") -> pd.DataFrame:
+    """Share of questions right at the end of training: a row per value of the field, a column per seed."""
+    rows = [(getattr(run, field), run.seed, _finished(run, store)["curve"][-1][of]) for run in runs]
     return pd.DataFrame(rows, columns=[field, "seed", "share"]).pivot(index=field, columns="seed", values="share")
 
 
@@ -314,7 +365,7 @@ def unrest(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     tables = []
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
-        wide = 100 * _validation(mine, store, "source_layer")
+        wide = 100 * _at_end(mine, store, "source_layer")
         jumps = []
         for seed in wide.columns:
             own = sorted((run for run in mine if run.seed == seed), key=lambda run: run.source_layer)

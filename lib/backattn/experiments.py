@@ -30,6 +30,7 @@ from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity
 CHECKPOINTS = DATA / "checkpoints"
 VERSION = 1  # raised when the same configuration would give another result
 UNTRAINED = ("zero-shot", "few-shot")
+OF_TRAINED = ("source_layer", "dim", "memory_layers", "steps")  # fields that mean nothing where nothing is trained
 SHOTS = 4
 MOST_RATES = 4
 SCRATCH = "scratch"  # the model of runs from scratch
@@ -40,6 +41,7 @@ SCRATCH_ARMS = {
     "1 layer, wide": "the FFN widened to the weights of back attention",
     "1 layer, twice": "the same layer run two times (weight-tied)",
 }
+SIZED = ("1 layer + back attention", "1 layer, wide")  # whose weights depend on d′
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Run:
     test_items: int | None = 300
     dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
     memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
+    width: int = 440  # of a model from scratch
 
     @property
     def fold(self) -> int | None:
@@ -159,11 +162,11 @@ def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:
     return part.assign(prompt=prompts, answer=[f"{int(answer):04d}" for answer in part["answer"]])
 
 
-def scratch_model(arm: str) -> tuple[nn.Module, object]:
+def scratch_model(arm: str, width: int = 440, dim: int = 160) -> tuple[nn.Module, object]:
     """An untrained arm of the small Llama of claim C7 and its tokenizer of single characters.
 
-    Width 440, FFN of 1173 with a gate (as many weights as one of 4 · 440 without), 10 heads. Raises ValueError for an
-    unknown arm.
+    FFN of 8/3 of the width with a gate (as many weights as one of 4 times the width without), 10 heads; dim: d′ of back
+    attention, or what widens the FFN by as many weights. Raises ValueError for an unknown arm.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -174,7 +177,7 @@ def scratch_model(arm: str) -> tuple[nn.Module, object]:
     core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-    width, ffn, dim = 440, 1173, 160
+    ffn = round(8 * width / 3)
     config = LlamaConfig(
         vocab_size=len(characters),
         hidden_size=width,
@@ -205,7 +208,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer; taken off afterwards."""
     if run.model == SCRATCH:
         torch.manual_seed(run.seed)
-        model, tokenizer = scratch_model(run.arm)
+        model, tokenizer = scratch_model(run.arm, run.width, run.dim)
         model = model.to(device)
     else:
         base, tokenizer = _base(run.model, dtype, device)
@@ -432,15 +435,24 @@ LONGER = {"1DC": 3, "2-digit": 3}  # digits are learnt slowly: so many times the
 SEEDS = (0, 1, 2)
 
 
-def scratch_runs(store: Store, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> tuple[list[Run], list[Run]]:
-    """Claim C7: (runs that try learning rates for a third of the time, runs at the best of them for all seeds).
+def scratch_runs(
+    store: Store,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    widths: Sequence[int] = (440,),
+    dims: Sequence[int] = (160,),
+    tried_for: int = 250,
+) -> tuple[list[Run], list[Run]]:
+    """Claims C7 and C11: (runs that try learning rates, runs of 750 steps at the best of them for all seeds), for
+    models of some widths, with each d′ where it counts (SIZED).
 
-    The first list grows while the best is at an end (`search`); the second is empty until that is done.
+    tried_for: steps after which a learning rate is judged. The first list grows while the best is at an end (`search`);
+    the second is empty until that is done.
     """
     shape = dict(model=SCRATCH, source_layer=0, dim=160, batch_size=256, train_items=None)
-    shape |= dict(validation_items=1000, test_items=2000)
-    plans = [Run("2-digit", arm, steps=750, **shape) for arm in SCRATCH_ARMS]
-    tried, best = _search_all(plans, store, steps=250)
+    shape |= dict(validation_items=1000, test_items=2000, steps=750)
+    plans = [Run("2-digit", arm, width=width, **shape) for width in widths for arm in SCRATCH_ARMS]
+    plans = [replace(run, dim=dim) for run in plans for dim in (dims if run.arm in SIZED else [run.dim])]
+    tried, best = _search_all(plans, store, steps=tried_for)
     if None in best:
         return tried, []
     return tried, [replace(run, seed=seed) for seed in seeds for run in best]
@@ -470,7 +482,7 @@ def adapter_runs(
         return tried, []
     final = []
     for name in names:
-        plain = Run(name, "zero-shot", model=model, **{**sizes, "steps": 0})
+        plain = Run(name, "zero-shot", model=model, **{k: v for k, v in sizes.items() if k not in OF_TRAINED})
         steps = sizes["steps"] * LONGER.get(name, 1)
         tuned = [replace(run, steps=steps) for run in best if run.dataset == TUNED_ON.get(name, "1DC")]
         mine = [plain, replace(plain, arm="few-shot"), *tuned]
