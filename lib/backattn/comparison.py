@@ -270,7 +270,8 @@ def _over_values(runs: Sequence[Run], store: Store, field: str, values: Sequence
     """The sum over values of one field of `Run`, weighted, of whether each question was answered right."""
     each = [answers([run for run in runs if getattr(run, field) == value], store) for value in values]
     _same_questions(each, f"The runs of {runs[0].arm!r} with every {field}")
-    return Answers(np.tensordot(weights, [one.right for one in each], 1), each[0].groups)
+    # Not a matrix product: its rounding depends on the processor, and with it on which side of zero a tie falls.
+    return Answers((np.stack([one.right for one in each]) * weights[:, None, None]).sum(0), each[0].groups)
 
 
 def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]) -> pd.DataFrame:
@@ -281,11 +282,12 @@ def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, other
     Raises ValueError when the tests differ.
     """
     values = list(dict.fromkeys(getattr(run, field) for run in runs))
-    alike = np.full(len(values), 1 / len(values))
+    alike = np.ones(len(values))
 
     def mean(name: str, seeds: Sequence[int]) -> Answers:
         mine = [run for run in runs if run.arm == name and run.seed in seeds]
-        return _over_values(mine, store, field, values, alike)
+        total = _over_values(mine, store, field, values, alike)
+        return Answers(total.right / len(values), total.groups)
 
     rows, seeds = [], sorted({run.seed for run in runs})
     for other in others:
