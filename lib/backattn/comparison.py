@@ -300,8 +300,8 @@ def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, other
 def doubling_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
     """What one doubling of a field of `Run` does to accuracy, per arm: the least-squares slope over log2 of its values.
 
-    Returns: arm, slope, low, high (95 %, samples of names), p, worst, best (single seeds' slopes), n (questions),
-    seeds, settings (values). Raises ValueError when the tests differ.
+    Returns: arm, slope, low, high (95 %, samples of names), worst, best (single seeds' slopes), n (questions), seeds,
+    settings (values). Raises ValueError when the tests differ.
     """
     rows, values = [], list(dict.fromkeys(getattr(run, field) for run in runs))
     away = np.log2(values) - np.log2(values).mean()
@@ -311,8 +311,7 @@ def doubling_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFram
         whole, seeds = _over_values(mine, store, field, values, weights), sorted({run.seed for run in mine})
         own = {seed: [run for run in mine if run.seed == seed] for seed in seeds}
         single = [_over_values(part, store, field, values, weights).right.mean() for part in own.values()]
-        draws = resampled(whole)
-        row = {"arm": arm, "slope": whole.right.mean(), **_interval(draws), "p": _p(draws)}
+        row = {"arm": arm, "slope": whole.right.mean(), **_interval(resampled(whole))}
         row |= {"worst": min(single), "best": max(single), "n": len(whole.groups)}
         rows.append({**row, "seeds": len(seeds), "settings": len(values)})
     return pd.DataFrame(rows)
