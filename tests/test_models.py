@@ -237,7 +237,6 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
 
 BUILDER = """
 import sys, time
-from pathlib import Path
 from backattn import models
 tiny, tokenizer = models.load_model("tiny-llama")
 def build(name, folder):

@@ -146,7 +146,6 @@ def _load_embedded(name: str, dtype: torch.dtype):
         with one_process(folder):
             if not folder.exists():  # else another process has built it meanwhile
                 _build_embedded(name, folder)
-        return _load_folder(folder, dtype)
     try:
         return _load_folder(folder, dtype)
     except (SafetensorError, OSError, ValueError) as error:
