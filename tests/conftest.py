@@ -1,9 +1,11 @@
 """Shared fixtures."""
 
+import pandas as pd
 import pytest
 import torch
 
-from backattn import load_model, runtime
+from backattn import datasets, experiments, load_model, runtime, training
+from backattn.experiments import Run, Store
 from backattn.models import tiny_names
 
 runtime.use_threads()
@@ -30,3 +32,32 @@ def _seeded():
 def smollm2():
     """The embedded default model, fetched on first use."""
     return load_model("smollm2")
+
+
+FACTS = [("Bach", "mother", "Anna", "city", "Rome"), ("Mozart", "father", "Leo", "capital", "Paris")]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A run of back attention on eight questions, with weights that are not zero, and its store."""
+    rows = [(f"{e1}{k}", r1, f"{e2}{k}", r2, e3) for k, (e1, r1, e2, r2, e3) in enumerate(FACTS * 60)]
+    frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(pair="made", tested=True)
+    prompt = frame["e1"] + "'s " + frame["r1"] + "'s " + frame["r2"] + " is"
+    frame = frame.assign(
+        prompt=prompt, answer=" " + frame["e3"], group=frame["e2"], e2_aliases="", e3_aliases="", shortcut=""
+    )
+    monkeypatch.setitem(datasets.DATASETS, "facts", lambda: frame)
+    monkeypatch.setattr(
+        experiments,
+        "questions",
+        lambda run, tok, split: training.first_tokens(
+            tok, asked := experiments.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
+        ),
+    )
+    run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
+    store = Store(tmp_path, shipped=None)
+    with experiments.armed(run, "float32") as (model, _):
+        for name, p in model.updates.named_parameters():
+            torch.nn.init.normal_(p, std=0.2 if name[2] in "qk" else 0.5)
+        store.keep(run, {"run": {}}, experiments.trained_weights(model))
+    return run, store

@@ -9,6 +9,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
 
 from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model
 from backattn.back_attention import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from backattn.baselines import make_arm
 from backattn.lens import Lens
 from backattn.models import tiny_names
 from backattn.residual import capture, encode
@@ -222,6 +223,78 @@ def test_cached_generation_equals_full_recomputation(fresh, config):
         assert torch.allclose(made.logits[step], full, atol=1e-4), step
 
 
+def test_new_tokens_in_one_pass_follow_their_definition(fresh, config):
+    """Against full recomputation in which new tokens do not see their own memory, and leave what their pass made."""
+    model, tok = fresh
+    wrapped = trained(model, config)
+    batch, extra = encode(tok, PROMPTS, "left"), torch.tensor([[11, 12, 13], [14, 15, 16], [17, 18, 19]])
+    ids, ones = batch.ids, torch.ones(3, 1, dtype=batch.mask.dtype)
+    cache, mask, start = DynamicCache(config=model.config), batch.mask, ids.shape[1]
+    memory = _states_before(wrapped, ids, mask, first=True)  # [M, B, T, D]
+    wrapped.one_pass = True
+    with torch.no_grad():
+        wrapped(input_ids=ids, attention_mask=mask, position_ids=batch.position_ids, past_key_values=cache)
+        for step in range(3):
+            ids, mask = torch.cat([ids, extra[:, step : step + 1]], 1), torch.cat([mask, ones], 1)
+            place = (mask.cumsum(-1) - 1).clamp(min=0)
+            fast = wrapped(
+                input_ids=ids[:, -1:], attention_mask=mask, position_ids=place[:, -1:], past_key_values=cache
+            ).logits[:, -1]
+            memory = torch.cat([memory, torch.zeros_like(memory[:, :, :1])], 2)  # not seen
+            cells = torch.ones(1, ids.shape[1], 1, ids.shape[1], dtype=torch.bool)
+            for new in range(start, ids.shape[1]):
+                cells[:, new, :, new:] = False
+            cells = cells.expand(-1, -1, len(wrapped.memory_layers), -1)
+            with wrapped.edited(cells if wrapped.two_passes else None, memory if wrapped.two_passes else None):
+                full = wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, -1]
+                memory[:, :, -1] = _states_before(wrapped, ids, mask)[:, :, -1]
+            assert torch.allclose(fast, full, atol=1e-4)
+    wrapped.one_pass = False
+    kept = wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, -1]
+    assert torch.allclose(kept, fast, atol=1e-4) != wrapped.two_passes  # two passes give something else
+
+
+def _states_before(wrapped, ids, mask, first=False):
+    """The memory layers' states of the first pass or of the last one, before an update: [M, B, T, D]."""
+    seen, blocks = {}, [block.module for block in wrapped._arch.blocks]
+
+    def enters(module, args, kwargs):
+        seen.setdefault(0, args[0] if args else kwargs["hidden_states"])
+
+    def leaves(layer):
+        def hook(module, args, out):
+            h = out[0] if isinstance(out, tuple) else out
+            seen[layer] = seen.get(layer, h) if first else h
+
+        return hook
+
+    handles = [blocks[0].register_forward_pre_hook(enters, with_kwargs=True, prepend=True)]
+    handles += [block.register_forward_hook(leaves(layer + 1)) for layer, block in enumerate(blocks)]
+    place = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack([seen[t] for t in wrapped.memory_layers])
+
+
+def test_one_pass_says_what_it_cannot_do(llama):
+    model, _ = llama
+    ids = torch.tensor([[5, 6, 7]])
+    wrapped, cache = get_back_attention_model(model, CONFIGS["one source"]), DynamicCache(config=model.config)
+    wrapped(ids, past_key_values=cache)
+    wrapped.one_pass = True
+    with pytest.raises(ValueError, match="neither edited nor mapped"), wrapped.attention_maps():
+        wrapped(ids[:, :1], past_key_values=cache)
+    wrapped.unload()
+    loop, cache = make_arm("loop LoRA", model, 1, 4), DynamicCache(config=model.config)
+    loop.one_pass = True
+    loop(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="own final state"):
+        loop(ids[:, :1], past_key_values=cache)
+    loop.unload()
+
+
 def test_beams_follow_their_memory(fresh):
     """Beam search reorders the cache; its scores must be those of the sequences it returns."""
     model, tok = fresh
@@ -299,16 +372,16 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
     shape = 1, 1, len(wrapped.memory_layers), batch.ids.shape[1]
     everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     before = logits(wrapped, batch)
-    with wrapped.restricted(everything):
+    with wrapped.edited(everything):
         assert torch.allclose(logits(wrapped, batch), before, atol=1e-5)
-    with wrapped.restricted(nothing):
+    with wrapped.edited(nothing):
         emptied = logits(wrapped, batch)
     assert torch.equal(logits(wrapped, batch), before)
     with wrapped.disable_adapter():
         assert torch.allclose(emptied, logits(wrapped, batch), atol=1e-5)
     newest = everything.clone()
     newest[..., -1] = False
-    with wrapped.restricted(newest), wrapped.attention_maps() as maps:
+    with wrapped.edited(newest), wrapped.attention_maps() as maps:
         logits(wrapped, batch)
     for weights in maps.values():
         assert weights[..., -1].abs().max() == 0
@@ -318,9 +391,9 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
 def test_cells_of_another_shape_are_refused(llama):
     model, _ = llama
     wrapped = get_back_attention_model(model, CONFIGS["high states only, raw"])
-    with pytest.raises(ValueError, match="2 memory layers"), wrapped.restricted(torch.ones(1, 1, 3, 5, dtype=bool)):
+    with pytest.raises(ValueError, match="2 memory layers"), wrapped.edited(torch.ones(1, 1, 3, 5, dtype=bool)):
         pass
-    with pytest.raises(ValueError, match="use_cache=False"), wrapped.restricted(torch.ones(1, 1, 2, 3, dtype=bool)):
+    with pytest.raises(ValueError, match="use_cache=False"), wrapped.edited(torch.ones(1, 1, 2, 3, dtype=bool)):
         wrapped(torch.tensor([[1, 2, 3]]), use_cache=True)
     wrapped.unload()
 

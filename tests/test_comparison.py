@@ -333,11 +333,11 @@ def test_c9_follows_its_rule(best, seeds, ahead, spread, jump, slope, same, verd
     mine = pd.concat([pd.DataFrame({"arm": arm, "source_layer": layers, **sizes}) for arm in arms])
     accuracy = mine.assign(accuracy=lambda t: 0.5 + slope * t["source_layer"] + np.tile(noise, 2) / 1000)
     less = pd.DataFrame({"other": "same layer", "source_layer": layers, "difference": same, "n": 436})
-    claim = claims.low_layers_are_best(
-        chosen, six, mine, accuracy, less.assign(low=less["difference"] - 0.01, high=less["difference"] + 0.01)
-    )
+    less = less.assign(low=less["difference"] - 0.01, high=less["difference"] + 0.01)
+    claim = claims.low_layers_are_best(chosen, six, mine, accuracy, less, (chosen, six, less))
     assert claim.verdict == verdict and f"layer {best}" in claim.ours and "n = 436" in claim.ours
     assert f"same layer at {30 * (same > 0)} (behind at {30 * (same < 0)}) of 30" in claim.ours
+    assert f"validation chooses layer {best} ({min(best, *seeds)} to {max(best, *seeds)} by seed)" in claim.ours
 
 
 def test_c11_follows_its_rule():
@@ -389,3 +389,29 @@ def test_c11_asks_whether_so_little_is_enough(low, high, less, verdict):
     claim = claims.small_keeps_its_gain(share, kept.assign(n=436), gain)
     assert claim.verdict == verdict and "0.0017 %" in claim.ours and f"[{low:.0%}, {high:.0%}]" in claim.ours
     assert claim.ours.count("more than half") == 3 * (low > 0.5)
+
+
+def test_p_is_corrected_for_all_rows():
+    table = comparison.holm(pd.DataFrame({"p": [0.01, 0.04, 0.03, 0.5]}))
+    assert table["corrected"].to_list() == pytest.approx([0.04, 0.09, 0.09, 0.5])
+
+
+@pytest.mark.parametrize(
+    "layer, own, verdict", [(6, -0.02, "partly"), (20, 0.02, "partly"), (20, -0.02, "contradicted")]
+)
+def test_c9_asks_arithmetic_too(layer, own, verdict):
+    """Everything about two-hop questions speaks against the claim; arithmetic decides."""
+    layers = np.arange(30)
+    chosen = pd.DataFrame({"arm": ["back attention", "same layer"], "source_layer": 20, "lowest": 20, "highest": 20})
+    chosen = chosen.assign(seeds=3)
+    six = pd.DataFrame({"source_layer": layers, "difference": 0.05, "low": 0.04, "high": 0.06, "n": 9})
+    unrest = pd.DataFrame({"arm": "back attention", "source_layer": layers, "spread": layers, "jump": layers})
+    accuracy = unrest.assign(accuracy=layers / 30)
+    both = [pd.concat([t, t.assign(arm="same layer")]) for t in (unrest, accuracy)]
+    less = pd.DataFrame(
+        {"other": "same layer", "source_layer": layers, "difference": -0.02, "low": -0.03, "high": -0.01}
+    )
+    less = less.assign(n=9)
+    there = chosen.assign(source_layer=layer, lowest=layer, highest=layer)
+    digits = less.assign(difference=own, low=own - 0.01, high=own + 0.01)
+    assert claims.low_layers_are_best(chosen, six, *both, less, (there, six, digits)).verdict == verdict

@@ -171,3 +171,26 @@ def test_blocks_stand_at_weight_and_fall():
         ("from r1", 0.1, 0.0),
         ("from last", 0.9, 1.0),
     ]
+
+
+def test_transitions_are_drawn_with_their_counts():
+    share = pd.DataFrame([[0.25, 0.75], [0.0, 1.0]], index=["e3", "other"], columns=["e3", "other"])
+    ax = figures.transition_map(share, share.map("{:.0%}".format))
+    assert [text.get_text() for text in ax.texts] == ["25%", "75%", "0%", "100%"]
+    assert (ax.get_ylabel(), [label.get_text() for label in ax.get_yticklabels()]) == ("without", ["e3", "other"])
+
+
+def test_costs_are_drawn_by_way_and_length():
+    rows = [(way, layer, n, 1 + layer, 2.0) for way in ("a", "b") for layer in (1, 6) for n in (16, 64)]
+    table = pd.DataFrame(rows, columns=["way", "source_layer", "context", "times", "bound"])
+    ax = figures.cost_lines(table, "times")
+    assert len(ax.lines) == 5 and {len(line.get_xdata()) for line in ax.lines} == {2}
+    assert [line.get_label() for line in ax.lines][:2] == ["a, 16 tokens", "a, 64 tokens"]
+
+
+def test_verdicts_are_drawn_in_their_columns():
+    rows = [("C1", "short", "reproduced"), ("C2", "long " * 30, "contradicted")]
+    verdicts = ("reproduced", "partly", "not at this scale", "contradicted", "not testable here")
+    ax = figures.verdict_grid(pd.DataFrame(rows, columns=["id", "claim", "verdict"]), verdicts)
+    dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
+    assert dots == [(0, 1), (3, 0)] and ax.get_yticklabels()[1].get_text().endswith(" …")

@@ -16,9 +16,12 @@ LEAST_IMAGES = {
     "01_stage_discovery": 5,
     "02_failure_analysis": 7,
     "03_back_attention_training": 4,
-    "04_layer_ablation": 4,
+    "04_layer_ablation": 5,
     "05_what_it_reads": 7,
     "06_capacity": 3,
+    "07_controls": 4,
+    "08_beyond_facts_and_cost": 3,
+    "09_claims": 1,
 }
 MEGABYTES = 1.5
 

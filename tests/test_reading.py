@@ -7,34 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, datasets, experiments, load_model, reading, tasks, training
-from backattn.experiments import Run, Store
-
-FACTS = [("Bach", "mother", "Anna", "city", "Rome"), ("Mozart", "father", "Leo", "capital", "Paris")]
-
-
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """A run of back attention on eight questions, with weights that are not zero, and its store."""
-    rows = [(*FACTS[k % 2][:2], f"{FACTS[k % 2][2]}{k}", *FACTS[k % 2][3:]) for k in range(120)]
-    frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(pair="made", tested=True)
-    prompt = frame["e1"] + "'s " + frame["r1"] + "'s " + frame["r2"] + " is"
-    frame = frame.assign(prompt=prompt, answer=" " + frame["e3"], group=frame["e2"], e2_aliases="", e3_aliases="")
-    monkeypatch.setitem(datasets.DATASETS, "facts", lambda: frame)
-    monkeypatch.setattr(
-        experiments,
-        "questions",
-        lambda run, tok, split: training.first_tokens(
-            tok, asked := experiments.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
-        ),
-    )
-    run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
-    store = Store(tmp_path, shipped=None)
-    with experiments.armed(run, "float32") as (model, _):
-        for name, p in model.updates.named_parameters():
-            torch.nn.init.normal_(p, std=0.2 if name[2] in "qk" else 0.5)
-        store.keep(run, {"run": {}}, experiments.trained_weights(model))
-    return run, store
+from backattn import claims, load_model, reading, tasks
 
 
 def one(kept):
@@ -151,7 +124,7 @@ def test_hidden_cells_are_tabled(kept):
     assert row["more"] == pytest.approx(means.loc[row["hidden"], "fall"] - means.loc[row["control"], "fall"])
     blocks, rank = reading.weight_against_fall([run], store)
     assert len(blocks.groupby(["query", "place"])) == 21
-    assert rank["query"].tolist() == ["r1", "after r1", "r2", "last"]
+    assert rank["query"].tolist() == ["after r1", "r2", "last"]
     assert ((rank["low"] >= -1) & (rank["low"] <= rank["mean"]) & (rank["high"] <= 1)).all()
 
 

@@ -521,6 +521,8 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
         experiments.varied_runs(store, "source_layer", range(layers)),
         experiments.varied_runs(store, "memory_layers", [None, *memories], ["back attention"]),
     ]
+    digits = {"field": "source_layer", "values": parameter("04", "second_layers")}
+    plans.append(experiments.varied_runs(store, dataset=parameter("04", "second_dataset"), **digits))
     for layer in parameter("04", "retuned"):
         own = {"source_layer": layer, "arms": experiments.CORE_ARMS}
         plans.append(experiments.adapter_runs(store, names=["two-hop"], **own))
@@ -543,6 +545,17 @@ def test_shipped_runs_are_all_that_notebook_06_asks_for(tmp_path):
     ]
     for tried, final in (plan(store) for plan in plans):
         assert final and all(store.result(run) for run in tried + final)
+
+
+def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
+    store = Store(tmp_path)
+    for layers, dim in parameter("07", "several"):
+        at = {"source_layer": tuple(layers), "dim": dim, "arms": ["back attention", "residual LoRA"]}
+        tried, final = experiments.adapter_runs(store, names=["two-hop"], **at)
+        assert final and all(store.result(run) for run in tried + final)
+    shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
+    learnt = [run for run in experiments.scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"]
+    assert [store.weights(run) is not None for run in learnt] == [True]
 
 
 def pretend(store, run, validation, **more):

@@ -179,6 +179,7 @@ class _Pass:
     states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
     settings: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # layer -> its other arguments
     again: bool = False  # the second pass is running
+    single: bool = False  # a new token in one pass, see `BackAttentionModel.one_pass`
 
 
 class _SecondPass:
@@ -192,6 +193,15 @@ class _SecondPass:
 
     def __getattr__(self, name: str):
         return getattr(self._cache, name)
+
+
+class _OnlyPass(_SecondPass):
+    """A cache as the only pass of a new token sees it: earlier tokens' second pass; their first pass's layers get the
+    new keys and values too, so that all layers stay of one length."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self._cache.update(keys, values, layer, *args, **kwargs)
+        return super().update(keys, values, layer, *args, **kwargs)
 
 
 class TwoPassModel(nn.Module):
@@ -223,7 +233,9 @@ class TwoPassModel(nn.Module):
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
-        self._cells: Tensor | None = None  # see `BackAttentionModel.restricted`
+        self.one_pass = False  # see `BackAttentionModel`
+        self._cells: Tensor | None = None  # these two: see `BackAttentionModel.edited`
+        self._instead: Tensor | None = None
         self._asleep: list[tuple[nn.Module, object]] = []
         self._attach()
         _wrapped.add(model)
@@ -260,7 +272,14 @@ class TwoPassModel(nn.Module):
             raise ValueError(
                 "Back attention needs the attention mask as [batch, time] with 1 for real tokens, or none."
             )
-        self._pass = _Pass(0 if cache is None else int(cache.get_seq_length()), mask)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        single = self.one_pass and self.two_passes and past > 0 and tokens.shape[1] == 1
+        if single and not all(isinstance(update, BackAttention) for update in self.updates.values()):
+            raise ValueError("One pass is for back attention: this adapter needs a token's own final state.")
+        if single and any(edit is not None for edit in (self._cells, self._instead, self._maps)):
+            raise ValueError("In one pass the memory can be neither edited nor mapped: set one_pass to False.")
+        self._pass = _Pass(past, mask, single=single)
 
     def _end(self, *_) -> None:
         self._pass = None
@@ -275,6 +294,8 @@ class TwoPassModel(nn.Module):
             now.settings[layer] = (args[1:], named)
             if layer in self.needed:
                 now.states[layer] = h
+            if now.single:
+                return self._only_pass(layer, h, now) if layer >= self.sources[0] else None
             if self.two_passes or self._given is not None or layer not in self.sources:
                 return None
             return (h + self._update(layer, h, now), *args[1:]), named
@@ -285,12 +306,29 @@ class TwoPassModel(nn.Module):
         now = self._pass
         if now is None or not (self.two_passes or self._given is not None):
             return None
+        if now.single:
+            now.states[self.layers] = args[0]
+            for source in self.sources:
+                self._memory_cache(_cache_in(now.settings[0]), source, now).update(*self._remember(source, now))
+            return None
         if self._given is not None:
             self._wake()
             now.states = dict(zip(self.needed, self._given, strict=True))
         elif self.layers in self.needed:
             now.states[self.layers] = args[0]
         return (self._run_again(now), *args[1:])
+
+    def _only_pass(self, layer: int, h: Tensor, now: _Pass) -> tuple[tuple, dict]:
+        """The arguments of a layer from the lowest source layer on, for a new token [B, 1, D] that has one pass."""
+        args, kwargs = now.settings[layer]
+        cache = _cache_in(now.settings[0])
+        if layer in self.sources:
+            memory = self._memory_cache(cache, layer, now)
+            visible = self._visible(now, h)[:, :, :-1]  # [B, 1, past]
+            h = h + self.updates[str(layer)](h, memory.keys, memory.values, visible).to(h.dtype)
+        once = _OnlyPass(cache, self.layers - self.sources[0])
+        args = tuple(once if value is cache else value for value in args)
+        return (h, *args), {name: once if value is cache else value for name, value in kwargs.items()}
 
     def _run_again(self, now: _Pass) -> Tensor:
         """Layers from the lowest source layer on, with the updates: the new state before the final norm [B, T, D]."""
@@ -314,27 +352,52 @@ class TwoPassModel(nn.Module):
     def _update(self, layer: int, h: Tensor, now: _Pass) -> Tensor:
         """What is added to h [B, T, D] at a source layer, in h's dtype."""
         update = self.updates[str(layer)]
-        memory = [now.states[t].to(h.device) for t in self.memory_layers]
         keys = values = visible = None
-        if memory:
-            keys, values = update.remember(torch.stack(memory))  # [B, K, T, d]
+        if self.memory_layers:
+            self._check_edits(h)
+            keys, values = self._remember(layer, now)
             cache = _cache_in(now.settings[0])
             if cache is not None:
-                if self._cells is not None:
-                    raise ValueError("Cells cannot be hidden where there is a cache: pass use_cache=False.")
-                self._extend(cache)
-                place = len(cache.layers) - len(self.sources) + self.sources.index(layer)
-                if cache.layers[place].get_seq_length() != now.past:
-                    raise ValueError(
-                        "This cache was filled while the adapter was off, or by another model: start with a fresh one."
-                    )
-                keys, values = cache.layers[place].update(keys, values)
+                if self._cells is not None or self._instead is not None:
+                    raise ValueError("The memory cannot be edited where there is a cache: pass use_cache=False.")
+                keys, values = self._memory_cache(cache, layer, now).update(keys, values)
             visible = self._visible(now, h)
             if self._cells is not None:
                 visible = visible[:, :, None] & self._cells  # [B, T, M, S]
         if self._maps is not None:
             self._maps[layer] = update.weights(h, keys, visible).detach()
         return update(h, keys, values, visible).to(h.dtype)
+
+    def _check_edits(self, h: Tensor) -> None:
+        """Raises ValueError when what is edited (see `BackAttentionModel.edited`) does not fit h [B, T, D]."""
+        batch, time, _ = h.shape
+        if self._instead is not None and self._instead.shape[1:] != h.shape:
+            raise ValueError(f"memory is {list(self._instead.shape[1:])} per layer; this pass has {list(h.shape)}.")
+        if self._cells is not None:
+            one, queries, _, positions = self._cells.shape
+            if one not in (1, batch) or queries not in (1, time) or positions != time:
+                raise ValueError(
+                    f"cells are for {one} texts, {queries} queries and {positions} positions; this pass has {batch} "
+                    f"texts of {time}."
+                )
+
+    def _remember(self, layer: int, now: _Pass) -> tuple[Tensor, Tensor]:
+        """Keys and values of this pass's memory for the module of a source layer: [B, K, T, d] each."""
+        update, memory = self.updates[str(layer)], self._instead
+        device = next(update.parameters()).device
+        if memory is None:
+            memory = torch.stack([now.states[t].to(device) for t in self.memory_layers])
+        return update.remember(memory.to(device))
+
+    def _memory_cache(self, cache: Cache, layer: int, now: _Pass) -> DynamicLayer:
+        """Where a source layer's memory of earlier tokens lies; raises ValueError where theirs is not there."""
+        self._extend(cache)
+        place = len(cache.layers) - len(self.sources) + self.sources.index(layer)
+        if cache.layers[place].get_seq_length() != now.past:
+            raise ValueError(
+                "This cache was filled while the adapter was off, or by another model: start with a fresh one."
+            )
+        return cache.layers[place]
 
     def _visible(self, now: _Pass, h: Tensor) -> Tensor:
         """Which positions each query may read: [B, T, past + T]. Each sees itself, so that padding gives no NaN."""
@@ -452,7 +515,8 @@ class TwoPassModel(nn.Module):
             self._maps = None
 
     def generate(self, *args, **kwargs) -> Tensor:
-        """The wrapped model's `generate`; both passes and the memory are cached, a new token costs two short passes."""
+        """The wrapped model's `generate`; both passes and the memory are cached. A new token costs two short passes, or
+        one (`BackAttentionModel.one_pass`)."""
         return self.base_model.generate(*args, **kwargs)
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -508,7 +572,12 @@ def _cache_in(settings: tuple[tuple, dict]) -> Cache | None:
 
 
 class BackAttentionModel(TwoPassModel):
-    """A decoder with back attention; made by `get_back_attention_model` or `from_pretrained`."""
+    """A decoder with back attention; made by `get_back_attention_model` or `from_pretrained`.
+
+    one_pass: set it to True for a cheaper `generate` (our variant). The prompt is read as before, in two passes. A new
+    token has one: at the source layer it reads the memory of earlier tokens only, and goes on up from there, attending
+    to their second pass. What it leaves in memory are its own states of that pass.
+    """
 
     def __init__(self, model: nn.Module, config: BackAttentionConfig, freeze_base: bool = True):
         arch = describe(model)
@@ -518,22 +587,30 @@ class BackAttentionModel(TwoPassModel):
         self.back_attention_config = config
 
     @contextlib.contextmanager
-    def restricted(self, cells: Tensor | None) -> Iterator[None]:
-        """Hide cells while the block runs, to test what is used; not with a cache.
+    def edited(self, cells: Tensor | None = None, memory: Tensor | None = None) -> Iterator[None]:
+        """Change what can be read while the block runs, to test what is used; not with a cache.
 
-        cells: [B, T, M, S] bool (B and T may be 1), or None for all: False hides a (memory layer, position) from a
-        query. The softmax goes over the others, and a query that may read none gets no update.
+        cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a query. The softmax
+        goes over the others, and a query that may read none gets no update.
+        memory: [M, B, S, D], states to be read instead of the first pass's.
+
+        Raises ValueError for another shape, here or when the model is called.
         """
-        if cells is not None and (cells.dim() != 4 or cells.shape[2] != len(self.memory_layers)):
+        count = len(self.memory_layers)
+        if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
             raise ValueError(
-                f"cells must be [batch, queries, {len(self.memory_layers)} memory layers, positions], "
-                f"not {list(cells.shape)}."
+                f"cells must be [batch, queries, {count} memory layers, positions], not {list(cells.shape)}."
             )
-        before, self._cells = self._cells, cells
+        if memory is not None and (memory.dim() != 4 or len(memory) != count):
+            raise ValueError(
+                f"memory must be [{count} memory layers, batch, positions, width], not {list(memory.shape)}."
+            )
+        before = self._cells, self._instead
+        self._cells, self._instead = cells, memory
         try:
             yield
         finally:
-            self._cells = before
+            self._cells, self._instead = before
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the adapter in PEFT's layout: adapter_config.json and adapter_model.safetensors; other files stay.

@@ -59,17 +59,24 @@ class Bias(nn.Module):
 
 
 def make_arm(
-    name: str, model: nn.Module, source_layer: int, dim: int, memory_layers: tuple[int, ...] | None = None
+    name: str,
+    model: nn.Module,
+    source_layer: int | tuple[int, ...],
+    dim: int,
+    memory_layers: tuple[int, ...] | None = None,
 ) -> nn.Module:
     """Put an arm on a frozen model, untrained, with about as many weights as back attention of width `dim` has.
 
     Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on queries and values, one
-    vector for the bias. memory_layers: see `BackAttentionConfig`, of back attention only.
+    vector for the bias. source_layer: several for back attention and residual LoRA only, a module at each.
+    memory_layers: see `BackAttentionConfig`, of back attention only.
 
-    Returns the wrapped model. Raises ValueError for an unknown arm, and for memory layers of an arm that has none.
+    Returns the wrapped model. Raises ValueError for an unknown arm, and for layers that an arm cannot have.
     """
     if name not in ARMS:
         raise ValueError(f"Unknown arm {name!r}; choose one of {', '.join(ARMS)}.")
+    if not isinstance(source_layer, int) and name not in ("back attention", "residual LoRA"):
+        raise ValueError(f"{name!r} goes to one source layer, not to {source_layer}.")
     if memory_layers is not None and name != "back attention":
         raise ValueError(f"{name!r} reads no memory that could be chosen; leave memory_layers out.")
     if name in ("back attention", "same layer"):
@@ -81,7 +88,8 @@ def make_arm(
     if name == "bias":
         return TwoPassModel(model, {source_layer: Bias(arch.width)}, memory=())
     if name == "residual LoRA":
-        return TwoPassModel(model, {source_layer: ResidualLoRA(arch.width, 2 * dim)}, memory=())
+        layers = [source_layer] if isinstance(source_layer, int) else source_layer
+        return TwoPassModel(model, {layer: ResidualLoRA(arch.width, 2 * dim) for layer in layers}, memory=())
     return TwoPassModel(model, {source_layer: LoopLoRA(arch.width, 2 * dim)}, memory=(len(arch.blocks),))
 
 

@@ -38,6 +38,14 @@ PROFILES: dict[str, dict[str, dict]] = {
         },
         "03_back_attention_training": {"rechecked": 6, "demo_steps": 40},
         "05_what_it_reads": {"read_for": 24, "hidden_for": 8},
+        "07_controls": {"asked_for": 24, "second_asked_for": 12, "unknown_for": 100},
+        "08_beyond_facts_and_cost": {
+            "flow_prompts": 8,
+            "scratch_prompts": 40,
+            "cost_layers": [6],
+            "contexts": [16],
+            "answered_for": 4,
+        },
     },
     "paper": {},
     "full": {
@@ -46,6 +54,7 @@ PROFILES: dict[str, dict[str, dict]] = {
         "03_back_attention_training": {"retrain": True, "processes": 2},
         "04_layer_ablation": {"retrain": True, "processes": 2},
         "06_capacity": {"retrain": True, "processes": 2},
+        "07_controls": {"retrain": True, "processes": 2},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -362,7 +371,8 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                     "hardware": hardware(),
                 }
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
-    for name in (name for name in stamp["written"] if name.endswith(".jsonl")):
+    made = [name for name in stamp["written"] if name.endswith(".jsonl") and profile == "full"]
+    for name in made:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         took["training_seconds"] = round(sum(json.loads(line).get("seconds", 0) for line in lines))
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}

@@ -58,7 +58,7 @@ class Run:
     learning_rate: float = 0.0
     steps: int = 0
     model: str = "smollm2"
-    source_layer: int = 6
+    source_layer: int | tuple[int, ...] = 6
     dim: int = 64
     batch_size: int = 32
     train_items: int | None = 1500
@@ -151,8 +151,8 @@ def questions(run: Run, tokenizer, split: str) -> Items:
         part = _fixed_width(part)
     if run.dataset not in datasets.BY_FIRST_TOKEN:
         return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
-    ids = census.candidates(tokenizer, frame).set_index(["pair", "e1", "r1", "r2"])["e3_ids"]
-    keys = zip(part["pair"], part["e1"], part["r1"], part["r2"], strict=True)
+    ids = census.candidates(tokenizer, frame).set_index(datasets.TWO_HOP_KEYS)["e3_ids"]
+    keys = part[datasets.TWO_HOP_KEYS].itertuples(index=False, name=None)
     return first_tokens(tokenizer, part, [ids[key] for key in keys])
 
 

@@ -1,5 +1,6 @@
 """What the reader sees: plots that return their Axes, and saving with the plotted numbers beside the picture."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -421,6 +422,51 @@ def cell_heatmap(
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right")
     ax.invert_yaxis()
     ax.set(ylabel="memory layer")
+    return ax
+
+
+def cost_lines(table: pd.DataFrame, value: str, ax: Axes | None = None, title: str = "") -> Axes:
+    """A ratio to the plain model by source layer, a colour per way and a line per length of the prompt, and the bound.
+
+    table: way, source_layer, context, bound and `value`.
+    """
+    ax = _axes(ax)
+    for k, (way, part) in enumerate(table.groupby("way", sort=False)):
+        for dashes, (context, own) in zip(
+            itertools.cycle(("-", "--", ":", "-.")), part.groupby("context"), strict=False
+        ):
+            label = f"{way}, {context} tokens"
+            ax.plot(
+                own["source_layer"], own[value], dashes, color=PALETTE[3 - 3 * k], marker="o", markersize=3, label=label
+            )
+    bound = table.groupby("source_layer")["bound"].max()
+    ax.plot(bound.index, bound, color="0.4", linewidth=0.8, label="1 + (L − s) / L")
+    ax.set(xlabel="source layer", ylabel="over the plain model", title=title)
+    return ax
+
+
+def verdict_grid(table: pd.DataFrame, verdicts: Sequence[str], ax: Axes | None = None) -> Axes:
+    """A row per claim, the first on top, with a dot in the column of its verdict; table: id, claim, verdict."""
+    ax = _axes(ax, height=0.8 + 0.22 * len(table))
+    colours = dict(zip(verdicts, (PALETTE[2], PALETTE[8], "0.6", PALETTE[3], "0.85"), strict=True))
+    for y, row in zip(range(len(table) - 1, -1, -1), table.itertuples(), strict=True):
+        ax.axhline(y, color="0.92", linewidth=0.6, zorder=0)
+        ax.plot(verdicts.index(row.verdict), y, "o", color=colours[row.verdict], markersize=8)
+    names = [f"{row.id}  {row.claim if len(row.claim) < 74 else row.claim[:72] + ' …'}" for row in table.itertuples()]
+    ax.set(yticks=range(len(table) - 1, -1, -1), yticklabels=names, xlim=(-0.5, len(verdicts) - 0.5))
+    ax.set_xticks(range(len(verdicts)), verdicts, rotation=35, ha="left")
+    ax.xaxis.tick_top()
+    ax.tick_params(axis="both", length=0, labelsize=7.5)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    return ax
+
+
+def transition_map(share: pd.DataFrame, labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Whom answers name before (rows) and after (columns), shaded by the share of the row; labels: what cells say."""
+    ax = _axes(ax, width=4.2, height=3.0)
+    sns.heatmap(share, ax=ax, annot=labels, fmt="", cmap="Blues", vmin=0, vmax=1, cbar=False, annot_kws={"fontsize": 8})
+    ax.tick_params(axis="both", length=0, rotation=0)
+    ax.set(xlabel="with back attention", ylabel="without")
     return ax
 
 

@@ -1,0 +1,35 @@
+"""Make data/two_hop_unknown.csv: two-hop facts of which SmolLM2 answers a hop wrongly, and whether it answers the
+shortcut with e3.
+
+All facts that `build_two_hop_known.py` asked and did not find known; at most 100 of each pair of relations, drawn by a
+hash of their names. A few minutes on one core.
+"""
+
+import sys
+
+from backattn import census, load_model, paths, runtime, tasks
+from backattn.datasets import TWO_HOP_KEYS
+
+PER_PAIR = 100
+
+
+def main() -> None:
+    runtime.use_threads()
+    model, tokenizer = load_model("smollm2")
+    facts = census.candidates(tokenizer, tasks.two_hop_prompts(tasks.two_hop_facts(), "possessive"))
+    known = tasks.read_table(paths.DATA / "two_hop_known.csv", [*TWO_HOP_KEYS, "shortcut_right"])
+    facts = facts[~facts["collides"]].merge(known, on=TWO_HOP_KEYS, how="left", indicator=True)
+    asked = census.shuffled(facts[facts["_merge"] == "left_only"]).groupby("pair").head(PER_PAIR)
+    distinct = asked.drop_duplicates("shortcut_prompt")
+    said, _ = census.ask(
+        model, tokenizer, distinct["shortcut_prompt"], distinct["pair"] + distinct["r1"] + distinct["r2"]
+    )
+    by_prompt = dict(zip(distinct["shortcut_prompt"], said, strict=True))
+    right = [by_prompt[prompt] in ids for prompt, ids in zip(asked["shortcut_prompt"], asked["e3_ids"], strict=True)]
+    table = asked[TWO_HOP_KEYS].assign(shortcut_right=right).sort_values(TWO_HOP_KEYS)
+    table.to_csv(paths.DATA / "two_hop_unknown.csv", index=False, lineterminator="\n")
+    print(f"{len(table)} facts of {table['pair'].nunique()} pairs of relations", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
