@@ -7,11 +7,9 @@ attention that reads these, and straight to the answer from FFNs at the last pos
 
 import numpy as np
 import pandas as pd
-import torch
 
-from . import experiments, tasks
+from . import census, experiments, tasks
 from .experiments import Run
-from .residual import encode, next_log_probs
 
 EXAMPLES = 2  # of each operator, in front of every question
 
@@ -19,8 +17,8 @@ EXAMPLES = 2  # of each operator, in front of every question
 def small_sums() -> pd.DataFrame:
     """All sums and differences of two digits with one digit as result, "5 + 2 = ", behind worked examples of both.
 
-    Our choice: SmolLM2 gets few other forms right. The worked examples are the same for all, and neither they nor their
-    sums the other way round are asked. In random order.
+    The form and the examples are our choice. The worked examples are the same for all, and neither they nor their sums
+    the other way round are asked. In random order.
 
     Returns: prompt, answer (a digit), operator ("+" or "-"), pair (both digits, which is what is resampled), start
     (where in the prompt the question begins).
@@ -54,13 +52,9 @@ def long_sums(run: Run, tokenizer, digit: int) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(start=0)
 
 
-def answered(model, tokenizer, frame: pd.DataFrame, batch_size: int = 64) -> np.ndarray:
+def answered(model, tokenizer, frame: pd.DataFrame) -> np.ndarray:
     """Whether the model's next token is the answer: [n] bool."""
-    said = []
-    for start in range(0, len(frame), batch_size):
-        batch = encode(tokenizer, frame["prompt"].iloc[start : start + batch_size].tolist(), "left", model.device)
-        with torch.no_grad():
-            said += next_log_probs(model, batch).argmax(-1).tolist()
+    said, _ = census.ask(model, tokenizer, frame["prompt"], frame["start"])
     return np.array([tokenizer.decode([token]) for token in said]) == frame["answer"].to_numpy()
 
 

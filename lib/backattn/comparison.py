@@ -114,7 +114,7 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
                 "dataset": dataset,
                 "arm": arm,
                 "accuracy": answered.right.mean(),
-                **_interval(draws[-1]),
+                **interval(draws[-1]),
                 "worst": min(each),
                 "best": max(each),
                 "n": answered.right.shape[1],
@@ -136,7 +136,7 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
             row = {"model": model, "dataset": "all", "arm": arm, "seeds": part["seeds"].min()}
             row |= {name: part[name].mean() for name in ("accuracy", "trained", "seconds", "operations", "perplexity")}
             row |= {name: part[name].sum() for name in ("n", "groups")}
-            over_all.append({**row, **_interval(np.mean([draws[place] for place in part.index], axis=0))})
+            over_all.append({**row, **interval(np.mean([draws[place] for place in part.index], axis=0))})
     return pd.concat([table, pd.DataFrame(over_all)], ignore_index=True) if over_all else table
 
 
@@ -185,7 +185,7 @@ def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, 
     _same_questions([one, two], which)
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference = float(one.right.mean() - two.right.mean())
-    return {"difference": difference, **_interval(draws), "p": _p(draws), "n": len(one.groups)}
+    return {"difference": difference, **interval(draws), "p": _p(draws), "n": len(one.groups)}
 
 
 def _same_questions(several: Sequence[Answers], which: str) -> None:
@@ -220,7 +220,8 @@ def names_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
     return differences[["dataset", "other"]].assign(half_width=half, has=has, needed=needed)
 
 
-def _interval(draws: np.ndarray) -> dict[str, float]:
+def interval(draws: np.ndarray) -> dict[str, float]:
+    """The middle 95 % of samples, those without a value left out: low, high."""
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return {"low": float(low), "high": float(high)}
 
@@ -269,7 +270,7 @@ def kept_share(narrow: Sequence[Run], best: Sequence[Run], base: Sequence[Run], 
     if (two <= zero).any():
         raise ValueError(f"A gain from {floor:.3f} to {whole:.3f} is too small: its share has no interval.")
     kept = (own - floor) / (whole - floor)
-    return {"kept": kept, **_interval((one - zero) / (two - zero)), "n": len(three[0].groups)}
+    return {"kept": kept, **interval((one - zero) / (two - zero)), "n": len(three[0].groups)}
 
 
 def _over_values(runs: Sequence[Run], store: Store, field: str, values: Sequence, weights: np.ndarray) -> Answers:
@@ -317,7 +318,7 @@ def doubling_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFram
         whole, seeds = _over_values(mine, store, field, values, weights), sorted({run.seed for run in mine})
         own = {seed: [run for run in mine if run.seed == seed] for seed in seeds}
         single = [_over_values(part, store, field, values, weights).right.mean() for part in own.values()]
-        row = {"arm": arm, "slope": whole.right.mean(), **_interval(resampled(whole))}
+        row = {"arm": arm, "slope": whole.right.mean(), **interval(resampled(whole))}
         row |= {"worst": min(single), "best": max(single), "n": len(whole.groups)}
         rows.append({**row, "seeds": len(seeds), "settings": len(values)})
     return pd.DataFrame(rows)

@@ -26,7 +26,6 @@ TRAINED, OFF = "as trained", "without the adapter"
 ANOTHER = SAME, MEAN = "another question's memory, same relations", "the mean memory"
 R1_HIDDEN = ("r1 hidden", "e1 hidden")  # and its control
 ROUTES = tuple(f"only {place}'s high layers, at the last position" for place in ("r1", "e1"))  # likewise
-FAILURES = ("e2", "shortcut", "e1", "other")
 
 # ---------------------------------------------------------------- another memory
 
@@ -87,7 +86,7 @@ def _edits(reader: Reader) -> dict[str, Callable[[], tuple[np.ndarray, np.ndarra
             tests[f"only the {name} third, {part[0]}–{part[-1]}"] = lambda cells=cells: all_but(cells)
         others = tuple(place for place in PLACES if place != "last")
         tests["the last position alone reads"] = lambda: reader.ask(reader.block(PLACES), others)
-        tests |= {name: lambda place=name[5:7]: route(place) for name in ROUTES}
+        tests |= {name: lambda p=p: route(p) for p, name in zip(("r1", "e1"), ROUTES, strict=True)}
     return tests
 
 
@@ -135,8 +134,8 @@ def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for test in dict.fromkeys(made["test"]):
         own = (wide[test] - wide[OFF]).to_numpy()
-        low, high = np.percentile((draws @ own) / (draws @ gain), [2.5, 97.5])
-        row = {"test": test, "log_prob": wide[test].mean(), "kept": own.mean() / gain.mean(), "low": low, "high": high}
+        row = {"test": test, "log_prob": wide[test].mean(), "kept": own.mean() / gain.mean()}
+        row |= comparison.interval((draws @ own) / (draws @ gain))
         if test not in (TRAINED, OFF):
             row["p"] = stats.wilcoxon((wide[test] - wide[TRAINED]).groupby(bridge).mean()).pvalue
         rows.append({**row, "accuracy": right[test].mean(), "n": len(wide), "names": bridge.nunique()})
@@ -219,7 +218,7 @@ def mended_shares(made: pd.DataFrame) -> pd.DataFrame:
     high (95 %, over bridge entities; NaN for fewer than two), n, names."""
     rows = []
     for arm, part in made.groupby("arm", sort=False):
-        for kind in (*FAILURES, "any"):
+        for kind in (*census.OUTCOMES[1:], "any"):
             own = part[(part["before"] != "e3") if kind == "any" else (part["before"] == kind)]
             row = {"arm": arm, "before": kind, "share": float("nan"), "low": float("nan"), "high": float("nan")}
             if own["e2"].nunique() > 1:
@@ -279,8 +278,9 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
     """
     both = pd.concat([known.assign(kind="known"), unknown.assign(kind="unknown")], ignore_index=True)
     both = both[~both["collides"]]
-    counts = both.groupby(["pair", "kind"]).size().unstack(fill_value=0).reindex(columns=["known", "unknown"])
-    pairs = counts.index[(counts.fillna(0) >= least).all(axis=1)]
+    counts = both.groupby(["pair", "kind"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=["known", "unknown"], fill_value=0)
+    pairs = counts.index[(counts >= least).all(axis=1)]
     if pairs.empty:
         raise ValueError(f"No pair of relations has {least} known and {least} unknown questions: ask more.")
     both = both[both["pair"].isin(pairs)].reset_index(drop=True)
@@ -295,10 +295,10 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
     rows = []
     for kind in ("known", "unknown"):
         means = {name: float(mean(ones, kind, values)[0]) for name, values in parts.items()}
-        rows.append({"questions": kind, **means, **_ends(mean(draws, kind, parts["gain"]))})
+        rows.append({"questions": kind, **means, **comparison.interval(mean(draws, kind, parts["gain"]))})
         rows[-1] |= {"n": int((both["kind"] == kind).sum()), "pairs": len(pairs)}
     less = {name: rows[0][name] - rows[1][name] for name in parts}
-    ends = _ends(mean(draws, "known", parts["gain"]) - mean(draws, "unknown", parts["gain"]))
+    ends = comparison.interval(mean(draws, "known", parts["gain"]) - mean(draws, "unknown", parts["gain"]))
     rows.append({"questions": "known less unknown", **less, **ends, "n": len(both), "pairs": len(pairs)})
     return pd.DataFrame(rows)
 
@@ -309,10 +309,5 @@ def _share(weights: np.ndarray, mask: np.ndarray, values: np.ndarray) -> np.ndar
     return np.divide(weights @ (values * mask), total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
-def _ends(draws: np.ndarray) -> dict[str, float]:
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
 def _row(name: str, value: np.ndarray, draws: np.ndarray, n: int) -> dict:
-    return {"more": name, "difference": float(value[0]), **_ends(draws), "n": n}
+    return {"more": name, "difference": float(value[0]), **comparison.interval(draws), "n": n}

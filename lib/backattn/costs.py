@@ -8,8 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from . import experiments
@@ -50,11 +48,10 @@ def cost_table(
 
     Returns one row per way, source layer and context (tokens of the prompt): way, source_layer, context, timed_first
     (seconds until the first token, median over repeats), timed_each (seconds per further token, median over all), both
-    over the plain model's (timed_first_ratio, timed_each_ratio),
-    cache (MiB, after all tokens), first_flops and each_flops (operations), first_ratio and each_ratio (operations over
-    the plain model's), first_layers and each_layers (the same without the unembedding, which runs once in any case) and
-    bound (layers that run for a token of the prompt, over all: 1 + (L − s) / L). Raises ValueError for a layer that the
-    model does not have.
+    over the plain model's (timed_first_ratio, timed_each_ratio), cache (MiB, after all tokens), first_flops and
+    each_flops (operations), first_ratio and each_ratio (operations over the plain model's), first_layers and
+    each_layers (the same without the unembedding, which runs once in any case) and bound (layers that run for a token
+    of the prompt, over all: 1 + (L − s) / L). Raises ValueError for a layer that the model does not have.
     """
     once = 2 * describe(model).unembedding_module.weight.numel()  # of the last position
     rows, places = [], [(layer, context) for layer in source_layers for context in contexts]
@@ -121,13 +118,10 @@ def _mebibytes(cache: DynamicCache) -> float:
 
 def _flops(wrapped: BackAttentionModel, ids: Tensor, context: int, name: str) -> dict[str, int]:
     """Operations until the first token, and of the next one, as torch counts them."""
-    cache, counts = DynamicCache(config=wrapped.base_model.config), {}
-    for key, part in (("first_flops", ids[:, :context]), ("each_flops", ids[:, context : context + 1])):
-        # The fused attention of CPUs is not counted: take it apart.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            _step(wrapped, name, part, cache)
-        counts[key] = counter.get_total_flops()
-    return counts
+    cache = DynamicCache(config=wrapped.base_model.config)
+    prompt = experiments.operations_of(lambda: _step(wrapped, name, ids[:, :context], cache))
+    token = experiments.operations_of(lambda: _step(wrapped, name, ids[:, context : context + 1], cache))
+    return {"first_flops": prompt, "each_flops": token}
 
 
 def tokens_of_thought(costs: pd.DataFrame, answer: int) -> pd.DataFrame:

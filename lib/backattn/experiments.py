@@ -416,13 +416,18 @@ def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") ->
 
 
 def forward_flops(model: nn.Module, ids: Tensor) -> int:
-    """Floating-point operations of one forward pass over ids [B, T], logits of the last token only, as torch counts."""
+    """Operations (`operations_of`) of one forward pass over ids [B, T], logits of the last token only."""
+    return operations_of(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False))
+
+
+def operations_of(call: Callable[[], object]) -> int:
+    """Floating-point operations of what `call` runs, as torch counts them."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     # The fused attention of CPUs is not counted: take it apart.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, logits_to_keep=1, use_cache=False)
+        call()
     return counter.get_total_flops()
 
 
