@@ -26,7 +26,8 @@ from backattn.paths import NOTEBOOKS
 NOTEBOOK_03 = NOTEBOOKS / "03_back_attention_training.ipynb"
 
 PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
-OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds"]
+OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *datasets.OTHER_PROMPTS]
+TWICE = ("two-hop", "question", "code")  # ask some questions twice: the capital of a country of a city, of a company
 
 
 # ---------------------------------------------------------------- datasets
@@ -37,7 +38,7 @@ OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds"]
 def test_no_name_is_in_two_splits(name, fold):
     frame = datasets.split(datasets.load(name), fold)
     assert set(frame["split"]) == set(datasets.SPLITS)
-    assert not frame["prompt"].duplicated().any() or name == "two-hop"
+    assert not frame["prompt"].duplicated().any() or name in TWICE
     names = frame.assign(name=frame["group"].str.split("|")).explode("name")
     assert (names.groupby("name")["split"].nunique() == 1).all()
     assert frame.loc[frame["split"] == "test", "tested"].all()
@@ -73,6 +74,47 @@ def test_arithmetic_is_right_and_no_first_step_is_seen_before():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
     digits = composite["prompt"].str.extract(r"\((\d).(\d)\)").apply(lambda row: tuple(sorted(row)), axis=1)
     assert not set(digits[composite["split"] == "test"]) & set(digits[composite["split"] == "train"])
+
+
+def test_other_wordings_ask_the_same_questions():
+    plain, question, code = (datasets.load(name) for name in ("two-hop", "question", "code"))
+    row = plain.index[plain["prompt"] == "Dubliners's author's country is"]
+    assert question["prompt"][row].tolist() == ["Question: What is the country of the author of Dubliners? Answer:"]
+    assert code["prompt"][row].tolist() == ["country(author(Dubliners)) ="]
+    for other in (question, code):
+        assert other.drop(columns="prompt").equals(plain.drop(columns="prompt"))
+
+
+def test_a_first_hop_in_context_is_said_once_and_among_others():
+    facts, frame = datasets.two_hop(), datasets.in_context()
+    known = set(facts[["r1", "e2", "r2", "e3"]].itertuples(index=False, name=None))
+    assert len(frame) > 800 and frame["tested"].all()
+    for row in frame.itertuples():
+        *said, asked = re.split(r"(?<=\.) ", row.prompt)
+        assert f"{row.e1}'s {row.r1} is {row.e2}." in said and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
+        assert sorted(row.group.split("|")) == sorted(s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said)
+        assert len({s.split("'s ")[0] for s in said}) == len(said) == 3
+        assert row.e3 not in row.group.split("|") and (row.r1, row.e2, row.r2, row.e3) in known
+
+
+def test_compositions_hold_out_what_they_say():
+    frame = datasets.compositions()
+    facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
+    assert len(facts) == datasets.ENTITIES * datasets.RELATIONS / 2
+    seen = {"ID": set(), "OOD": set()}
+    for row in frame[frame["kind"] != "fact"].itertuples():
+        e1, r1, r2 = row.prompt.split()
+        first, second = f"{e1} {r1}", f"{row.group} {r2}"
+        assert facts[first] == f" {row.group}" and facts[second] == row.answer
+        for kind, fact in zip(row.kind.split("/"), (first, second), strict=True):
+            seen[kind].add(fact)
+        assert row.split != "train" or row.kind == "ID/ID"
+    assert not seen["ID"] & seen["OOD"] and 0.15 < len(seen["OOD"]) / len(facts) < 0.25
+    held_out = frame[frame["split"] != "train"].groupby(["split", "kind"]).size().unstack()
+    assert (
+        (held_out.loc["validation"] == 70).all() and (held_out.loc["test"] == 200).all() and len(held_out.columns) == 4
+    )
+    assert not frame["prompt"].duplicated().any() and datasets.split(frame, 1).equals(frame)
 
 
 def test_tested_two_hop_questions_need_both_hops():
@@ -720,7 +762,7 @@ def test_models_from_scratch_of_other_widths(tmp_path):
     assert {run.learning_rate for run in final if run.dim != 4} == {1e-3}
     sizes = {}
     for run in final:
-        model, _ = experiments.scratch_model(run.arm, run.width, run.dim)
+        model, _ = experiments.scratch_model(run)
         sizes[run.width, run.arm, run.dim] = sum(p.numel() for p in model.parameters())
     for width, dim in itertools.product((40, 80), (10, 4)):
         own, wide = (sizes[width, arm, dim] - sizes[width, "1 layer", 160] for arm in experiments.SIZED)
@@ -740,11 +782,28 @@ def test_models_from_scratch(arm):
             assert model.two_passes and model.memory_layers == (0, 1)
 
 
+@pytest.mark.parametrize("arm", experiments.COMPOSING_ARMS)
+def test_models_that_compose(arm):
+    run = Run("compositions", arm, 0, 1e-3, 4, experiments.SCRATCH, 0, 8, 64, None, None, None, "float32", width=20)
+    with experiments.armed(run, "float32") as (model, tok):
+        items = experiments.questions(run, tok, "train")
+        assert {len(prompt) for prompt in items.prompts} == {2, 3} and {len(answer) for answer in items.answers} == {1}
+        assert tok.decode(items.prompts[0] + items.answers[0]) == "".join(experiments.asked(run, "train").iloc[0][:2])
+        curve = training.train(model, items, run.recipe, experiments.questions(run, tok, "validation"))
+        assert set(curve["kinds"].iloc[-1]) == {"ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"}
+        assert np.mean(list(curve["kinds"].iloc[-1].values())) == pytest.approx(curve["validation"].iloc[-1])
+        layers = (model.base_model if isinstance(model, TwoPassModel) else model).model.layers
+        assert len(layers) == (4 if arm in ("4 layers", "2 layers, twice") else 2)
+        assert (layers[0] is layers[-2]) == (arm != "4 layers")
+    with pytest.raises(ValueError, match="Unknown arm '1 layer'"):
+        experiments.scratch_model(replace(run, arm="1 layer"))
+
+
 def test_weights_from_scratch():
     """Widened = with back attention, to one part in a thousand; tied = one layer."""
     count = {}
     for arm in experiments.SCRATCH_ARMS:
-        model, _ = experiments.scratch_model(arm)
+        model, _ = experiments.scratch_model(Run("2-digit", arm, dim=160, model=experiments.SCRATCH))
         count[arm] = sum(p.numel() for p in model.parameters())
     assert count["1 layer, wide"] == pytest.approx(count["1 layer + back attention"], rel=1e-3)
     assert count["1 layer, twice"] == count["1 layer"] < count["1 layer + back attention"] < count["2 layers"]

@@ -26,6 +26,16 @@ FOLDS, VALIDATION = 3, 0.15
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
 TWINS = 0.8  # word problems that share this part of their words are one group
 
+ENTITIES, RELATIONS = 60, 20  # of `compositions`
+NAMES = (  # of people about whom facts are invented, a token each for SmolLM2
+    "Adam Alan Alice Amy Ann Anthony Arthur Barbara Ben Bill Bob Brian Bruce Carol Charles Charlie Chris Claire Dan "
+    "Daniel Dave Diana Donald Edward Ellen Emily Emma Eric Frank Fred George Grace Greg Hannah Harry Helen Henry "
+    "Howard Ian Jack James Jane Jason Jean Jeff Jenny Jim Joan Joe John Jonathan Joseph Joy Julia Julie Karen Kate "
+    "Keith Ken Kevin Kim Larry Laura Lee Leo Lewis Lily Linda Lisa Louis Lucy Luke Marco Margaret Maria Marie Mark "
+    "Martin Mary Matt Max Miguel Mike Nick Oliver Oscar Paul Phil Rachel Ray Richard Robin Rose Ryan Sam Sandra Sarah "
+    "Sean Steve Sue"
+)
+
 PUBLISHED = {  # file in the folder BACKATTN_DATASETS, public home, sha256
     "svamp": (
         "svamp/SVAMP.json",
@@ -53,23 +63,30 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     all of them are tested once. A question whose names fall into different splits is left out, and so is one in the
     test that is not `tested`.
 
-    Raises ValueError for another fold.
+    A frame that comes with its split keeps it in every turn. Raises ValueError for another fold.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
 
+    if "split" in frame:
+        return frame
+
     def of(name: str) -> str:
-        place = place_of(name)
         if fold is None:
-            return SPLITS[int(np.searchsorted([0.8, 0.9], place, side="right"))]
-        if place < VALIDATION:
-            return "validation"
-        return "test" if int((place - VALIDATION) / (1 - VALIDATION) * FOLDS) == fold else "train"
+            return SPLITS[int(np.searchsorted([0.8, 0.9], place_of(name), side="right"))]
+        turn = _turn(name)
+        return "validation" if turn < 0 else "test" if turn == fold else "train"
 
     splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
     frame = frame.assign(split=[min(own) for own in splits])
     left = np.array([len(own) == 1 for own in splits]) & (frame["tested"] | (frame["split"] != "test"))
     return frame[left].reset_index(drop=True)
+
+
+def _turn(name: str) -> int:
+    """The fold in which a name is tested; -1 for one that is for validation in all."""
+    place = place_of(name)
+    return -1 if place < VALIDATION else int((place - VALIDATION) / (1 - VALIDATION) * FOLDS)
 
 
 def _questions(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
@@ -121,6 +138,67 @@ def two_hop_unknown() -> pd.DataFrame:
     """Two-hop questions of which SmolLM2 answers a hop wrongly, at most 100 of each pair of relations; else as
     `two_hop`, and tested by the same rule."""
     return two_hop(DATA / "two_hop_unknown.csv")
+
+
+def said_otherwise(say: Callable[[str, str, str], str]) -> pd.DataFrame:
+    """The questions of `two_hop` in another wording; say: e1, r1, r2 -> prompt."""
+    frame = two_hop()
+    return frame.assign(prompt=[say(row.e1, row.r1, row.r2) for row in frame.itertuples()])
+
+
+def in_context(draws: int = 4, others: int = 2, seed: int = 0) -> pd.DataFrame:
+    """Two-hop questions whose first hop is invented and stands in the prompt, among those of `others` people, and whose
+    second hop is one of `two_hop`: "Ann's country is Peru. Tom's country is Japan. Tom's country's capital is".
+
+    Each bridge entity of a pair of relations is asked `draws` times, of people drawn anew; one without enough others
+    for the same r1 is left out. A group is all bridge entities of a prompt: for validation together, or tested in the
+    same fold. Columns as in `two_hop`.
+    """
+    draw, say, rows = np.random.default_rng(seed), tasks.TEMPLATES["possessive"].say, []
+    facts = two_hop().drop_duplicates(["pair", "e2", "r2"])
+    turns = facts["e2"].map(_turn)
+    for fact in [*facts.to_dict("records")] * draws:
+        alike = facts[(facts["r1"] == fact["r1"]) & (turns == _turn(fact["e2"]))]
+        bridges = [name for name in alike["e2"].unique() if name not in (fact["e2"], fact["e3"])]
+        if len(bridges) < others:
+            continue
+        bridges = [fact["e2"], *draw.permutation(bridges)[:others]]
+        people = draw.permutation(NAMES.split())[: len(bridges)]
+        said = [f"{say(who, fact['r1'])} {e2}." for who, e2 in zip(people, bridges, strict=True)]
+        prompt = " ".join([*draw.permutation(said), say(people[0], fact["r1"], fact["r2"])])
+        rows.append({**fact, "e1": people[0], "prompt": prompt, "group": "|".join(bridges), "tested": True})
+    return pd.DataFrame(rows)
+
+
+def compositions(draw_seed: int = 0) -> pd.DataFrame:
+    """Invented facts and their compositions, for models that know nothing else (as Wang et al. 2024, smaller).
+
+    Of 60 entities each has 10 of 20 relations to others: 600 facts, "e3 r7" -> " e41", all of which are trained on. One
+    in five is "OOD": no two-hop question with it is trained on. Four fifths of the two-hop questions "e3 r7 r12" made
+    of two other facts are. `kind` says of which facts a question is made, "ID/ID" (first/second hop), "ID/OOD",
+    "OOD/ID", "OOD/OOD", or "fact". Held out are 70 and 200 questions of each kind of two hops, for validation and test;
+    those of ID/ID have only facts that were seen in other compositions. A group is a bridge entity. The split is part
+    of the dataset.
+    """
+    draw, facts = np.random.default_rng(draw_seed), {}
+    for entity in range(ENTITIES):
+        for relation in draw.permutation(RELATIONS)[: RELATIONS // 2]:
+            facts[entity, int(relation)] = int(draw.integers(ENTITIES))
+    apart = {fact: ("ID", "OOD")[int(draw.random() < 0.2)] for fact in facts}
+    rows = [(f"e{e} r{r}", f" e{to}", f"e{to}", "fact", "train") for (e, r), to in facts.items()]
+    two: dict[str, list[tuple]] = {}
+    for (e, r1), bridge in facts.items():
+        for r2 in (r2 for r2 in range(RELATIONS) if (bridge, r2) in facts):
+            kind = f"{apart[e, r1]}/{apart[bridge, r2]}"
+            two.setdefault(kind, []).append((f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}", kind))
+    for kind, own in sorted(two.items()):
+        order = draw.permutation(len(own))
+        parts = {"validation": order[:70], "test": order[70:270]}
+        if kind == "ID/ID":
+            parts["train"] = order[len(own) // 5 :]
+        rows += [(*own[i], split) for split, part in parts.items() for i in part]
+    frame = pd.DataFrame(rows, columns=["prompt", "answer", "group", "kind", "split"])
+    return frame.assign(tested=frame["kind"] != "fact")
 
 
 def legs(animals: int, path: Path = DATA / "legs.csv") -> pd.DataFrame:
@@ -180,6 +258,10 @@ DATASETS: dict[str, Callable[[], pd.DataFrame]] = {
     "1DC": one_digit_composite,
     "two-hop": two_hop,
     "two-hop, unknown": two_hop_unknown,
+    "question": lambda: said_otherwise(tasks.TEMPLATES["question"].say),
+    "code": lambda: said_otherwise("{2}({1}({0})) =".format),
+    "in context": in_context,
+    "compositions": compositions,
     "legs, one kind": lambda: legs(1),
     "legs, two kinds": lambda: legs(2),
     "SVAMP": svamp,
@@ -187,7 +269,8 @@ DATASETS: dict[str, Callable[[], pd.DataFrame]] = {
 }
 
 
-BY_FIRST_TOKEN = {"two-hop", "two-hop, unknown"}  # all others ask for a number
+OTHER_PROMPTS = ("question", "code", "in context")  # the same facts, asked in another way
+BY_FIRST_TOKEN = {"two-hop", "two-hop, unknown", *OTHER_PROMPTS}  # all others ask for a number
 
 
 def load(name: str) -> pd.DataFrame:

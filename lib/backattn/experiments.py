@@ -41,6 +41,13 @@ SCRATCH_ARMS = {
     "1 layer, wide": "the FFN widened to the weights of back attention",
     "1 layer, twice": "the same layer run two times (weight-tied)",
 }
+COMPOSING_ARMS = {
+    "2 layers": "the baseline",
+    "2 layers + back attention": "d′ = 32, in layer 0, reading all states",
+    "2 layers, twice": "the same layers run two times (weight-tied)",
+    "4 layers": "as many operations as the layers run twice",
+}
+WEIGHT_DECAY = {"compositions": 0.3}  # without much of it, compositions are learnt by heart (Wang et al. 2024)
 SIZED = ("1 layer + back attention", "1 layer, wide")  # whose weights depend on d′
 
 
@@ -88,7 +95,7 @@ class Run:
             steps=self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
-            weight_decay=0.01 if scratch else 0.0,
+            weight_decay=WEIGHT_DECAY.get(self.dataset, 0.01) if scratch else 0.0,
             seed=self.seed,
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
@@ -103,7 +110,7 @@ def _own(settings) -> dict:
 RATES = {  # learning rates tried first for each arm, see `search`
     **dict.fromkeys(ARMS, (2.5e-4, 1e-3, 4e-3)),
     "bias": (4e-3, 1.6e-2, 6.4e-2),
-    **dict.fromkeys(SCRATCH_ARMS, (5e-4, 1e-3, 2e-3)),
+    **dict.fromkeys([*SCRATCH_ARMS, *COMPOSING_ARMS], (5e-4, 1e-3, 2e-3)),
 }
 
 
@@ -115,7 +122,7 @@ def data_hash(dataset: str) -> str:
         sha256 = datasets.PUBLISHED[dataset.lower()][2]
         return hashlib.sha256(f"{rules}{datasets.TWINS}{sha256}".encode()).hexdigest()[:16]
     frame = datasets.load(dataset)
-    columns = [name for name in ("prompt", "answer", "group", "tested", "e3_aliases") if name in frame]
+    columns = [n for n in ("prompt", "answer", "group", "tested", "e3_aliases", "split") if n in frame]
     return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]
 
 
@@ -124,8 +131,12 @@ def data_hash(dataset: str) -> str:
 
 def asked(run: Run, split: str) -> pd.DataFrame:
     """A split of the run's dataset, as `datasets` has it."""
+    return _drawn(run, datasets.split(datasets.load(run.dataset), run.fold), split)
+
+
+def _drawn(run: Run, frame: pd.DataFrame, split: str) -> pd.DataFrame:
     counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
-    return datasets.draw(datasets.split(datasets.load(run.dataset), run.fold), split, counts[split])
+    return datasets.draw(frame, split, counts[split])
 
 
 def test_groups(run: Run, result: dict) -> np.ndarray:
@@ -141,19 +152,22 @@ def _groups(dataset: str, fold: int | None, count: int | None) -> np.ndarray:
 
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
-    frame, part = datasets.split(datasets.load(run.dataset), run.fold), asked(run, split)
+    frame = datasets.split(datasets.load(run.dataset), run.fold)
+    if run.dataset in datasets.BY_FIRST_TOKEN:
+        frame = census.candidates(tokenizer, frame)
+    part = _drawn(run, frame, split)
     if run.arm == "few-shot":
         shown = datasets.draw(frame, "train", SHOTS, seed=run.seed)
         part = part.assign(
             prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy())) + part["prompt"]
         )
+    if run.dataset == "compositions":
+        return replace(first_tokens(tokenizer, part), kinds=part["kind"].tolist())
     if run.model == SCRATCH:
         part = _fixed_width(part)
     if run.dataset not in datasets.BY_FIRST_TOKEN:
         return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
-    ids = census.candidates(tokenizer, frame).set_index(datasets.TWO_HOP_KEYS)["e3_ids"]
-    keys = part[datasets.TWO_HOP_KEYS].itertuples(index=False, name=None)
-    return first_tokens(tokenizer, part, [ids[key] for key in keys])
+    return first_tokens(tokenizer, part, part["e3_ids"].tolist())
 
 
 def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:
@@ -162,8 +176,9 @@ def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:
     return part.assign(prompt=prompts, answer=[f"{int(answer):04d}" for answer in part["answer"]])
 
 
-def scratch_model(arm: str, width: int = 440, dim: int = 160) -> tuple[nn.Module, object]:
-    """An untrained arm of the small Llama of claim C7 and its tokenizer of single characters.
+def scratch_model(run: Run) -> tuple[nn.Module, object]:
+    """A run's untrained small Llama, as for claim C7, and its tokenizer: of characters, or of the words of
+    `datasets.compositions`.
 
     FFN of 8/3 of the width with a gate (as many weights as one of 4 times the width without), 10 heads; dim: d′ of back
     attention, or what widens the FFN by as many weights. Raises ValueError for an unknown arm.
@@ -171,18 +186,23 @@ def scratch_model(arm: str, width: int = 440, dim: int = 160) -> tuple[nn.Module
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    if arm not in SCRATCH_ARMS:
-        raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(SCRATCH_ARMS)}.")
-    characters = ["<pad>", *"0123456789+-=;"]
-    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    composing, arm = run.dataset == "compositions", run.arm
+    arms = COMPOSING_ARMS if composing else SCRATCH_ARMS
+    if arm not in arms:
+        raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(arms)}.")
+    words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
+    if composing:
+        named = (("e", datasets.ENTITIES), ("r", datasets.RELATIONS))
+        words, split = ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))], pre_tokenizers.WhitespaceSplit()
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-    ffn = round(8 * width / 3)
+    ffn, layers = round(8 * run.width / 3), int(arm[0])
     config = LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=width,
-        intermediate_size=ffn + (round(4 * dim / 3) if arm == "1 layer, wide" else 0),
-        num_hidden_layers=2 if arm in ("2 layers", "1 layer, twice") else 1,
+        vocab_size=len(words),
+        hidden_size=run.width,
+        intermediate_size=ffn + (round(4 * run.dim / 3) if arm == "1 layer, wide" else 0),
+        num_hidden_layers=layers * (2 if arm.endswith("twice") else 1),
         num_attention_heads=10,
         num_key_value_heads=10,
         max_position_embeddings=32,
@@ -190,10 +210,10 @@ def scratch_model(arm: str, width: int = 440, dim: int = 160) -> tuple[nn.Module
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
-    if arm == "1 layer, twice":
-        model.model.layers[1] = model.model.layers[0]
-    if arm == "1 layer + back attention":
-        return get_back_attention_model(model, BackAttentionConfig(0, dim), freeze_base=False), tokenizer
+    for k in range(layers, config.num_hidden_layers):
+        model.model.layers[k] = model.model.layers[k - layers]
+    if arm.endswith("back attention"):
+        return get_back_attention_model(model, BackAttentionConfig(0, run.dim), freeze_base=False), tokenizer
     return model, tokenizer
 
 
@@ -208,7 +228,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer; taken off afterwards."""
     if run.model == SCRATCH:
         torch.manual_seed(run.seed)
-        model, tokenizer = scratch_model(run.arm, run.width, run.dim)
+        model, tokenizer = scratch_model(run)
         model = model.to(device)
     else:
         base, tokenizer = _base(run.model, dtype, device)
@@ -435,7 +455,9 @@ def operations_of(call: Callable[[], object]) -> int:
 
 C8_DATASETS = ("2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds")
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
-TUNED_ON = {"two-hop": "two-hop"}  # where a dataset's learning rates are chosen; "1DC" for all others
+TUNED_ON = {
+    name: name for name in ("two-hop", *datasets.OTHER_PROMPTS)
+}  # where a dataset's learning rates are chosen; "1DC" for all others
 LONGER = {"1DC": 3, "2-digit": 3}  # digits are learnt slowly: so many times the steps
 SEEDS = (0, 1, 2)
 
@@ -458,6 +480,18 @@ def scratch_runs(
     plans = [Run("2-digit", arm, width=width, **shape) for width in widths for arm in SCRATCH_ARMS]
     plans = [replace(run, dim=dim) for run in plans for dim in (dims if run.arm in SIZED else [run.dim])]
     tried, best = _search_all(plans, store, steps=tried_for)
+    if None in best:
+        return tried, []
+    return tried, [replace(run, seed=seed) for seed in seeds for run in best]
+
+
+def composing_runs(
+    store: Store, seeds: Sequence[int] = (0, 1, 2), steps: int = 2400, tried_for: int = 600
+) -> tuple[list[Run], list[Run]]:
+    """Two hops from scratch, COMPOSING_ARMS on `datasets.compositions`; see `scratch_runs` for the two lists."""
+    shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32", steps=steps)
+    shape |= dict(train_items=None, validation_items=None, test_items=None)
+    tried, best = _search_all([Run("compositions", arm, **shape) for arm in COMPOSING_ARMS], store, steps=tried_for)
     if None in best:
         return tried, []
     return tried, [replace(run, seed=seed) for seed in seeds for run in best]

@@ -30,7 +30,7 @@ class Items:
 
     prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens that count as
     right, or None where the whole answer must be right. goes_on: tokens that, after an answer, would make it another
-    number.
+    number. kinds: of each question, where the learning curve tells them apart.
     """
 
     prompts: list[list[int]]
@@ -38,6 +38,7 @@ class Items:
     texts: list[str]
     accepted: list[frozenset[int]] | None
     goes_on: frozenset[int]
+    kinds: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,13 +66,14 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
     return Items(prompts, answers, frame["answer"].tolist(), None, digits)
 
 
-def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]]) -> Items:
-    """Questions judged by the first token of the answer, one of `accepted`; the answer's own is learnt.
+def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]] | None = None) -> Items:
+    """Questions judged by the first token of the answer, one of `accepted` (None: the answer's own, which is learnt).
 
     Raises ValueError for an empty frame.
     """
     prompts, answers = _tokens(tokenizer, frame)
-    return Items(prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), list(accepted), frozenset())
+    accepted = [frozenset(answer[:1]) for answer in answers] if accepted is None else list(accepted)
+    return Items(prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), accepted, frozenset())
 
 
 def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[int]], list[list[int]]]:
@@ -272,7 +274,7 @@ def train(
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
     validation (share right; NaN without questions for it), seconds (of all sittings), losses (of each step since the
-    row before).
+    row before); where validation questions have kinds also kinds (kind -> share right).
 
     Raises ValueError when nothing is to be trained, and FloatingPointError when the loss is no number any more.
     """
@@ -314,17 +316,20 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{np.mean(state['losses'][-20:]):.3f}", right=f"{np.mean(state['right'][-20:]):.0%}")
             if state["step"] in marks:
-                score = evaluate(model, validation)[0].mean() if validation else float("nan")
-                row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": score}
+                right = evaluate(model, validation)[0] if validation else np.array([np.nan])
+                row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": right.mean()}
                 state["seconds"] = before + time.monotonic() - begin
                 row |= {"step": state["step"], "seconds": state["seconds"]}
                 losses = [round(loss, 4) for loss in state["losses"]]
                 state["curve"].append({**{k: float(v) for k, v in row.items()}, "losses": losses})
+                if validation and validation.kinds:
+                    state["curve"][-1]["kinds"] = pd.Series(right).groupby(validation.kinds).mean().to_dict()
                 state["losses"], state["right"] = [], []
             if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
                 state["seconds"] = before + time.monotonic() - begin
                 _save(checkpoint, recipe, weights, optimiser, schedule, state)
-    return pd.DataFrame(state["curve"], columns=["step", "loss", "train", "validation", "seconds", "losses"])
+    columns = ["step", "loss", "train", "validation", "seconds", "losses"]
+    return pd.DataFrame(state["curve"], columns=columns + ["kinds"] * bool(validation and validation.kinds))
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:
