@@ -57,16 +57,23 @@ def steps(*ends) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def knockouts(*needed, behind=False):
+    high = -0.1 if behind else 0.5
+    return pd.DataFrame({"stage": list("ABCD"), "needed": needed, "difference_high": high, "n": 8, "draws": 9})
+
+
 @pytest.mark.parametrize(
-    "ends, verdict",
+    "ends, needed, behind, verdict",
     [
-        (((1, 2), (1, 2), (1, 2)), "reproduced"),
-        (((1, 2), (-2, -1), (1, 2)), "partly"),
-        (((0.1, 0.3), (0.1, 0.3), (0.1, 0.3)), "not at this scale"),
-        (((-1, 2), (-2, -1), (-2, -1)), "not at this scale"),
-        (((-2, -1), (-2, -1), (-2, -1)), "contradicted"),
+        (((1, 2), (1, 2), (1, 2)), (True, True, True, True), False, "reproduced"),
+        (((1, 2), (1, 2), (1, 2)), (True, True, False, True), False, "partly"),
+        (((1, 2), (-2, -1), (1, 2)), (False, False, False, False), False, "partly"),
+        (((0.1, 0.3), (0.1, 0.3), (0.1, 0.3)), (False, False, False, False), False, "not at this scale"),
+        (((-1, 2), (-2, -1), (-2, -1)), (False, False, False, False), True, "not at this scale"),
+        (((-2, -1), (-2, -1), (-2, -1)), (False, False, False, False), False, "not at this scale"),
+        (((-2, -1), (-2, -1), (-2, -1)), (False, False, False, False), True, "contradicted"),
     ],
 )
-def test_q2_follows_its_rule(ends, verdict):
-    claim = claims.arithmetic_has_stages({"one": (steps(*ends), 9)})
-    assert claim.verdict == verdict and "n = 9" in claim.ours
+def test_q2_follows_its_rule(ends, needed, behind, verdict):
+    claim = claims.arithmetic_has_stages({"one": (steps(*ends), 9)}, knockouts(*needed, behind=behind))
+    assert claim.verdict == verdict and "n = 9" in claim.ours and "9 random sets" in claim.ours

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import claims, comparison, datasets
+from backattn import claims, comparison, datasets, experiments
 from backattn.experiments import Run, Store
 
 
@@ -75,6 +75,36 @@ def test_the_interval_over_datasets_holds_what_another_training_changes(store, m
     rows = comparison.difference_table(mine, kept, "back attention", ["bias"]).set_index("dataset")
     assert rows.loc["made up", "low"] > 0 and rows.loc["all", "low"] < 0 < rows.loc["all", "high"]
     assert rows.loc["all", "p"] > 0.05 > rows.loc["made up", "p"] and rows.loc["all", "n"] == 6
+
+
+def test_kinds_of_questions_are_told_apart(tmp_path):
+    """An arm that has all ID/ID and another that has none of it, and both half of everything else."""
+    kept, kinds = Store(tmp_path, shipped=None), ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"]
+    arms, draw = {"2 layers + back attention": 1, "2 layers": 0}, np.random.default_rng(0)
+    shape = dict(model="scratch", train_items=None, validation_items=None, test_items=None)
+    runs = [Run("compositions", arm, seed, 1e-3, 4, **shape) for arm in arms for seed in range(3)]
+    asked = experiments.asked(runs[0], "test")
+    for run in runs:
+        right = np.where(asked["kind"] == "ID/ID", arms[run.arm], draw.integers(2, size=len(asked)))
+        point = {"loss": 1.0, "train": 0.1, "validation": 0.5}
+        curve = [{**point, "step": k, "kinds": dict.fromkeys(kinds, k / 4 + run.seed / 10)} for k in (2, 4)]
+        result = {"run": {}, "right": "".join(map(str, right)), "curve": curve, "trained": 4, "flops": 8}
+        kept.keep(run, result, {})
+    accuracy, less = comparison.by_kind(runs, kept, "2 layers + back attention", ["2 layers"])
+    whole = accuracy.set_index(["kind", "arm"])
+    assert (
+        whole.loc["ID/ID", "accuracy"].to_dict() == arms and (whole["n"] == 200).all() and (whole["seeds"] == 3).all()
+    )
+    others = whole.drop(index="ID/ID")
+    assert ((others["low"] < 0.5) & (others["high"] > 0.5)).all()
+    rows = less.set_index("kind")
+    assert rows.loc["ID/ID", ["difference", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    assert (rows["low"] <= 0).sum() == 3
+    curves = comparison.kind_curves(runs, kept)
+    assert len(curves) == len(arms) * len(kinds) * 2
+    assert curves.loc[curves["step"] == 4, ["validation", "low", "high"]].round(
+        9
+    ).drop_duplicates().values.tolist() == [[1.1, 1.0, 1.2]]
 
 
 def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
@@ -296,7 +326,10 @@ def differences(untrained, trained):
     ],
 )
 def test_c8_follows_its_rule(untrained, trained, verdict):
-    assert claims.raises_accuracy(differences(untrained, trained), ["bias"]).verdict == verdict
+    table = differences(untrained, trained)
+    assert claims.raises_accuracy(table, ["bias"]).verdict == verdict
+    claim = claims.other_prompts_too(table.assign(n=50), ["bias"])
+    assert (claim.id, claim.verdict) == ("N1", verdict) and claim.ours.endswith("n = 50")
 
 
 def test_c8_does_not_check_what_was_not_tried_on_all_datasets():

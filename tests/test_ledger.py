@@ -93,7 +93,10 @@ def test_verdicts_follow_from_the_tables(ledger):
         claims.several_layers_help(
             sources, less[less["less"] == "layer 6 alone"], less[less["less"] == "residual LoRA there"]
         ),
-        claims.arithmetic_has_stages({"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}),
+        claims.arithmetic_has_stages(
+            {"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}, read("08_knockouts")
+        ),
+        claims.other_prompts_too(read("08_prompts_differences"), arms[:2]),
         claims.costs_as_computed(read("08_costs"), read("08_one_pass")),
         claims.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
         claims.high_states_of_r1_matter(memory),
@@ -105,7 +108,7 @@ def test_verdicts_follow_from_the_tables(ledger):
     for claim in made:
         again.setdefault(claim.id, []).append(claim.verdict)
     assert {name: kept[name] for name in again} == again
-    assert set(kept) - set(again) == {"N1", "B1", "B2", "B4"}  # these are asked from tables above
+    assert set(kept) - set(again) == {"B1", "B2", "B4"}  # these are asked from tables above
 
 
 def test_readme_shows_it(ledger):

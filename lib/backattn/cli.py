@@ -406,7 +406,9 @@ def check() -> int:
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
     environment.pop("MPLBACKEND", None)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
-    nbval = [*pytest, "--nbval-lax", "--nbval-cell-timeout=1200", *map(str, notebooks())]
+    took = _manifest().get("runs", {}).get("paper", {})
+    longest = sorted(notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0))  # first, to end together
+    nbval = [*pytest, "--no-loadscope-reorder", "--nbval-lax", "--nbval-cell-timeout=1200", *map(str, longest)]
     steps: list[tuple[str, list[str]]] = [
         ("lint", [sys.executable, "-m", "ruff", "check", "."]),
         ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
