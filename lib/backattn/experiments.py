@@ -486,7 +486,7 @@ def scratch_runs(
 
 
 def composing_runs(
-    store: Store, seeds: Sequence[int] = (0, 1, 2), steps: int = 2400, tried_for: int = 600
+    store: Store, seeds: Sequence[int] = (0, 1, 2), steps: int = 1600, tried_for: int = 600
 ) -> tuple[list[Run], list[Run]]:
     """Two hops from scratch, COMPOSING_ARMS on `datasets.compositions`; see `scratch_runs` for the two lists."""
     shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32", steps=steps)
