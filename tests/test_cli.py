@@ -135,6 +135,8 @@ def test_update_after_a_finished_run_still_updates(place, monkeypatch):
     monkeypatch.setattr(paths, "DATA", place / "data")
     assert cli.main([]) == 0
     assert nbformat.read(path, as_version=4).cells[1].execution_count is None
+    (place / "figures/tables").mkdir(parents=True, exist_ok=True)
+    (place / "figures/tables/claims.csv").write_text("id,notebook,figure\nC1,01_good,01_x\n")
     assert cli.main(["--update"]) == 0
     assert nbformat.read(path, as_version=4).cells[1].execution_count == 1
     assert "01_good" in json.loads((place / "data/MANIFEST.json").read_text())["runs"]["paper"]

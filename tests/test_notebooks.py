@@ -117,6 +117,13 @@ def test_every_saved_figure_and_table_is_committed(notebook):
         assert all((paths.FIGURES / "tables" / f"{name}.{suffix}").exists() for suffix in ("csv", "md", "tex"))
 
 
+def test_the_index_of_figures_is_whole():
+    told = (paths.FIGURES / "README.md").read_text(encoding="utf-8")
+    assert told == cli.figure_index()
+    listed = re.findall(r"^\| \[(\w+)\]", told, re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in paths.FIGURES.glob("*.png"))
+
+
 def test_no_algorithm_and_no_test_branch_in_a_notebook(notebook):
     for cell in code(notebook)[1:]:
         assert not re.search(r"^\s*(def|class|while|try|if) ", cell.source, re.MULTILINE), cell.source

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -354,8 +355,6 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     alone makes whole.
     """
     replaces = {"paper": ("figures/", paths.FIGURES), "full": ("data/", paths.DATA)}[profile]
-    if profile == "paper":
-        shutil.copyfile(target, path)
     manifest = _manifest()
     for name in stamp["written"]:
         if name.startswith(replaces[0]):
@@ -373,6 +372,10 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                     "made by": path.stem,
                     "hardware": hardware(),
                 }
+    if profile == "paper":
+        shutil.copyfile(target, path)
+        with atomic_file(paths.FIGURES / "README.md") as temporary:
+            temporary.write_text(figure_index(), encoding="utf-8")
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
     made = [name for name in stamp["written"] if name.endswith(".jsonl") and profile == "full"]
     for name in made:
@@ -381,6 +384,11 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def figure_index() -> str:
+    """What figures/README.md says of the committed notebooks and ledger."""
+    return tables.figure_index(notebooks(), pd.read_csv(paths.FIGURES / "tables" / "claims.csv"))
 
 
 def _join_lines(new: Path, goal: Path) -> None:

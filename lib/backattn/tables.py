@@ -1,7 +1,10 @@
 """Tables as CSV, Markdown and LaTeX, all from one frame."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 
 from .runtime import atomic_file
@@ -68,3 +71,39 @@ def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> s
         return None
     row = int(differs.idxmax())
     return message.format(found[row], row + 2, expected[row])
+
+
+INDEX = """# Figures and tables
+
+Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it plots; every table, in
+[tables/](tables), as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook `NN`. In bold, the claim whose
+figure it is in the [ledger](tables/claims.csv); else the claims of its notebook. This page is written by
+`./run_all.sh --update`.
+
+| figure | what it shows | claims | notebook, and what it reads |
+|---|---|---|---|
+"""
+
+
+def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
+    """figures/README.md: figure -> first sentence of its finding -> claim -> notebook -> data.
+
+    notebooks: executed, each figure followed by its "**Finding.**"; ledger: id, notebook, figure (`claims.ledger`).
+    """
+    rows = []
+    for path in notebooks:
+        cells = nbformat.read(path, as_version=4).cells
+        reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
+        own = ledger.loc[ledger["notebook"].str.split(", ").map(lambda names, stem=path.stem: stem in names), "id"]
+        for place, cell in enumerate(cells):
+            for name in re.findall(r'run\.figure\([^"]*"(\w+)"', cell.source) if cell.cell_type == "code" else ():
+                told = next((c.source for c in cells[place:] if c.source.startswith("**Finding.**")), "–.")
+                told = " ".join(told.removeprefix("**Finding.** ").split())
+                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!])(?= |$)", told)[1]
+                whose = [f"**{id}**" for id in dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"])]
+                ids = ", ".join(whose or dict.fromkeys(own)) or "–"
+                link = f"[{path.stem[:2]}](../notebooks/{path.name}): {reads[1] if reads else 'nothing'}"
+                rows.append(
+                    f"| [{name}]({name}.png) ([pdf]({name}.pdf), [csv]({name}.csv)) | {sentence} | {ids} | {link} |"
+                )
+    return INDEX + "\n".join(rows) + "\n"
