@@ -22,7 +22,7 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from . import paths, tables
+from . import paths, site, tables
 from .runtime import CLUSTER, PROFILE, PROGRESS_FILE, atomic_file, hardware
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
@@ -464,6 +464,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", metavar="01,03", help="only these notebooks")
     p.add_argument("--from", dest="start", metavar="NN", help="from this notebook on")
     p.add_argument("--to", dest="stop", metavar="NN", help="up to this notebook")
+    p.add_argument("--html", action="store_true", help="the committed notebooks as a static site, in build/html")
     p.add_argument("--list", action="store_true", help="list the notebooks and what each takes")
     p.add_argument("--force", action="store_true", help="run again what is done already")
     p.add_argument("--keep-going", action="store_true", help="go on after a failed notebook")
@@ -488,6 +489,9 @@ def main(argv: list[str] | None = None) -> int:
         return check()
     if arguments.list:
         return list_notebooks()
+    if arguments.html:
+        print(f"Open {site.build(paths.BUILD / 'html', notebooks())}")
+        return 0
     if arguments.update and (arguments.model or arguments.device or arguments.profile == "smoke"):
         raise SystemExit(
             "--update replaces committed results: use it with profile paper or full and the default model."

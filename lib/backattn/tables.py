@@ -76,7 +76,7 @@ def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> s
 INDEX = """# Figures and tables
 
 Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it plots; every table, in
-[tables/](tables), as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook `NN`. In bold, the claim whose
+`tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook `NN`. In bold, the claim whose
 figure it is in the [ledger](tables/claims.csv); else the claims of its notebook. This page is written by
 `./run_all.sh --update`.
 
