@@ -184,7 +184,20 @@ def test_update_is_refused_for_other_profiles_and_models():
 
 def test_every_option_of_the_design_is_there():
     text = cli.parser().format_help()
-    named = ("check", "html", "profile", "only", "from", "to", "list", "force", "keep-going", "update", "model", "device")
+    named = (
+        "check",
+        "html",
+        "profile",
+        "only",
+        "from",
+        "to",
+        "list",
+        "force",
+        "keep-going",
+        "update",
+        "model",
+        "device",
+    )
     assert all(f"--{name}" in text for name in named)
     assert set(cli.PROFILES) == {"smoke", "paper", "full"}
     assert isinstance(cli.parser().parse_args([]), argparse.Namespace)

@@ -120,7 +120,7 @@ def test_every_saved_figure_and_table_is_committed(notebook):
 def test_the_index_of_figures_is_whole():
     told = (paths.FIGURES / "README.md").read_text(encoding="utf-8")
     assert told == cli.figure_index()
-    listed = re.findall(r"^\| \[(\w+)\]", told, re.MULTILINE)
+    listed = re.findall(r"^- \*\*(\w+)\*\*", told, re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in paths.FIGURES.glob("*.png"))
 
 

@@ -76,34 +76,31 @@ def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> s
 INDEX = """# Figures and tables
 
 Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it plots; every table, in
-`tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook `NN`. In bold, the claim whose
-figure it is in the [ledger](tables/claims.csv); else the claims of its notebook. This page is written by
+`tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook `NN`. With each figure the first sentence of
+its finding, and the claim whose figure it is in the [ledger](tables/claims.csv). This page is written by
 `./run_all.sh --update`.
-
-| figure | what it shows | claims | notebook, and what it reads |
-|---|---|---|---|
 """
 
 
 def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
-    """figures/README.md: figure -> first sentence of its finding -> claim -> notebook -> data.
+    """figures/README.md: notebook -> claims and data -> figure -> first sentence of its finding.
 
     notebooks: executed, each figure followed by its "**Finding.**"; ledger: id, notebook, figure (`claims.ledger`).
     """
-    rows = []
+    lines = [INDEX]
     for path in notebooks:
         cells = nbformat.read(path, as_version=4).cells
         reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
-        own = ledger.loc[ledger["notebook"].str.split(", ").map(lambda names, stem=path.stem: stem in names), "id"]
+        own = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
+        lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
+        lines.append(f"Claims: {', '.join(dict.fromkeys(own)) or 'none'}. Reads: {reads[1] if reads else 'nothing'}.\n")
         for place, cell in enumerate(cells):
             for name in re.findall(r'run\.figure\([^"]*"(\w+)"', cell.source) if cell.cell_type == "code" else ():
                 told = next((c.source for c in cells[place:] if c.source.startswith("**Finding.**")), "–.")
                 told = " ".join(told.removeprefix("**Finding.** ").split())
                 sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!])(?= |$)", told)[1]
-                whose = [f"**{id}**" for id in dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"])]
-                ids = ", ".join(whose or dict.fromkeys(own)) or "–"
-                link = f"[{path.stem[:2]}](../notebooks/{path.name}): {reads[1] if reads else 'nothing'}"
-                rows.append(
-                    f"| [{name}]({name}.png) ([pdf]({name}.pdf), [csv]({name}.csv)) | {sentence} | {ids} | {link} |"
-                )
-    return INDEX + "\n".join(rows) + "\n"
+                whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
+                files = ", ".join(f"[{suffix}]({name}.{suffix})" for suffix in ("png", "pdf", "csv"))
+                lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
+        lines.append("")
+    return "\n".join(lines)
