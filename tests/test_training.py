@@ -565,9 +565,10 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
     ]
     digits = {"field": "source_layer", "values": parameter("04", "second_layers")}
     plans.append(experiments.varied_runs(store, dataset=parameter("04", "second_dataset"), **digits))
-    for layer in parameter("04", "retuned"):
-        own = {"source_layer": layer, "arms": experiments.CORE_ARMS}
-        plans.append(experiments.adapter_runs(store, names=["two-hop"], **own))
+    anew = [("two-hop", layer) for layer in parameter("04", "retuned")]
+    anew += [(parameter("04", "second_dataset"), layer) for layer in parameter("04", "second_retuned")]
+    for name, layer in anew:
+        plans.append(experiments.adapter_runs(store, names=[name], source_layer=layer, arms=experiments.CORE_ARMS))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     assert all("losses" in row for run in plans[0][1] for row in store.result(run)["curve"])
@@ -594,6 +595,10 @@ def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
     for layers, dim in parameter("07", "several"):
         at = {"source_layer": tuple(layers), "dim": dim, "arms": ["back attention", "residual LoRA"]}
         tried, final = experiments.adapter_runs(store, names=["two-hop"], **at)
+        assert final and all(store.result(run) for run in tried + final)
+    plans = [experiments.adapter_runs(store, names=datasets.OTHER_PROMPTS, arms=experiments.CORE_ARMS, batch_size=16)]
+    plans.append(experiments.composing_runs(store))
+    for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
     learnt = [run for run in experiments.scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"]

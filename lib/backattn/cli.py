@@ -69,8 +69,8 @@ PARAMETERS_TAG = "parameters"
 
 
 def notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
-    """The numbered notebooks, in order."""
-    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks, in order, then the demo."""
+    return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted(folder.glob("demo_*.ipynb"))]
 
 
 def select(found: list[Path], only: str | None, start: str | None, stop: str | None) -> list[Path]:

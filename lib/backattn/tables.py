@@ -98,7 +98,7 @@ def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
             for name in re.findall(r'run\.figure\([^"]*"(\w+)"', cell.source) if cell.cell_type == "code" else ():
                 told = next((c.source for c in cells[place:] if c.source.startswith("**Finding.**")), "–.")
                 told = " ".join(told.removeprefix("**Finding.** ").split())
-                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!])(?= |$)", told)[1]
+                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", told)[1]
                 whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
                 files = ", ".join(f"[{suffix}]({name}.{suffix})" for suffix in ("png", "pdf", "csv"))
                 lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
