@@ -177,7 +177,7 @@ def test_shipped_results_have_the_checksum_that_the_manifest_notes():
 
 
 def test_update_is_refused_for_other_profiles_and_models():
-    for options in (["--profile", "smoke"], ["--model", "tiny-llama"]):
+    for options in (["--profile", "smoke"], ["--model", "tiny-llama"], ["--dtype", "bfloat16"]):
         with pytest.raises(SystemExit, match="--update replaces committed results"):
             cli.main(["--update", *options])
 

@@ -8,7 +8,7 @@ import tomllib
 from backattn import paths
 
 PACKAGES = {"backattn", "conftest"}  # our own
-PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel, in versions of their choice
+PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel
 AUTHORS_ONLY = {"reasoning_gym"}  # data/build_legs.py says how to get it
 
 

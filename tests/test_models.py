@@ -289,3 +289,19 @@ def test_smollm2_is_the_real_thing(smollm2):
     assert model.dtype == torch.float32
     ids = tokenizer("Spain's capital is Madrid. Japan's capital is", return_tensors="pt")
     assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Tokyo"
+
+
+# ---------------------------------------------------------------- dtype
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_environment_says_the_dtype_where_nothing_else_does(monkeypatch, name):
+    monkeypatch.setenv(runtime.DTYPE, name)
+    assert load_model("tiny-llama")[0].dtype == getattr(torch, name)
+    assert load_model("tiny-llama", dtype=torch.float16)[0].dtype == torch.float16
+
+
+def test_an_unknown_dtype_is_explained(monkeypatch):
+    monkeypatch.setenv(runtime.DTYPE, "float8")
+    with pytest.raises(ValueError, match="BACKATTN_DTYPE is 'float8'"):
+        load_model("tiny-llama")

@@ -609,6 +609,18 @@ def pretend(store, run, validation, **more):
     store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {})
 
 
+def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(tiny_run, tmp_path, monkeypatch):
+    store, scratch = Store(tmp_path, shipped=None), replace(tiny_run, model=experiments.SCRATCH)
+    keys, seen = (tiny_run.key, scratch.key), []
+    monkeypatch.setenv(runtime.DTYPE, "bfloat16")
+    assert tiny_run.key != keys[0] and scratch.key == keys[1]
+    monkeypatch.setattr(experiments, "tested", lambda run, model, *_: seen.append(model.dtype) or np.array([True]))
+    experiments.perform(tiny_run, store)
+    assert seen == [torch.bfloat16]
+    monkeypatch.setenv(runtime.DTYPE, "float32")
+    assert tiny_run.key == keys[0] and store.result(tiny_run) is None
+
+
 def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
     store, scores = Store(tmp_path, shipped=None), {}
     for _ in range(10):

@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, site, tables
-from .runtime import CLUSTER, PROFILE, PROGRESS_FILE, atomic_file, hardware
+from .runtime import CLUSTER, DTYPE, PROFILE, PROGRESS_FILE, atomic_file, hardware
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
@@ -100,7 +100,7 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
             digest.update(repr(part).encode())
 
     cells = nbformat.read(path, as_version=4).cells
-    add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()))
+    add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()), os.environ.get(DTYPE))
     inputs = [*sorted(Path(__file__).parent.glob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
     if profile != "full":  # which makes these results itself
         inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
@@ -475,6 +475,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models; float32 is the default")
     p.add_argument(
         "--cluster",
         metavar="ADDRESS",
@@ -492,12 +493,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html', notebooks())}")
         return 0
-    if arguments.update and (arguments.model or arguments.device or arguments.profile == "smoke"):
+    other = arguments.model or arguments.device or arguments.dtype
+    if arguments.update and (other or arguments.profile == "smoke"):
         raise SystemExit(
             "--update replaces committed results: use it with profile paper or full and the default model."
         )
-    if arguments.cluster:
-        os.environ[CLUSTER] = arguments.cluster
+    for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
+        if value:
+            os.environ[name] = value
     try:
         return run(arguments)
     except KeyboardInterrupt:

@@ -71,7 +71,7 @@ class Run:
     train_items: int | None = 1500
     validation_items: int | None = 200
     test_items: int | None = 300
-    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32
+    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, or as --dtype says
     memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
     width: int = 440  # of a model from scratch
 
@@ -86,6 +86,8 @@ class Run:
         added later leaves the names of earlier runs what they are."""
         source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
         about = [VERSION, _own(self), _own(self.recipe), data_hash(self.dataset), source, SHOTS]
+        if _asked_in(self) != "float32":  # what is tested in another dtype is another result
+            about.append(_asked_in(self))
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -100,6 +102,11 @@ class Run:
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
         )
+
+
+def _asked_in(run: Run) -> str:
+    """The dtype of a run's test: that of `load_model`, fp32 for models from scratch."""
+    return "float32" if run.model == SCRATCH else str(runtime.dtype()).removeprefix("torch.")
 
 
 def _own(settings) -> dict:
@@ -244,9 +251,9 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
 
 @contextlib.contextmanager
 def trained(run: Run, store: "Store", device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
-    """`armed` in fp32, with the weights that were kept; raises FileNotFoundError where they are not there."""
+    """`armed` as it is tested, with the weights that were kept; raises FileNotFoundError where they are not there."""
     weights = store.weights(run)
-    with armed(run, "float32", device) as (model, tokenizer):
+    with armed(run, _asked_in(run), device) as (model, tokenizer):
         put_weights(model, weights)
         yield model, tokenizer
 
@@ -359,7 +366,7 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
             weights = trained_weights(model)
             result["trained"] = sum(tensor.numel() for tensor in weights.values())
             result["seconds"] = round(curve[-1]["seconds"], 1)
-    with armed(run, "float32", device) as (model, tokenizer):
+    with armed(run, _asked_in(run), device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
         if run.test_items == 0:

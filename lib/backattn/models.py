@@ -21,6 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from . import runtime
 from .arch import UnsupportedModelError, check_supported, supported
 from .paths import CACHE
 from .runtime import atomic_folder, one_process, progress
@@ -103,7 +104,7 @@ EMBEDDED: dict[str, Embedded] = {
 
 def load_model(
     name: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ):
@@ -111,7 +112,8 @@ def load_model(
 
     Args:
         name: "smollm2", "gemma3-270m", "tiny-<family>" (see `tiny_names`), a Hugging Face id, or a local folder.
-        dtype: fp32 by default, because sums of bf16 contributions are off by about one per cent.
+        dtype: None: fp32, or what the environment variable BACKATTN_DTYPE says (`--dtype`). Sums of bf16 contributions
+            are off by about one per cent.
         device: where the weights go.
         revision: of a Hugging Face id.
 
@@ -122,7 +124,7 @@ def load_model(
         ModelLoadError: no network, wrong checksum, truncated file, full disk, no such model.
         ValueError: unknown "tiny-…" name.
     """
-    name = str(name)
+    name, dtype = str(name), dtype or runtime.dtype()
     if name.startswith("tiny-"):
         model, tokenizer = _tiny(name)
         model = model.to(dtype)

@@ -21,6 +21,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 PROFILE = "BACKATTN_PROFILE"  # set by the runner: which profile's folder a notebook writes to
 CLUSTER = "BACKATTN_CLUSTER"  # set by the runner: address of a dask scheduler whose workers train
+DTYPE = "BACKATTN_DTYPE"  # set by the runner: what models are loaded in where nothing else is said
 PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
 
 
@@ -30,6 +31,14 @@ def use_threads(count: int | None = None) -> int:
         count = int(os.environ.get("BACKATTN_THREADS", "1"))
     torch.set_num_threads(count)
     return count
+
+
+def dtype() -> torch.dtype:
+    """What models are loaded in: the environment variable BACKATTN_DTYPE, else fp32. Raises ValueError for another."""
+    name = os.environ.get(DTYPE, "float32")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{DTYPE} is {name!r}: set it to float32, bfloat16 or float16.")
+    return getattr(torch, name)
 
 
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
