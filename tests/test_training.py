@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backattn import baselines, datasets, experiments, load_model, runtime, training
+from backattn import baselines, datasets, experiments, load_model, runtime, tasks, training
 from backattn.back_attention import TwoPassModel
 from backattn.experiments import Run, Store
 from backattn.paths import NOTEBOOKS
@@ -85,16 +85,20 @@ def test_other_wordings_ask_the_same_questions():
         assert other.drop(columns="prompt").equals(plain.drop(columns="prompt"))
 
 
-def test_a_first_hop_in_context_is_said_once_and_among_others():
+def test_a_first_hop_in_context_is_said_once_and_needed():
     facts, frame = datasets.two_hop(), datasets.in_context()
     known = set(facts[["r1", "e2", "r2", "e3"]].itertuples(index=False, name=None))
-    assert len(frame) > 800 and frame["tested"].all()
+    answers = {(e2, r2): e3 for e2, r2, e3 in tasks.two_hop_facts()[["e2", "r2", "e3"]].to_numpy()}
+    assert len(frame) > 800 and frame["tested"].all() and (frame["group"] == frame["e2"]).all()
+    assert frame.groupby(["r1", "e2", "r2"]).size().nunique() == 1
     for row in frame.itertuples():
         *said, asked = re.split(r"(?<=\.) ", row.prompt)
         assert f"{row.e1}'s {row.r1} is {row.e2}." in said and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
-        assert sorted(row.group.split("|")) == sorted(s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said)
-        assert len({s.split("'s ")[0] for s in said}) == len(said) == 3
-        assert row.e3 not in row.group.split("|") and (row.r1, row.e2, row.r2, row.e3) in known
+        bridges = {s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said}
+        assert len({s.split("'s ")[0] for s in said}) == len(said) == len(bridges) == 3
+        assert len({datasets._turn(name) for name in bridges}) == 1
+        assert row.e3 not in bridges and (row.r1, row.e2, row.r2, row.e3) in known
+        assert all(answers.get((name, row.r2)) != row.e3 for name in bridges - {row.e2})
 
 
 def test_compositions_hold_out_what_they_say():

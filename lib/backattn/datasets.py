@@ -146,27 +146,29 @@ def said_otherwise(say: Callable[[str, str, str], str]) -> pd.DataFrame:
     return frame.assign(prompt=[say(row.e1, row.r1, row.r2) for row in frame.itertuples()])
 
 
-def in_context(draws: int = 4, others: int = 2, seed: int = 0) -> pd.DataFrame:
+def in_context(draws: int = 5, others: int = 2, seed: int = 0) -> pd.DataFrame:
     """Two-hop questions whose first hop is invented and stands in the prompt, among those of `others` people, and whose
     second hop is one of `two_hop`: "Ann's country is Peru. Tom's country is Japan. Tom's country's capital is".
 
-    Each bridge entity of a pair of relations is asked `draws` times, of people drawn anew; one without enough others
-    for the same r1 is left out. A group is all bridge entities of a prompt: for validation together, or tested in the
-    same fold. Columns as in `two_hop`.
+    Each second hop is asked `draws` times, of people drawn anew. The other people's bridge entities have another answer
+    and are of the same fold; a second hop without enough of them is left out. Columns as in `two_hop`.
     """
     draw, say, rows = np.random.default_rng(seed), tasks.TEMPLATES["possessive"].say, []
-    facts = two_hop().drop_duplicates(["pair", "e2", "r2"])
-    turns = facts["e2"].map(_turn)
-    for fact in [*facts.to_dict("records")] * draws:
-        alike = facts[(facts["r1"] == fact["r1"]) & (turns == _turn(fact["e2"]))]
-        bridges = [name for name in alike["e2"].unique() if name not in (fact["e2"], fact["e3"])]
-        if len(bridges) < others:
+    answers: dict[tuple[str, str], set[str]] = {}
+    for fact in tasks.two_hop_facts().itertuples():
+        answers.setdefault((fact.e2, fact.r2), set()).update([fact.e3, *filter(None, fact.e3_aliases.split("|"))])
+    facts = two_hop().drop_duplicates(["r1", "e2", "r2"])
+    for fact in facts.to_dict("records") * draws:
+        alike = facts.loc[(facts["r1"] == fact["r1"]) & (facts["e2"].map(_turn) == _turn(fact["e2"])), "e2"].unique()
+        unlike = [name for name in alike if fact["e3"] not in {name, *answers.get((name, fact["r2"]), ())}]
+        unlike = [name for name in unlike if name != fact["e2"]]
+        if len(unlike) < others:
             continue
-        bridges = [fact["e2"], *draw.permutation(bridges)[:others]]
+        bridges = [fact["e2"], *draw.permutation(unlike)[:others]]
         people = draw.permutation(NAMES.split())[: len(bridges)]
         said = [f"{say(who, fact['r1'])} {e2}." for who, e2 in zip(people, bridges, strict=True)]
         prompt = " ".join([*draw.permutation(said), say(people[0], fact["r1"], fact["r2"])])
-        rows.append({**fact, "e1": people[0], "prompt": prompt, "group": "|".join(bridges), "tested": True})
+        rows.append({**fact, "e1": people[0], "prompt": prompt, "tested": True})
     return pd.DataFrame(rows)
 
 

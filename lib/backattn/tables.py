@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 
 from .runtime import atomic_file
@@ -87,6 +86,8 @@ def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
 
     notebooks: executed, each figure followed by its "**Finding.**"; ledger: id, notebook, figure (`claims.ledger`).
     """
+    import nbformat  # needed here only
+
     lines = [INDEX]
     for path in notebooks:
         cells = nbformat.read(path, as_version=4).cells
