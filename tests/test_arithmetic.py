@@ -77,3 +77,8 @@ def knockouts(*needed, behind=False):
 def test_q2_follows_its_rule(ends, needed, behind, verdict):
     claim = claims.arithmetic_has_stages({"one": (steps(*ends), 9)}, knockouts(*needed, behind=behind))
     assert claim.verdict == verdict and "n = 9" in claim.ours and "9 random sets" in claim.ours
+
+
+def test_q2_wants_four_stages():
+    with pytest.raises(ValueError, match="stages A to D"):
+        claims.arithmetic_has_stages({"one": (steps((1, 2), (1, 2), (1, 2)), 9)}, knockouts(*[True] * 4).head(3))

@@ -176,7 +176,8 @@ def test_shipped_results_have_the_checksum_that_the_manifest_notes():
     assert shipped == {name: entry["sha256"] for name, entry in noted.items()} and shipped
 
 
-def test_update_is_refused_for_other_profiles_and_models():
+def test_update_is_refused_for_other_profiles_and_models(monkeypatch):
+    monkeypatch.setenv("BACKATTN_DTYPE", "float32")  # as it was afterwards
     for options in (["--profile", "smoke"], ["--model", "tiny-llama"], ["--dtype", "bfloat16"]):
         with pytest.raises(SystemExit, match="--update replaces committed results"):
             cli.main(["--update", *options])

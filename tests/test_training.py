@@ -106,19 +106,40 @@ def test_compositions_hold_out_what_they_say():
     facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
     assert len(facts) == datasets.ENTITIES * datasets.RELATIONS / 2
     seen = {"ID": set(), "OOD": set()}
+    trained, held = set(), set()
     for row in frame[frame["kind"] != "fact"].itertuples():
         e1, r1, r2 = row.prompt.split()
         first, second = f"{e1} {r1}", f"{row.group} {r2}"
         assert facts[first] == f" {row.group}" and facts[second] == row.answer
         for kind, fact in zip(row.kind.split("/"), (first, second), strict=True):
             seen[kind].add(fact)
+        if row.kind == "ID/ID":
+            (trained if row.split == "train" else held).update([("first", first), ("second", second)])
         assert row.split != "train" or row.kind == "ID/ID"
+    assert held <= trained  # each in its place
     assert not seen["ID"] & seen["OOD"] and 0.15 < len(seen["OOD"]) / len(facts) < 0.25
     held_out = frame[frame["split"] != "train"].groupby(["split", "kind"]).size().unstack()
     assert (
         (held_out.loc["validation"] == 70).all() and (held_out.loc["test"] == 200).all() and len(held_out.columns) == 4
     )
     assert not frame["prompt"].duplicated().any() and datasets.split(frame, 1).equals(frame)
+    with pytest.raises(ValueError, match="only 224 questions of kind OOD/OOD"):
+        datasets.compositions(1)
+
+
+def test_compositions_are_tuned_alike(tmp_path):
+    """Each arm tries the same decays with the search's rates, and is trained at what does best on ID/ID questions."""
+    store = Store(tmp_path, shipped=None)
+    while True:
+        tried, final = experiments.composing_runs(store)
+        if final:
+            break
+        for run in tried:
+            if store.result(run) is None:
+                pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
+    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 5 * 3 * 3
+    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 5 * 3
+    assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {(1600, None, 1.0)}
 
 
 def test_tested_two_hop_questions_need_both_hops():
@@ -601,7 +622,6 @@ def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
         tried, final = experiments.adapter_runs(store, names=["two-hop"], **at)
         assert final and all(store.result(run) for run in tried + final)
     plans = [experiments.adapter_runs(store, names=datasets.OTHER_PROMPTS, arms=experiments.CORE_ARMS, batch_size=16)]
-    plans.append(experiments.composing_runs(store))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
@@ -614,10 +634,10 @@ def pretend(store, run, validation, **more):
 
 
 def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(tiny_run, tmp_path, monkeypatch):
-    store, scratch = Store(tmp_path, shipped=None), replace(tiny_run, model=experiments.SCRATCH)
-    keys, seen = (tiny_run.key, scratch.key), []
+    store, ours = Store(tmp_path, shipped=None), [replace(tiny_run, model=m) for m in (experiments.SCRATCH, "smollm2")]
+    keys, seen = [run.key for run in (tiny_run, *ours)], []
     monkeypatch.setenv(runtime.DTYPE, "bfloat16")
-    assert tiny_run.key != keys[0] and scratch.key == keys[1]
+    assert tiny_run.key != keys[0] and [run.key for run in ours] == keys[1:]  # whose results are shipped
     monkeypatch.setattr(experiments, "tested", lambda run, model, *_: seen.append(model.dtype) or np.array([True]))
     experiments.perform(tiny_run, store)
     assert seen == [torch.bfloat16]
@@ -816,6 +836,8 @@ def test_models_that_compose(arm):
         layers = (model.base_model if isinstance(model, TwoPassModel) else model).model.layers
         assert len(layers) == (4 if arm in ("4 layers", "2 layers, twice") else 2)
         assert (layers[0] is layers[-2]) == (arm != "4 layers")
+        if isinstance(model, TwoPassModel):
+            assert model.memory_layers == ((0,) if "same" in arm else (0, 1, 2))
     with pytest.raises(ValueError, match="Unknown arm '1 layer'"):
         experiments.scratch_model(replace(run, arm="1 layer"))
 

@@ -276,13 +276,15 @@ def raises_accuracy(difference: pd.DataFrame, controls: list[str], model: str = 
 
 
 def other_prompts_too(difference: pd.DataFrame, controls: list[str]) -> Claim:
-    """N1. difference: as for `raises_accuracy`, on questions asked in other ways; its checks are those of `_gains`."""
+    """N1. difference: of back attention on questions asked in other ways, by dataset (`comparison.difference_table`)
+    and over all of them (`comparison.pooled_table`); the checks are those of `_gains`."""
     passed, against, told = _gains(difference, controls)
+    counts = difference[difference["dataset"] != "all"].groupby("dataset", sort=False)["n"].first()
     return Claim(
         id="N1",
         claim="back attention helps on three more datasets with other prompts",
         paper="next check",
-        ours=f"{told}; n = {int(difference.loc[difference['dataset'] != 'all'].groupby('dataset')['n'].first().sum())}",
+        ours=f"{told}; n = {', '.join(f'{n:.0f} ({name})' for name, n in counts.items())}, of the same second hops",
         kind="band over seeds",
         verdict=_weighed(passed, against),
         notebook="08_beyond_facts_and_cost",
@@ -681,12 +683,15 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> Claim:
 
 def arithmetic_has_stages(models: dict[str, tuple[pd.DataFrame, int]], knockouts: pd.DataFrame) -> Claim:
     """Q2. models: name -> (`stages.order_table` of `arithmetic`'s groups, n); knockouts: `stages.knockout_table` of the
-    first model, of every stage.
+    first model, of stages A to D, layer 0 left out.
 
     Three checks per model: each of A→B, B→C, C→D is surely more than half a layer (against: less than minus half). Less
     only compares shares of flow within a layer, which is what a model of two layers has much of. Four of the first
-    model: each stage's own layers are `needed` (against: they surely cost less than others).
+    model: each stage's own layers are `needed` (against: they surely cost less than others). Raises ValueError for
+    other stages.
     """
+    if list(knockouts["stage"]) != list("ABCD"):
+        raise ValueError(f"Knock-outs of stages A to D are needed, one row each, not of {list(knockouts['stage'])}.")
     passed, against, told = list(knockouts["needed"]), list(knockouts["difference_high"] < 0), []
     for name, (order, n) in models.items():
         steps = order[order["step"]]

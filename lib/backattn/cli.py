@@ -374,8 +374,6 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
                 }
     if profile == "paper":
         shutil.copyfile(target, path)
-        with atomic_file(paths.FIGURES / "README.md") as temporary:
-            temporary.write_text(figure_index(), encoding="utf-8")
     took = {name: stamp[name] for name in ("seconds", "peak_megabytes")}
     made = [name for name in stamp["written"] if name.endswith(".jsonl") and profile == "full"]
     for name in made:
@@ -384,6 +382,9 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if profile == "paper":
+        with atomic_file(paths.FIGURES / "README.md") as temporary:
+            temporary.write_text(figure_index(), encoding="utf-8")
 
 
 def figure_index() -> str:
@@ -415,7 +416,8 @@ def check() -> int:
     folder = paths.run_folder("check")
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
-    environment.pop("MPLBACKEND", None)
+    for name in ("MPLBACKEND", DTYPE):
+        environment.pop(name, None)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
     took = _manifest().get("runs", {}).get("paper", {})
     longest = sorted(notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0))  # first, to end together
@@ -493,14 +495,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html', notebooks())}")
         return 0
-    other = arguments.model or arguments.device or arguments.dtype
+    for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
+        if value:
+            os.environ[name] = value
+    other = arguments.model or arguments.device or os.environ.get(DTYPE, "float32") != "float32"
     if arguments.update and (other or arguments.profile == "smoke"):
         raise SystemExit(
             "--update replaces committed results: use it with profile paper or full and the default model."
         )
-    for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
-        if value:
-            os.environ[name] = value
     try:
         return run(arguments)
     except KeyboardInterrupt:

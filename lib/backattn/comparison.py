@@ -177,6 +177,29 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
     return pd.DataFrame(rows)
 
 
+def pooled_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
+    """`difference_table` over the questions of several datasets that ask of the same names, taken as one dataset "all".
+
+    Names are resampled once for all datasets, so that a name counts as one however often and in whatever words it is
+    asked of. Columns as there, and worst and best, the differences of single seeds (what another training changes is
+    not in the interval).
+    """
+    by = {name: [run for run in runs if run.arm == name] for name in (arm, *others)}
+
+    def whole(name: str, seed: int | None = None) -> Answers:
+        mine = [run for run in by[name] if seed is None or run.seed == seed]
+        parts = [answers([r for r in mine if r.dataset == d], store) for d in dict.fromkeys(r.dataset for r in mine)]
+        return Answers(np.concatenate([p.right for p in parts], axis=1), np.concatenate([p.groups for p in parts]))
+
+    rows, seeds = [], sorted({run.seed for run in by[arm]})
+    for other in others:
+        one, two = whole(arm), whole(other)
+        single = [whole(arm, seed).right.mean() - whole(other, seed).right.mean() for seed in seeds]
+        row = {"model": runs[0].model, "dataset": "all", "other": other, **_paired(one, two, f"{arm!r} and {other!r}")}
+        rows.append({**row, "names": len(set(one.groups)), "worst": min(single), "best": max(single)})
+    return pd.DataFrame(rows)
+
+
 def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, float]:
     """difference of the accuracies, its 95 % interval (low, high) and p, and n (questions).
 

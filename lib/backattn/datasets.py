@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ FOLDS, VALIDATION = 3, 0.15
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
 TWINS = 0.8  # word problems that share this part of their words are one group
 
-ENTITIES, RELATIONS = 60, 20  # of `compositions`
+ENTITIES, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}  # of `compositions`
 NAMES = (  # of people about whom facts are invented, a token each for SmolLM2
     "Adam Alan Alice Amy Ann Anthony Arthur Barbara Ben Bill Bob Brian Bruce Carol Charles Charlie Chris Claire Dan "
     "Daniel Dave Diana Donald Edward Ellen Emily Emma Eric Frank Fred George Grace Greg Hannah Harry Helen Henry "
@@ -172,15 +173,16 @@ def in_context(draws: int = 5, others: int = 2, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compositions(draw_seed: int = 0) -> pd.DataFrame:
+def compositions(draw_seed: int = 2) -> pd.DataFrame:
     """Invented facts and their compositions, for models that know nothing else (as Wang et al. 2024, smaller).
 
     Of 60 entities each has 10 of 20 relations to others: 600 facts, "e3 r7" -> " e41", all of which are trained on. One
-    in five is "OOD": no two-hop question with it is trained on. Four fifths of the two-hop questions "e3 r7 r12" made
-    of two other facts are. `kind` says of which facts a question is made, "ID/ID" (first/second hop), "ID/OOD",
-    "OOD/ID", "OOD/OOD", or "fact". Held out are 70 and 200 questions of each kind of two hops, for validation and test;
-    those of ID/ID have only facts that were seen in other compositions. A group is a bridge entity. The split is part
-    of the dataset.
+    in five is "OOD": no two-hop question with it is trained on. `kind` says of which facts a question "e3 r7 r12" is
+    made, "ID/ID" (first/second hop), "ID/OOD", "OOD/ID", "OOD/OOD", or "fact". A fifth of ID/ID is held out, only where
+    other questions with both facts, in the same places, are trained on. HELD_OUT questions of each kind are for
+    validation and test. The split is part of the dataset; a group is a bridge entity, which is what is resampled.
+
+    Raises ValueError for a draw_seed with too few questions of a kind.
     """
     draw, facts = np.random.default_rng(draw_seed), {}
     for entity in range(ENTITIES):
@@ -191,14 +193,26 @@ def compositions(draw_seed: int = 0) -> pd.DataFrame:
     two: dict[str, list[tuple]] = {}
     for (e, r1), bridge in facts.items():
         for r2 in (r2 for r2 in range(RELATIONS) if (bridge, r2) in facts):
-            kind = f"{apart[e, r1]}/{apart[bridge, r2]}"
-            two.setdefault(kind, []).append((f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}", kind))
+            question = (f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}")
+            two.setdefault(f"{apart[e, r1]}/{apart[bridge, r2]}", []).append((question, (e, r1), (bridge, r2)))
     for kind, own in sorted(two.items()):
-        order = draw.permutation(len(own))
-        parts = {"validation": order[:70], "test": order[70:270]}
+        own = [own[i] for i in draw.permutation(len(own))]
         if kind == "ID/ID":
-            parts["train"] = order[len(own) // 5 :]
-        rows += [(*own[i], split) for split, part in parts.items() for i in part]
+            left = Counter((place, both[place]) for _, *both in own for place in (0, 1))
+            held_out = []
+            for question in own:
+                places = [(place, fact) for place, fact in enumerate(question[1:])]
+                if len(held_out) < len(own) // 5 and all(left[place] > 1 for place in places):
+                    held_out.append(question)
+                    left.subtract(places)
+            kept = {question for question, *_ in held_out}
+            rows += [(*question, kind, "train") for question, *_ in own if question not in kept]
+            own = held_out
+        if len(own) < sum(HELD_OUT.values()):
+            raise ValueError(f"draw_seed {draw_seed} has only {len(own)} questions of kind {kind}: choose another.")
+        for split in HELD_OUT:
+            rows += [(*question, kind, split) for question, *_ in own[: HELD_OUT[split]]]
+            own = own[HELD_OUT[split] :]
     frame = pd.DataFrame(rows, columns=["prompt", "answer", "group", "kind", "split"])
     return frame.assign(tested=frame["kind"] != "fact")
 

@@ -44,10 +44,15 @@ SCRATCH_ARMS = {
 COMPOSING_ARMS = {
     "2 layers": "the baseline",
     "2 layers + back attention": "d′ = 32, in layer 0, reading all states",
+    "2 layers + same layer": "the same module reading the embedding's states only; both layers run twice all the same",
     "2 layers, twice": "the same layers run two times (weight-tied)",
     "4 layers": "as many operations as the layers run twice",
 }
-WEIGHT_DECAY = {"compositions": 0.3}  # without much of it, compositions are learnt by heart (Wang et al. 2024)
+DECAYS = (
+    0.1,
+    0.3,
+    1.0,
+)  # weight decays tried for them: with little, compositions are learnt by heart (Wang et al. 2024)
 SIZED = ("1 layer + back attention", "1 layer, wide")  # whose weights depend on d′
 
 
@@ -71,9 +76,10 @@ class Run:
     train_items: int | None = 1500
     validation_items: int | None = 200
     test_items: int | None = 300
-    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, or as --dtype says
+    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, see `_asked_in`
     memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
     width: int = 440  # of a model from scratch
+    weight_decay: float | None = None  # None: 0.01 from scratch, else none
 
     @property
     def fold(self) -> int | None:
@@ -97,7 +103,7 @@ class Run:
             steps=self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
-            weight_decay=WEIGHT_DECAY.get(self.dataset, 0.01) if scratch else 0.0,
+            weight_decay=self.weight_decay if self.weight_decay is not None else 0.01 if scratch else 0.0,
             seed=self.seed,
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
@@ -105,8 +111,9 @@ class Run:
 
 
 def _asked_in(run: Run) -> str:
-    """The dtype of a run's test: that of `load_model`, fp32 for models from scratch."""
-    return "float32" if run.model == SCRATCH else str(runtime.dtype()).removeprefix("torch.")
+    """The dtype of a run's test: fp32, or for models whose results are not shipped that of `load_model`."""
+    ours = run.model == SCRATCH or run.model in EMBEDDED
+    return "float32" if ours else str(runtime.dtype()).removeprefix("torch.")
 
 
 def _own(settings) -> dict:
@@ -219,8 +226,10 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     model = LlamaForCausalLM(config).eval()
     for k in range(layers, config.num_hidden_layers):
         model.model.layers[k] = model.model.layers[k - layers]
-    if arm.endswith("back attention"):
-        return get_back_attention_model(model, BackAttentionConfig(0, run.dim), freeze_base=False), tokenizer
+    if "+" in arm:
+        memory = (0,) if arm.endswith("same layer") else run.memory_layers
+        config = BackAttentionConfig(0, run.dim, memory_layers=memory)
+        return get_back_attention_model(model, config, freeze_base=False), tokenizer
     return model, tokenizer
 
 
@@ -370,7 +379,10 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
         if run.test_items == 0:
-            right, loss = evaluate(model, questions(run, tokenizer, "validation"))
+            items = questions(run, tokenizer, "validation")
+            right, loss = evaluate(model, items)
+            if items.kinds:  # what a rate is chosen on must be like what is trained on
+                right = right[np.array(items.kinds) == "ID/ID"]
             result |= {"validation": float(right.mean()), "validation_loss": loss}
         else:
             result |= _test(run, model, tokenizer)
@@ -495,13 +507,16 @@ def scratch_runs(
 def composing_runs(
     store: Store, seeds: Sequence[int] = (0, 1, 2), steps: int = 1600, tried_for: int = 600
 ) -> tuple[list[Run], list[Run]]:
-    """Two hops from scratch, COMPOSING_ARMS on `datasets.compositions`; see `scratch_runs` for the two lists."""
+    """Two hops from scratch, COMPOSING_ARMS on `datasets.compositions`, each at its best learning rate and weight decay
+    for ID/ID questions; see `scratch_runs` for the two lists."""
     shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32", steps=steps)
     shape |= dict(train_items=None, validation_items=None, test_items=None)
-    tried, best = _search_all([Run("compositions", arm, **shape) for arm in COMPOSING_ARMS], store, steps=tried_for)
+    plans = [Run("compositions", arm, weight_decay=decay, **shape) for arm in COMPOSING_ARMS for decay in DECAYS]
+    tried, best = _search_all(plans, store, steps=tried_for)
     if None in best:
         return tried, []
-    return tried, [replace(run, seed=seed) for seed in seeds for run in best]
+    best = [best_of([run for run in tried if run.arm == arm], store) for arm in COMPOSING_ARMS]
+    return tried, [replace(run, seed=seed, steps=steps, test_items=None) for seed in seeds for run in best]
 
 
 def _search_all(runs: Sequence[Run], store: Store, steps: int) -> tuple[list[Run], list[Run | None]]:

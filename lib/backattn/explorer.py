@@ -74,10 +74,9 @@ def see(
         neurons = neurons.assign(promotes=_promoted(model, tokenizer, prompt, neurons))
     best = dict.fromkeys(token for p in probabilities.values() for token in p.topk(5).indices.tolist())
     rows = [{"token": tokenizer.decode([t]), **{name: p[t].item() for name, p in probabilities.items()}} for t in best]
-    tokens = tokenizer.convert_ids_to_tokens(batch.ids[0, -count:].tolist())
-    shown = [tokenizer.convert_tokens_to_string([token]) for token in tokens]
+    tokens = back.frame.drop_duplicates("position").sort_values("position")["token"].astype(str).tolist()
     columns = ["layer", "kind", "head", "neuron", "position", "token", "increase", "promotes"]
-    return Seen(flow.answers[0], shown, pd.DataFrame(rows), back.frame, neurons[columns], error, reads, tuple(layers))
+    return Seen(flow.answers[0], tokens, pd.DataFrame(rows), back.frame, neurons[columns], error, reads, tuple(layers))
 
 
 def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, count: int = 4) -> list[str]:

@@ -42,10 +42,11 @@ ARM_COLOURS = {
     "1 layer, wide": PALETTE[1],
     "1 layer, twice": PALETTE[4],
     "2 layers + back attention": PALETTE[3],
+    "2 layers + same layer": PALETTE[1],
     "2 layers, twice": PALETTE[4],
-    "4 layers": PALETTE[1],
+    "4 layers": PALETTE[0],
 }
-ARM_MARKERS = dict(zip(ARM_COLOURS, "xPosD^vdsoPsDoDs", strict=True))
+ARM_MARKERS = dict(zip(ARM_COLOURS, "xPosD^vdsoPsDosDv", strict=True))
 CASE_STYLES = {"right": "-", "wrong": "--"}
 WIDTH = 7.0  # inches, two columns
 

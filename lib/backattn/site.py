@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from . import paths
+from . import paths, runtime
 
 CONFIG = """title: {title}
 author: ""
@@ -46,8 +46,14 @@ def build(folder: Path, notebooks: list[Path]) -> Path:
     """
     if importlib.util.find_spec("jupyter_book") is None:
         raise ModuleNotFoundError("The site is made by jupyter-book: install it in the version environment.yml names.")
+    with runtime.atomic_folder(folder) as staging:
+        _build(staging, notebooks)
+    return folder / "index.html"
+
+
+def _build(folder: Path, notebooks: list[Path]) -> None:
+    """The site's files in `folder`, which is empty."""
     source = folder / "source"
-    shutil.rmtree(folder, ignore_errors=True)
     for name in ("figures", "data"):
         kept = shutil.ignore_patterns("checkpoints", "*.safetensors", "*.tex")
         shutil.copytree(paths.ROOT / name, source / name, ignore=kept)
@@ -76,11 +82,14 @@ def build(folder: Path, notebooks: list[Path]) -> Path:
     ]
     environment = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    index = folder / "_build" / "html" / "index.html"
-    if done.returncode or not index.exists():
+    html = folder / "_build" / "html"
+    if done.returncode or not (html / "index.html").exists():
         said = re.findall(r"^.*(?:WARNING|ERROR|Error).*$", done.stderr, re.MULTILINE) or [done.stderr[-2000:]]
         raise RuntimeError("The site could not be built:\n" + "\n".join(said))
-    return index
+    shutil.rmtree(source)
+    for path in html.iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(folder / "_build")
 
 
 def folded(path: Path) -> nbformat.NotebookNode:
