@@ -101,6 +101,15 @@ def test_a_first_hop_in_context_is_said_once_and_needed():
         assert all(answers.get((name, row.r2)) != row.e3 for name in bridges - {row.e2})
 
 
+def test_the_most_frequent_answer_is_guessed(monkeypatch):
+    names = [f"g{i}" for i in range(400)]
+    answers = ["often" if i % 4 else "seldom" for i in range(400)]
+    frame = pd.DataFrame({"prompt": names, "answer": answers, "group": names, "r2": "r", "tested": True})
+    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
+    assert datasets.guessed("made up") == pytest.approx(0.75, abs=0.03)
+    assert 0.1 < datasets.guessed("in context") < 0.4
+
+
 def test_compositions_hold_out_what_they_say():
     frame = datasets.compositions()
     facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
