@@ -311,9 +311,9 @@ def overview(names: Sequence[str]) -> pd.DataFrame:
 def guessed(name: str) -> float:
     """Share of a dataset's test questions, over all folds, that are right when each gets the answer that training has
     most often for its second relation (column r2)."""
-    right = []
+    frame, right = load(name), []
     for fold in range(FOLDS):
-        parts = dict(list(split(load(name), fold).groupby("split")))
+        parts = dict(list(split(frame, fold).groupby("split")))
         best = parts["train"].groupby("r2")["answer"].agg(lambda answers: answers.mode()[0])
         right += (parts["test"]["r2"].map(best) == parts["test"]["answer"]).tolist()
     return float(np.mean(right))

@@ -70,7 +70,7 @@ def see(
         flow = logit_flow(model, tokenizer, [prompt], [answer] if answer.strip() else None, method="screen")
         error = flow.check()
         back = flow_back(model, tokenizer, flow)
-        neurons = flow.frame[flow.frame["neuron"].notna()].nlargest(top, "increase").drop(columns="prompt")
+        neurons = flow.frame[flow.frame["neuron"].notna()].nlargest(top, "increase")
         neurons = neurons.assign(promotes=_promoted(model, tokenizer, prompt, neurons))
     best = dict.fromkeys(token for p in probabilities.values() for token in p.topk(5).indices.tolist())
     rows = [{"token": tokenizer.decode([t]), **{name: p[t].item() for name, p in probabilities.items()}} for t in best]
@@ -179,9 +179,7 @@ class Explorer:
             model, tokenizer, adapter = self.models.get(self.model.value.strip())
             with warnings.catch_warnings(record=True, category=UserWarning, action="always") as heard:
                 seen = see(model, tokenizer, self.prompt.value, self.answer.value, adapter if self.back.value else None)
-            missing = (
-                [] if adapter is not None or not self.back.value else ["No trained back attention is shipped for it."]
-            )
+            missing = ["No trained back attention is shipped for it."] * (self.back.value and adapter is None)
             note = " ".join(["", *missing, *(html.escape(str(w.message)) for w in heard if w.category is UserWarning)])
             self.said.value = (
                 f"Flow to {html.escape(repr(seen.answer.strip()))} in {html.escape(self.model.value)}.{note}"

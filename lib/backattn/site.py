@@ -5,7 +5,6 @@ ledger, the index of figures, the card of the data.
 """
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -80,8 +79,7 @@ def _build(folder: Path, notebooks: list[Path]) -> None:
         "--keep-going",
         "-q",
     ]
-    environment = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     html = folder / "_build" / "html"
     if done.returncode or not (html / "index.html").exists():
         said = re.findall(r"^.*(?:WARNING|ERROR|Error).*$", done.stderr, re.MULTILINE) or [done.stderr[-2000:]]
