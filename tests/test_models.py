@@ -305,3 +305,11 @@ def test_an_unknown_dtype_is_explained(monkeypatch):
     monkeypatch.setenv(runtime.DTYPE, "float8")
     with pytest.raises(ValueError, match="BACKATTN_DTYPE is 'float8'"):
         load_model("tiny-llama")
+
+
+def test_the_gguf_bar_is_off_while_a_model_is_converted():
+    from transformers import modeling_gguf_pytorch_utils
+
+    with models._quiet_transformers():
+        assert modeling_gguf_pytorch_utils.tqdm([1]).disable  # a bar of tqdm.auto would be an output of the cell
+    assert not modeling_gguf_pytorch_utils.tqdm([]).disable

