@@ -251,6 +251,27 @@ class Arch:
         return Norm(self.final_norm_module, self.width, self.family.norm_offset)
 
 
+def runs_on(module: nn.Module) -> torch.device:
+    """The device on which a module computes, also where accelerate keeps its weights elsewhere until it does."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        place = getattr(one, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next(module.parameters()).device
+
+
+def in_one_place(model: nn.Module) -> bool:
+    """Whether all weights lie on one device, not spread by a device_map of accelerate's."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    return len(places) < 2 and "disk" not in places
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which a model takes its tokens."""
+    return runs_on(model.get_input_embeddings())
+
+
 def supported() -> str:
     """The supported families, for messages."""
     return ", ".join(sorted(FAMILIES))

@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .arch import describe
+from .arch import describe, runs_on
 from .runtime import atomic_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -228,8 +229,7 @@ class TwoPassModel(nn.Module):
         self.two_passes = bool(memory) and max(memory) > self.sources[0]
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
         for layer in self.sources:
-            place = next(self._arch.blocks[layer].module.parameters()).device
-            self.updates[str(layer)].to(place)
+            self.updates[str(layer)].to(runs_on(self._arch.blocks[layer].module))
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled, self._pass, self._given, self._maps = True, None, None, None
@@ -325,7 +325,8 @@ class TwoPassModel(nn.Module):
         if layer in self.sources:
             memory = self._memory_cache(cache, layer, now)
             visible = self._visible(now, h)[:, :, :-1]  # [B, 1, past]
-            h = h + self.updates[str(layer)](h, memory.keys, memory.values, visible).to(h.dtype)
+            own = h.to(memory.keys.device)
+            h = h + self.updates[str(layer)](own, memory.keys, memory.values, visible.to(own.device)).to(h)
         once = _OnlyPass(cache, self.layers - self.sources[0])
         args = tuple(once if value is cache else value for value in args)
         return (h, *args), {name: once if value is cache else value for name, value in kwargs.items()}
@@ -350,8 +351,9 @@ class TwoPassModel(nn.Module):
         return h
 
     def _update(self, layer: int, h: Tensor, now: _Pass) -> Tensor:
-        """What is added to h [B, T, D] at a source layer, in h's dtype."""
-        update = self.updates[str(layer)]
+        """What is added to h [B, T, D] at a source layer, like h in dtype and device."""
+        update, before = self.updates[str(layer)], h
+        h = h.to(next(update.parameters()).device)
         keys = values = visible = None
         if self.memory_layers:
             self._check_edits(h)
@@ -366,7 +368,7 @@ class TwoPassModel(nn.Module):
                 visible = visible[:, :, None] & self._cells  # [B, T, M, S]
         if self._maps is not None:
             self._maps[layer] = update.weights(h, keys, visible).detach()
-        return update(h, keys, values, visible).to(h.dtype)
+        return update(h, keys, values, visible).to(before)
 
     def _check_edits(self, h: Tensor) -> None:
         """Raises ValueError when what is edited (see `BackAttentionModel.edited`) does not fit h [B, T, D]."""
@@ -490,7 +492,7 @@ class TwoPassModel(nn.Module):
             self._wake()
             for handle in handles:
                 handle.remove()
-        return torch.stack([seen[t] for t in self.needed])
+        return torch.stack([seen[t].to(input_ids.device) for t in self.needed])
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -698,7 +700,9 @@ def sizes(base: nn.Module, dims: Sequence[int], source_layer: int = 6) -> list[d
 
 def unembedding_hash(model: nn.Module) -> str:
     """sha256 of the unembedding in bf16, so that it is the same however the model was loaded."""
-    weight = describe(model).unembedding_module.weight.detach().to("cpu", torch.bfloat16).contiguous()
+    head = describe(model).unembedding_module
+    with align_module_device(head):  # fetches it where accelerate keeps it elsewhere
+        weight = head.weight.detach().to("cpu", torch.bfloat16).contiguous()
     return hashlib.sha256(weight.view(torch.int16).numpy().tobytes()).hexdigest()
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from .arch import input_device
 from .datasets import place_of
 from .logit_flow import continuation_ids
 from .residual import encode, next_log_probs
@@ -89,7 +90,7 @@ def ask(
     groups = [rows[np.argsort(lengths[rows], kind="stable")] for rows in keys.groupby(keys.to_numpy()).indices.values()]
     batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
     for rows in progress(batches, "asking", unit="batch"):
-        batch = encode(tokenizer, texts[rows].tolist(), side="left", device=model.device)
+        batch = encode(tokenizer, texts[rows].tolist(), side="left", device=input_device(model))
         log_probs = next_log_probs(model, batch, share=True)
         said[rows] = log_probs.argmax(-1).cpu().numpy()
         for row, values in zip(rows, log_probs, strict=True):
@@ -193,7 +194,9 @@ def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     written: list[str] = []
     for start in progress(range(0, len(frame), batch_size), "writing", unit="batch"):
-        batch = encode(tokenizer, frame["two_hop"].iloc[start : start + batch_size].tolist(), "left", model.device)
+        batch = encode(
+            tokenizer, frame["two_hop"].iloc[start : start + batch_size].tolist(), "left", input_device(model)
+        )
         with torch.no_grad():
             tokens = model.generate(
                 input_ids=batch.ids,

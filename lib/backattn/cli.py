@@ -38,7 +38,7 @@ PROFILES: dict[str, dict[str, dict]] = {
             "grid_recomputed": 2,
         },
         "03_back_attention_training": {"rechecked": 6, "demo_steps": 40},
-        "04_layer_ablation": {"made_again": 0},
+        "04_layer_ablation": {"made_again": []},
         "05_what_it_reads": {"read_for": 24, "hidden_for": 8},
         "07_controls": {"asked_for": 24, "second_asked_for": 12, "unknown_for": 100},
         "08_beyond_facts_and_cost": {
@@ -298,6 +298,8 @@ def run(arguments: argparse.Namespace) -> int:
     profile, folder = arguments.profile, paths.run_folder(arguments.profile)
     chosen = select(notebooks(), arguments.only, arguments.start, arguments.stop)
     failed, began = [], time.monotonic()
+    if arguments.model and profile == "full" and any(path.stem.startswith("03") for path in chosen):
+        _estimate(arguments)
     for number, path in enumerate(chosen, 1):
         parameters = dict(PROFILES[profile].get(path.stem, {}))
         for name, value in (("model_name", arguments.model), ("device", arguments.device)):
@@ -339,6 +341,15 @@ def run(arguments: argparse.Namespace) -> int:
         flush=True,
     )
     return 1 if failed else 0
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    """Say what notebook 03's training takes on another model, from a process that leaves no memory taken."""
+    command = [sys.executable, "-m", "backattn.launch", "--estimate", "--model", arguments.model]
+    command += ["--dtype", os.environ.get(DTYPE, "float32"), "--device", arguments.device or "cpu"]
+    print("Notebook 03's training runs:", flush=True)
+    if subprocess.run(command, cwd=paths.ROOT).returncode:
+        print("no estimate could be made (see above); going on without it", flush=True)
 
 
 def _read_stamp(path: Path) -> dict:

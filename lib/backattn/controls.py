@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from . import census, comparison, datasets, experiments, failures
+from .arch import input_device
 from .back_attention import normed
 from .experiments import Run, Store
 from .reading import BATCH, PLACES, Reader, high_layers, readers
@@ -200,7 +201,7 @@ def _said(model, items) -> np.ndarray:
     said, order = np.empty(len(items), dtype=int), np.argsort(items.lengths, kind="stable")
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH].tolist()
-        batch = collate(items, rows, next(model.parameters()).device)
+        batch = collate(items, rows, input_device(model))
         said[rows] = answer_logits(model, batch)[:, -1].argmax(-1).cpu().numpy()
     return said
 

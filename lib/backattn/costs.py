@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from . import experiments
-from .arch import describe
+from .arch import describe, input_device
 from .back_attention import BackAttentionConfig, BackAttentionModel, get_back_attention_model
 from .experiments import Run, Store
 from .runtime import progress
@@ -87,7 +87,7 @@ def _text(model: nn.Module, length: int) -> Tensor:
     """Token ids [1, length]; what they say does not matter for the cost."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, model.config.get_text_config().vocab_size, (1, length), generator=draw)
-    return ids.to(next(model.parameters()).device)
+    return ids.to(input_device(model))
 
 
 def _written(wrapped: BackAttentionModel, ids: Tensor, context: int) -> Iterator[_Way]:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import census, datasets, runtime
+from .arch import input_device
 from .back_attention import BackAttentionConfig, get_back_attention_model
 from .baselines import ARMS, make_arm
-from .models import EMBEDDED, load_model
+from .models import EMBEDDED, load_model, one_device
 from .paths import BUILD, DATA
 from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train, written
 
@@ -245,7 +246,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     if run.model == SCRATCH:
         torch.manual_seed(run.seed)
         model, tokenizer = scratch_model(run)
-        model = model.to(device)
+        model = model.to(one_device(device))
     else:
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
@@ -355,14 +356,16 @@ def _sha256(path: Path) -> str:
 
 
 def perform(run: Run, store: Store, device: str = "cpu") -> dict:
-    """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
+    """Train and test one run, unless it is finished; a stopped one goes on. Returns its result. Under `accelerate
+    launch` all processes train it together (see `training.train`) and the first one keeps it.
 
     A result holds: run, trained (number of weights), seconds (of training), curve (rows of `training.train`),
     hardware. A run without test adds validation (share right) and validation_loss. Others add right (one 0 or 1 per
     test question), groups (of each question, where the questions are not part of this repository), perplexity (of
     held-out text, language models only), flops (of a forward pass over the first question).
     """
-    done = store.result(run)
+    done, world = store.result(run), runtime.world()
+    world.wait_for_everyone()  # all have looked before one writes
     if done is not None:
         return done
     place = store.place(run)
@@ -387,21 +390,22 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
         else:
             result |= _test(run, model, tokenizer)
     result |= {"curve": curve, "hardware": runtime.hardware()}
-    store.keep(run, result, weights)
-    (place / "training.pt").unlink(missing_ok=True)
+    if world.is_main_process:
+        store.keep(run, result, weights)
+        (place / "training.pt").unlink(missing_ok=True)
+    world.wait_for_everyone()
     return result
 
 
 def _test(run: Run, model: nn.Module, tokenizer) -> dict:
     """The part of a result that concerns the test."""
     test = questions(run, tokenizer, "test")
-    device = next(model.parameters()).device
     result = {"right": "".join(map(str, tested(run, model, tokenizer, test).astype(int)))}
     if run.dataset.lower() in datasets.PUBLISHED:
         result["groups"] = asked(run, "test")["group"].tolist()
     if run.model != SCRATCH:
         result["perplexity"] = perplexity(model, tokenizer, datasets.held_out_text())
-    result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=device))
+    result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=input_device(model)))
     return result
 
 
@@ -444,7 +448,7 @@ def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") ->
     rows = []
     with trained(run, store, device) as (model, tokenizer):
         for question in asked(run, "test").head(count).itertuples():
-            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(device)
+            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(input_device(model))
             with torch.no_grad():
                 after = model(ids).logits[0, -1].argmax()
                 with model.disable_adapter():
@@ -551,6 +555,20 @@ def adapter_runs(
     return tried, final
 
 
+def main_runs(
+    store: Store,
+    model: str = "smollm2",
+    every_arm_on: Sequence[str] = ("two-hop",),
+    core_arms_on: Sequence[str] = ("2-digit", "1DC", "SVAMP", "MultiArith"),
+    **sizes,
+) -> tuple[list[Run], list[Run]]:
+    """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others; see `adapter_runs`."""
+    parts = [adapter_runs(store, model, every_arm_on, **sizes)]
+    parts.append(adapter_runs(store, model, core_arms_on, CORE_ARMS, **sizes))
+    tried, final = ([run for part in lists for run in part] for lists in zip(*parts, strict=True))
+    return tried, final if all(part for _, part in parts) else []
+
+
 def varied_runs(
     store: Store, field: str, values: Sequence, arms: Sequence[str] = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> tuple[list[Run], list[Run]]:
@@ -645,7 +663,9 @@ def _job(run: Run, store: Store, device: str) -> None:
     try:
         perform(run, store, device)
     except FloatingPointError as error:  # too high a learning rate is a result
-        store.keep(run, {"run": asdict(run), "diverged": str(error)}, {})
+        if runtime.world().is_main_process:
+            store.keep(run, {"run": asdict(run), "diverged": str(error)}, {})
+        runtime.world().wait_for_everyone()
     finally:
         if bars is not None:
             os.environ[runtime.PROGRESS_FILE] = bars

@@ -31,9 +31,11 @@ from transformers import (
 )
 
 from . import runtime
-from .arch import UnsupportedModelError, check_supported, supported
+from .arch import UnsupportedModelError, check_supported, in_one_place, supported
 from .paths import CACHE
 from .runtime import atomic_folder, one_process, progress
+
+ROOM = 0.8  # share of the free memory that weights may take
 
 
 class ModelLoadError(OSError):
@@ -123,7 +125,9 @@ def load_model(
         name: "smollm2", "gemma3-270m", "tiny-<family>" (see `tiny_names`), a Hugging Face id, or a local folder.
         dtype: None: fp32, or what the environment variable BACKATTN_DTYPE says (`--dtype`). Sums of bf16 contributions
             are off by about one per cent.
-        device: where the weights go.
+        device: where the weights go. "auto" spreads the layers over all GPUs, the machine's memory and the disk, and
+            so does any other where a hub id or a folder does not fit (which is said): back attention works on such a
+            model, logit flow does not.
         revision: of a Hugging Face id.
 
     Returns (model, tokenizer). The tokenizer always has a pad token.
@@ -140,12 +144,21 @@ def load_model(
     elif name in EMBEDDED:
         model, tokenizer = _load_embedded(name, dtype)
     else:
-        model, tokenizer = _load_hub(name, dtype, revision)
+        model, tokenizer = _load_hub(name, dtype, revision, device)
     if name.startswith("tiny-") or name in EMBEDDED:
         model.config.name_or_path = name  # what load_model takes, not where the copy happens to lie
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    if in_one_place(model):
+        model = model.to(one_device(device))
+    return model.eval(), tokenizer
+
+
+def one_device(device: str | torch.device) -> torch.device:
+    """A device by its name; "auto": a GPU where there is one."""
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 # ---------------------------------------------------------------- embedded models
@@ -341,12 +354,12 @@ def _quiet_transformers():
 # ---------------------------------------------------------------- hub ids and local folders
 
 
-def _load_hub(name: str, dtype: torch.dtype, revision: str | None):
+def _load_hub(name: str, dtype: torch.dtype, revision: str | None, device: str | torch.device):
     options = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **options)
         check_supported(config)  # before any weight is fetched
-        model = _whole_model(name, dtype, **options)
+        model = _whole_model(name, dtype, **options, **_spread(name, config, dtype, device))
         return model, AutoTokenizer.from_pretrained(name, **options)
     except (UnsupportedModelError, ModelLoadError):
         raise
@@ -365,6 +378,30 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None):
             f"(gated models need `hf auth login`). Models that come with the package index: {', '.join(EMBEDDED)}. "
             f"transformers said: {str(error).splitlines()[0]}"
         ) from error
+
+
+def weight_bytes(config, dtype: torch.dtype) -> int:
+    """What the weights of a model of this configuration take."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _spread(name: str, config, dtype: torch.dtype, device: str | torch.device) -> dict:
+    """Options of from_pretrained that spread the layers of a model that one place cannot hold, or should not."""
+    need, free = weight_bytes(config, dtype), runtime.free_bytes(one_device(device))
+    if str(device) != "auto" and need <= ROOM * free:
+        return {}
+    if need > ROOM * free:
+        print(
+            f"{name}: its weights take {need / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f"{free / 2**30:.1f} GiB are free on {one_device(device)}: its layers are spread over GPUs, memory and "
+            "disk, and run slower. A smaller dtype (--dtype bfloat16) halves them.",
+            file=sys.stderr,
+        )
+    memory = None if torch.cuda.is_available() else {"cpu": int(ROOM * free)}
+    (CACHE / "offload").mkdir(parents=True, exist_ok=True)
+    return {"device_map": "auto", "max_memory": memory, "offload_folder": str(CACHE / "offload")}
 
 
 # ---------------------------------------------------------------- tiny random models

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from . import experiments, failures, tasks
+from .arch import input_device
 from .back_attention import BackAttentionModel
 from .experiments import Run, Store
 from .runtime import progress
@@ -57,7 +58,7 @@ class Reader:
         self._source = wrapped.back_attention_config.sources[0]
 
     def _batches(self) -> Iterator[tuple[list[int], Questions, Tensor]]:
-        order, device = np.argsort(self.items.lengths, kind="stable"), next(self.wrapped.parameters()).device
+        order, device = np.argsort(self.items.lengths, kind="stable"), input_device(self.wrapped)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH].tolist()
             batch = collate(self.items, rows, device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .arch import Arch, UnsupportedModelError, describe
+from .arch import Arch, UnsupportedModelError, describe, in_one_place
 
 
 @contextlib.contextmanager
@@ -202,6 +202,11 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     longer than the model's context.
     """
     arch = describe(model)
+    if not in_one_place(model):
+        raise ValueError(
+            "The layers of this model are spread over several places (device_map), and what is asked for reads its "
+            "weights in one: load it whole, in a smaller dtype or on a larger GPU. Back attention works as it is."
+        )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and batch.ids.shape[1] > limit:
         raise ValueError(f"A prompt has {batch.ids.shape[1]} tokens; this model takes at most {limit}. Shorten it.")

@@ -41,6 +41,21 @@ def dtype() -> torch.dtype:
     return getattr(torch, name)
 
 
+def world():
+    """The processes that `accelerate launch` started, one where it did not, as accelerate's PartialState; they speak
+    over gloo where there is no GPU."""
+    from accelerate import PartialState  # may have to be installed first, see `notebook.setup`
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def free_bytes(device: str | torch.device = "cpu") -> int:
+    """Memory that is free where weights would go: of that GPU, else of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
     """A tqdm bar on the terminal or, under the runner, in the file that the runner watches.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .arch import input_device
 from .logit_flow import continuation_ids
 from .paths import CACHE, DATA
 from .residual import encode, next_log_probs
@@ -142,7 +143,7 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
     log_probs, said = np.empty(len(frame)), np.empty(len(frame), dtype=int)
     for start in progress(range(0, len(frame), batch_size), "asking", unit="batch"):
         rows = order[start : start + batch_size]
-        batch = encode(tokenizer, frame["prompt"].iloc[rows].tolist(), side="left", device=model.device)
+        batch = encode(tokenizer, frame["prompt"].iloc[rows].tolist(), side="left", device=input_device(model))
         logs = next_log_probs(model, batch)  # [B, V]
         log_probs[rows] = logs[range(len(rows)), [ids[r] for r in rows]].cpu().numpy()
         said[rows] = logs.argmax(-1).cpu().numpy()

@@ -1,10 +1,13 @@
 """One training loop, for adapters on a frozen model and for small models from scratch.
 
+Under `accelerate launch` each process takes a part of every batch, and gradients are added up over processes.
+
 Batches are padded on the left, so that all answers end in the last column; logits are taken only where answers are.
 With a frozen base the states of the first pass are computed once per question and kept (`FirstPasses`).
 """
 
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,9 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from . import runtime
+from .arch import input_device
 from .back_attention import TwoPassModel
 from .residual import Batch
 from .runtime import atomic_file, progress
@@ -183,7 +189,7 @@ def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.n
     order = np.argsort(items.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
-        batch = collate(items, rows, device=_device(model))
+        batch = collate(items, rows, device=input_device(model))
         logits = answer_logits(model, batch)
         losses += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
         targets += int((batch.labels != IGNORED).sum())
@@ -205,7 +211,7 @@ def written(model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batc
     right, order = np.zeros(len(items), dtype=bool), np.argsort(asked.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "writing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
-        batch = collate(asked, rows, device=_device(model))
+        batch = collate(asked, rows, device=input_device(model))
         made = model.generate(
             input_ids=batch.ids,
             attention_mask=batch.mask,
@@ -224,16 +230,12 @@ def written(model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batc
 def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> float:
     """exp of the mean loss per token of a text, read in windows of `window` tokens, the rest left out."""
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    ids = ids[: len(ids) // window * window].view(-1, window).to(_device(model))
+    ids = ids[: len(ids) // window * window].view(-1, window).to(input_device(model))
     losses = []
     for part in ids.split(4):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
         losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"))
     return torch.cat(losses).mean().exp().item()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 # ---------------------------------------------------------------- training
@@ -261,7 +263,7 @@ def train(
     validation: Items | None = None,
     checkpoint: Path | None = None,
     save_every: int = 100,
-    keep_first_passes: float = 2.0,
+    keep_first_passes: float | None = None,
 ) -> pd.DataFrame:
     """Train whatever of `model` requires gradients.
 
@@ -269,14 +271,20 @@ def train(
         checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps; where it exists,
             training goes on from it, to the same result as without the stop. It stays, so that nothing is lost before
             the caller has kept the result.
-        keep_first_passes: gigabytes for the first pass's states of a frozen base; where they would take more, both
-            passes run each time, to the same result but for rounding.
+        keep_first_passes: gibibytes for the first pass's states of a frozen base, None: a quarter of what is free on
+            the device; where they would take more, both passes run each time, which is said, to the same result but for
+            rounding.
 
     Returns the learning curve: step, loss (mean since the row before), train (share answered right since then),
     validation (share right; NaN without questions for it), seconds (of all sittings), losses (of each step since the
     row before); where validation questions have kinds also kinds (kind -> share right).
 
-    Raises ValueError when nothing is to be trained, and FloatingPointError when the loss is no number any more.
+    Where the device's memory does not hold a batch, it is taken in two parts from then on, then in four, and so on,
+    which is said; the gradient stays that of the whole batch. All processes of `accelerate launch` must call this
+    alike; each returns the curve of the whole, and the first one writes the checkpoint.
+
+    Raises ValueError when nothing is to be trained or a batch has fewer questions than there are processes,
+    FloatingPointError when the loss is no number any more, and torch.OutOfMemoryError when not one question fits.
     """
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
@@ -286,33 +294,26 @@ def train(
     state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     state |= _load(checkpoint, recipe, weights, optimiser, schedule)
     reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
-    reuse = reuse and FirstPasses.gigabytes(model, items) <= keep_first_passes
-    passes = FirstPasses(model, items) if reuse else None
+    passes = _first_passes(model, items, keep_first_passes) if reuse else None
     lengths = items.lengths
     marks = {round(recipe.steps * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
-    device = _device(model)
     begin, before = time.monotonic(), state["seconds"]
+    batches = _Batches(model, items, recipe, passes)
     model.eval()  # no dropout: two passes of one model must agree
     with progress(description="training", total=recipe.steps, initial=state["step"], unit="step") as bar:
         while state["step"] < recipe.steps:
             rows = _rows_of(state["step"], lengths, recipe)
-            batch = collate(items, rows, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
-                logits = answer_logits(model, batch, passes(rows, batch) if passes else None)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
-            if not torch.isfinite(loss):
+            loss, right = batches.gradients(rows, list(weights.values()))
+            if not np.isfinite(loss):
                 raise FloatingPointError(
-                    f"The loss is {loss.item()} at step {state['step']}: lower the learning rate "
-                    f"({recipe.learning_rate:g})."
+                    f"The loss is {loss} at step {state['step']}: lower the learning rate ({recipe.learning_rate:g})."
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), recipe.clip)
             optimiser.step()
             schedule.step()
             state["step"] += 1
-            state["losses"].append(loss.item())
-            state["right"].append(right_answers(logits.detach(), items, rows, batch).float().mean().item())
+            state["losses"].append(loss)
+            state["right"].append(right)
             bar.update()
             bar.set_postfix(loss=f"{np.mean(state['losses'][-20:]):.3f}", right=f"{np.mean(state['right'][-20:]):.0%}")
             if state["step"] in marks:
@@ -327,9 +328,66 @@ def train(
                 state["losses"], state["right"] = [], []
             if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
                 state["seconds"] = before + time.monotonic() - begin
-                _save(checkpoint, recipe, weights, optimiser, schedule, state)
+                if batches.world.is_main_process:
+                    _save(checkpoint, recipe, weights, optimiser, schedule, state)
     columns = ["step", "loss", "train", "validation", "seconds", "losses"]
     return pd.DataFrame(state["curve"], columns=columns + ["kinds"] * bool(validation and validation.kinds))
+
+
+def _first_passes(model: TwoPassModel, items: Items, room: float | None) -> FirstPasses | None:
+    """The states of the first pass, where there is room for them."""
+    room = runtime.free_bytes(input_device(model)) / 2**30 / 4 if room is None else room
+    need = FirstPasses.gigabytes(model, items)
+    if need <= room:
+        return FirstPasses(model, items)
+    print(
+        f"The first pass's states would take {need:.1f} GiB, and there is room for {room:.1f}: it runs each time.",
+        file=sys.stderr,
+    )
+    return None
+
+
+class _Batches:
+    """Gradients of whole batches, of which each process takes a part, in as many pieces as its memory asks for."""
+
+    def __init__(self, model: nn.Module, items: Items, recipe: Recipe, passes: FirstPasses | None):
+        self.model, self.items, self.passes, self.autocast = model, items, passes, recipe.autocast
+        self.world, self.pieces = runtime.world(), 1
+        if min(recipe.batch_size, len(items)) < self.world.num_processes:
+            raise ValueError(f"{self.world.num_processes} processes cannot share a batch of {recipe.batch_size}.")
+
+    def gradients(self, rows: list[int], weights: Sequence[Tensor]) -> tuple[float, float]:
+        """Put the gradient of a batch's mean loss on the weights; returns (loss, share answered right)."""
+        mine = rows[self.world.process_index :: self.world.num_processes]
+        targets = sum(len(self.items.answers[row]) for row in rows)
+        while True:
+            for p in weights:
+                p.grad = None
+            try:
+                parts = [self._piece(part.tolist(), targets) for part in np.array_split(mine, self.pieces)]
+                break
+            except torch.OutOfMemoryError:
+                if self.pieces >= len(mine):
+                    raise
+                self.pieces = min(2 * self.pieces, len(mine))
+                print(f"Out of memory: a batch is taken in {self.pieces} pieces from here on.", file=sys.stderr)
+            torch.cuda.empty_cache()  # nothing where there is no GPU
+        sums = [sum(values) for values in zip(*parts, strict=True)]
+        if self.world.num_processes > 1:
+            for p in weights:
+                p.grad = reduce(p.grad, "sum")
+            sums = reduce(torch.tensor(sums, dtype=torch.float64, device=weights[0].device), "sum").tolist()
+        return sums[0], sums[1] / len(rows)
+
+    def _piece(self, rows: list[int], targets: int) -> tuple[float, int]:
+        """(its part of the loss, questions answered right) of some rows, whose gradient is added."""
+        batch = collate(self.items, rows, device=input_device(self.model))
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = answer_logits(self.model, batch, self.passes(rows, batch) if self.passes else None)
+        labels = batch.labels.flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum") / targets
+        loss.backward()
+        return loss.item(), int(right_answers(logits.detach(), self.items, rows, batch).sum())
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:

@@ -1,0 +1,264 @@
+"""Models that one place cannot hold, training in several processes or in pieces, and what it takes before it begins."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from backattn import (
+    BackAttentionConfig,
+    BackAttentionModel,
+    arch,
+    baselines,
+    estimates,
+    experiments,
+    get_back_attention_model,
+    launch,
+    load_model,
+    logit_flow,
+    models,
+    runtime,
+    training,
+)
+from backattn.experiments import Store
+
+PROMPT = "Mozart 's mother 's father is"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved tiny model, its output embedding its own."""
+    model, tokenizer = load_model("tiny-llama")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def spread(folder, tmp_path, monkeypatch):
+    """The saved model, half of which fits into memory: the rest stays on the disk until it is used."""
+    monkeypatch.setattr(models, "CACHE", tmp_path)
+    whole = models.weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
+    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # less than ROOM asks for
+    return load_model(str(folder))
+
+
+# ---------------------------------------------------------------- layers in several places
+
+
+def test_a_model_that_does_not_fit_is_spread_and_says_so(folder, request, capsys):
+    model, _ = request.getfixturevalue("spread")
+    assert "its layers are spread over" in capsys.readouterr().err
+    assert {"cpu", "disk"} == set(model.hf_device_map.values())
+    assert any(p.is_meta for p in model.parameters())
+
+
+def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
+    model, tokenizer = spread
+    whole, _ = load_model("tiny-llama")
+    outs, states, made = [], [], []
+    batch = tokenizer([PROMPT], return_tensors="pt")
+    places = torch.arange(batch["input_ids"].shape[1])[None]
+    for base in (whole, model):
+        torch.manual_seed(0)
+        wrapped = get_back_attention_model(base, BackAttentionConfig(1, dim=8))
+        torch.nn.init.normal_(wrapped.updates["1"].o_proj.weight, std=0.3)
+        first = wrapped.first_pass_states(batch["input_ids"], batch["attention_mask"], places)
+        out = wrapped(**batch, position_ids=places, first_pass=first).logits
+        out.sum().backward()
+        outs.append((wrapped(**batch, use_cache=False).logits, out, wrapped.updates["1"].q_proj.weight.grad))
+        states.append(first)
+        made.append(wrapped.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0))
+        wrapped.save_pretrained(tmp_path / "adapter")  # the hash of the unembedding is that of the whole model
+        wrapped.unload()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*outs, strict=True))
+    assert torch.equal(*states) and torch.equal(*made)
+    BackAttentionModel.from_pretrained(whole, tmp_path / "adapter").unload()
+
+
+def test_an_arm_is_trained_on_a_spread_model(spread):
+    model, tokenizer = spread
+    items = training.numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"] * 4, "answer": [" 3"] * 4}))
+    wrapped = baselines.make_arm("back attention", model, 1, 4)
+    curve = training.train(wrapped, items, training.Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
+    wrapped.unload()
+    assert curve["loss"].iloc[-1] < curve["loss"].iloc[0]
+
+
+def test_logit_flow_refuses_a_spread_model(spread):
+    with pytest.raises(ValueError, match="load it whole"):
+        logit_flow(*spread, [PROMPT], ["Anna"])
+
+
+def test_a_model_that_fits_is_whole(folder):
+    model, _ = load_model(str(folder))
+    assert arch.in_one_place(model)
+    auto, _ = load_model(str(folder), device="auto")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True))
+
+
+def test_weights_are_counted_without_them():
+    model, _ = load_model("tiny-llama")
+    assert models.weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
+
+
+# ---------------------------------------------------------------- a batch in pieces
+
+
+@pytest.fixture
+def learnt():
+    """Trains fresh back attention on ten questions; returns (curve, weights)."""
+
+    def train(**options):
+        torch.manual_seed(0)
+        model, tokenizer = load_model("tiny-llama")
+        rows = [(f"{a} plus {b} is", f" {n}") for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])]
+        items = training.numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
+        wrapped = baselines.make_arm("back attention", model, 1, 4)
+        curve = training.train(wrapped, items, training.Recipe(10, 0.01, batch_size=6), items, **options)
+        return curve, experiments.trained_weights(wrapped)
+
+    return train
+
+
+def same(one, other) -> bool:
+    columns = ["step", "loss", "train", "validation"]
+    pd.testing.assert_frame_equal(one[0][columns], other[0][columns], atol=1e-4)
+    return all(torch.allclose(one[1][name], other[1][name], atol=1e-3) for name in one[1])
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, monkeypatch, capsys):
+    whole, ordinary, sizes = learnt(), training.answer_logits, []
+
+    def tight(model, batch, *args):
+        if torch.is_grad_enabled():
+            sizes.append(len(batch.ids))
+            if len(batch.ids) > 2:
+                raise torch.OutOfMemoryError("no room")
+        return ordinary(model, batch, *args)
+
+    monkeypatch.setattr(training, "answer_logits", tight)
+    assert same(learnt(), whole)
+    assert sizes[:3] == [6, 3, 2] and set(sizes[3:]) == {1, 2}  # tried once, then in four pieces
+    assert "4 pieces" in capsys.readouterr().err
+
+
+def test_where_not_one_question_fits_it_is_an_error(learnt, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(training, "answer_logits", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        learnt()
+
+
+def test_first_passes_are_kept_where_there_is_room(learnt, monkeypatch, capsys):
+    roomy = learnt()
+    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": 1000)
+    assert same(learnt(), roomy)
+    assert "it runs each time" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- several processes
+
+SHARED = """
+import sys
+from pathlib import Path
+from backattn import datasets, experiments, runtime
+frame = datasets.one_digit_composite()
+datasets.DATASETS["tiny"] = lambda: frame.assign(prompt="one plus two is", answer=" 3")
+experiments.perplexity = lambda *_: 1.0
+run = experiments.Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
+runs = [run, experiments.replace(run, arm="zero-shot", steps=0), experiments.replace(run, learning_rate=1e30)]
+store = experiments.Store(Path(sys.argv[1]), shipped=None)
+experiments.sweep(runs, store)
+print(runtime.world().num_processes, sum(store.result(run) is not None for run in runs), flush=True)
+"""
+
+
+def test_two_processes_train_together(tmp_path):
+    (tmp_path / "runs.py").write_text(SHARED)
+    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    several += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    results, said = [], []
+    for name, how in (("one", []), ("two", several)):
+        command = [sys.executable, *how, str(tmp_path / "runs.py"), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+        files = sorted((tmp_path / name).rglob("result.json"))
+        results.append({path.parent.name: pd.read_json(path, typ="series") for path in files})
+    assert said == [["1", "3"], ["2", "3", "2", "3"]]
+    assert results[0].keys() == results[1].keys() and len(results[0]) == 3
+    for key, one in results[0].items():
+        other = results[1][key]
+        assert ("diverged" in one) == ("diverged" in other)
+        if "curve" in one:
+            assert one["right"] == other["right"] and len(one["curve"]) == len(other["curve"])
+            for mine, theirs in zip(one["curve"], other["curve"], strict=True):
+                assert mine["losses"] == pytest.approx(theirs["losses"], abs=2e-4)
+
+
+def test_more_processes_than_questions_is_an_error(learnt, monkeypatch):
+    class Many:
+        num_processes, process_index, is_main_process = 7, 0, True
+
+    monkeypatch.setattr(runtime, "world", Many)
+    with pytest.raises(ValueError, match="7 processes cannot share a batch of 6"):
+        learnt()
+
+
+# ---------------------------------------------------------------- what it takes
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """A plan on one small dataset."""
+    monkeypatch.setattr(estimates, "REPEATS", 1)
+    return {"every_arm_on": ["1DC"], "core_arms_on": ["1DC"], "source_layer": 1, "dim": 4, "steps": 4}
+
+
+def test_an_estimate_counts_what_is_unfinished(tmp_path, sizes):
+    store = Store(tmp_path, shipped=None)
+    told = estimates.estimate("tiny-llama", store, "cpu", torch.float32, **sizes)
+    tried, _ = experiments.main_runs(store, "tiny-llama", **sizes)
+    assert told.runs > len(tried) and told.seconds > 0
+    model, tokenizer = load_model("tiny-llama")
+    assert told.weights == 4 * model.num_parameters()
+    wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))
+    run = replace(tried[0], arm="back attention")
+    kept = training.FirstPasses.gigabytes(wrapped, experiments.questions(run, tokenizer, "train"))
+    wrapped.unload()
+    assert told.states == pytest.approx(kept * 2**30, rel=0.01)
+    for run in tried:
+        store.keep(run, {"validation": 0.5, "validation_loss": abs(run.learning_rate - 0.001)}, {})
+    assert estimates.estimate("tiny-llama", store, "cpu", torch.float32, **sizes).runs < told.runs
+
+
+def test_a_batch_of_more_layers_keeps_more(sizes):
+    model, _ = load_model("tiny-llama")
+    about = (3, 8, 4, torch.device("cpu"), torch.float32)
+    kept = [estimates._timed(model.config, layers, *about)[2] for layers in (1, 2, 3)]
+    assert kept[0] < kept[1] < kept[2] and kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", models.TINY)
+def test_every_family_can_be_timed_at_another_depth(name):
+    model, _ = load_model(name)
+    assert min(estimates._timed(model.config, 3, 2, 6, 4, torch.device("cpu"), torch.float32)) > 0
+
+
+def test_the_launcher_says_what_it_takes_and_stops(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "BUILD", tmp_path)
+    monkeypatch.setenv("BACKATTN_DTYPE", "float32")
+    plan = experiments.main_runs
+    monkeypatch.setattr(
+        experiments, "main_runs", lambda *a, **sizes: plan(*a, **{**sizes, "every_arm_on": ["1DC"], "core_arms_on": []})
+    )
+    assert launch.main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--estimate"]) == 0
+    said = capsys.readouterr().out
+    assert "runs to make" in said and "GiB are free, so that it fits" in said
