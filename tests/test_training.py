@@ -108,6 +108,8 @@ def test_the_most_frequent_answer_is_guessed(monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
     assert datasets.guessed("made up") == pytest.approx(0.75, abs=0.03)
     assert 0.1 < datasets.guessed("in context") < 0.4
+    floor = datasets.guessed_by_kind()
+    assert list(floor.index) == ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"] and 0 < floor.min() < floor.max() < 0.15
 
 
 def test_compositions_hold_out_what_they_say():
@@ -146,8 +148,8 @@ def test_compositions_are_tuned_alike(tmp_path):
         for run in tried:
             if store.result(run) is None:
                 pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
-    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 5 * 3 * 3
-    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 5 * 3
+    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 6 * 3 * 3
+    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 6 * 3
     assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {(1600, None, 1.0)}
 
 
@@ -846,7 +848,9 @@ def test_models_that_compose(arm):
         assert len(layers) == (4 if arm in ("4 layers", "2 layers, twice") else 2)
         assert (layers[0] is layers[-2]) == (arm != "4 layers")
         if isinstance(model, TwoPassModel):
-            assert model.memory_layers == ((0,) if "same" in arm else (0, 1, 2))
+            read = {"2 layers + back attention": (0, 1, 2), "2 layers + same layer": (0,), "2 layers + loop": (2,)}
+            assert model.memory_layers == read[arm] and model.two_passes == ("same" not in arm)
+            assert sum(p.numel() for p in model.updates.parameters()) == 4 * 20 * 8
     with pytest.raises(ValueError, match="Unknown arm '1 layer'"):
         experiments.scratch_model(replace(run, arm="1 layer"))
 

@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, site, tables
-from .runtime import CLUSTER, DTYPE, PROFILE, PROGRESS_FILE, atomic_file, hardware
+from .runtime import CLUSTER, DTYPE, PROFILE, PROGRESS_FILE, atomic_file, hardware, one_process
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
@@ -294,7 +294,12 @@ def _manifest() -> dict:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the chosen notebooks of a profile; returns the exit status."""
+    """Run the chosen notebooks of a profile; returns the exit status. A second run waits for the first to end."""
+    with one_process(paths.run_folder(arguments.profile)):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     profile, folder = arguments.profile, paths.run_folder(arguments.profile)
     chosen = select(notebooks(), arguments.only, arguments.start, arguments.stop)
     failed, began = [], time.monotonic()
@@ -424,6 +429,11 @@ def _side_by_side() -> list[str]:
 
 def check() -> int:
     """Lint, unit tests and guards, the committed notebooks re-run cell by cell, and their numbers compared."""
+    with one_process(paths.run_folder("check")):
+        return _check()
+
+
+def _check() -> int:
     folder = paths.run_folder("check")
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}

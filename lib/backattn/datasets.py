@@ -214,7 +214,7 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
             rows += [(*question, kind, split) for question, *_ in own[: HELD_OUT[split]]]
             own = own[HELD_OUT[split] :]
     frame = pd.DataFrame(rows, columns=["prompt", "answer", "group", "kind", "split"])
-    return frame.assign(tested=frame["kind"] != "fact")
+    return frame.assign(tested=frame["kind"] != "fact", r2=frame["prompt"].str.split().str[-1])
 
 
 def legs(animals: int, path: Path = DATA / "legs.csv") -> pd.DataFrame:
@@ -317,6 +317,14 @@ def guessed(name: str) -> float:
         best = parts["train"].groupby("r2")["answer"].agg(lambda answers: answers.mode()[0])
         right += (parts["test"]["r2"].map(best) == parts["test"]["answer"]).tolist()
     return float(np.mean(right))
+
+
+def guessed_by_kind(name: str = "compositions") -> pd.Series:
+    """`guessed` for each kind of question of a dataset that brings its own split: kind -> share."""
+    parts = dict(list(split(load(name)).groupby("split")))
+    best = parts["train"].groupby("r2")["answer"].agg(lambda answers: answers.mode()[0])
+    test = parts["test"]
+    return (test["r2"].map(best) == test["answer"]).groupby(test["kind"]).mean()
 
 
 def held_out_text(characters: int = 6000) -> str:

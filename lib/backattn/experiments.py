@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from . import census, datasets, runtime
 from .arch import input_device
-from .back_attention import BackAttentionConfig, get_back_attention_model
-from .baselines import ARMS, make_arm
+from .back_attention import BackAttentionConfig, TwoPassModel, get_back_attention_model
+from .baselines import ARMS, LoopLoRA, make_arm
 from .models import EMBEDDED, load_model, one_device
 from .paths import BUILD, DATA
 from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train, written
@@ -45,7 +45,8 @@ SCRATCH_ARMS = {
 COMPOSING_ARMS = {
     "2 layers": "the baseline",
     "2 layers + back attention": "d′ = 32, in layer 0, reading all states",
-    "2 layers + same layer": "the same module reading the embedding's states only; both layers run twice all the same",
+    "2 layers + same layer": "the same module reading the embedding's states only: no second pass",
+    "2 layers + loop": "as many weights, a map of the final state at the same position into layer 0; layers run again",
     "2 layers, twice": "the same layers run two times (weight-tied)",
     "4 layers": "as many operations as the layers run twice",
 }
@@ -227,6 +228,9 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     model = LlamaForCausalLM(config).eval()
     for k in range(layers, config.num_hidden_layers):
         model.model.layers[k] = model.model.layers[k - layers]
+    if arm.endswith("+ loop"):
+        updates = {0: LoopLoRA(run.width, 2 * run.dim)}
+        return TwoPassModel(model, updates, memory=(layers,), freeze_base=False), tokenizer
     if "+" in arm:
         memory = (0,) if arm.endswith("same layer") else run.memory_layers
         config = BackAttentionConfig(0, run.dim, memory_layers=memory)

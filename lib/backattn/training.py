@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import pandas as pd
@@ -423,7 +424,10 @@ def _load(path: Path | None, recipe: Recipe, weights: dict, optimiser, schedule)
     """The progress kept in `path`, with weights, optimiser and schedule put back; empty where there is none."""
     if path is None or not path.exists():
         return {}
-    kept = torch.load(path, map_location=next(iter(weights.values())).device, weights_only=True)
+    try:
+        kept = torch.load(path, map_location=next(iter(weights.values())).device, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise OSError(f"{path} is damaged, or holds more than numbers, and was not used: delete it.") from error
     if kept["recipe"] != asdict(recipe) or kept["weights"].keys() != weights.keys():
         raise ValueError(f"{path} belongs to another training run: delete it, or train into another folder.")
     with torch.no_grad():

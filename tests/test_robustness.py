@@ -1,0 +1,291 @@
+"""Odd input, killed processes and files that somebody made to do harm: nothing wrong is used, and nothing is lost."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backattn import (
+    BackAttentionConfig,
+    BackAttentionModel,
+    baselines,
+    get_back_attention_model,
+    load_model,
+    logit_flow,
+    models,
+    training,
+)
+from backattn.back_attention import AdapterError
+from backattn.models import ModelLoadError
+from backattn.residual import encode
+
+STRANGE = [
+    "\u200b.",
+    "a\u0301" * 9,
+    "🧑‍🚀 says",
+    "مرحبا بالعالم",
+    "\x00\x01\x7f",
+    "\n\n\t x",
+    "x" * 90,
+    "e " * 60,
+    "<pad>",
+]
+ODD = st.one_of(
+    st.text(min_size=1, max_size=30),
+    st.sampled_from(STRANGE),
+    st.binary(min_size=1, max_size=12).map(lambda raw: raw.decode("latin-1")),
+).filter(str.strip)
+FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def wrapped(llama):
+    """The tiny Llama with back attention whose weights are not zero."""
+    model = get_back_attention_model(load_model("tiny-llama")[0], BackAttentionConfig(1, dim=8))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.updates["1"].o_proj.weight, std=0.3)
+    yield model
+    model.unload()
+
+
+# ---------------------------------------------------------------- odd prompts
+
+
+@FUZZ
+@given(prompts=st.lists(ODD, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
+def test_back_attention_takes_any_text(llama, wrapped, prompts, side):
+    """Finite, and each text alone is what it is in a padded batch."""
+    batch = encode(llama[1], prompts, side)
+    with torch.no_grad():
+        together = wrapped(batch.ids, batch.mask, position_ids=batch.position_ids, use_cache=False).logits
+        assert together[batch.mask.bool()].isfinite().all()
+        for row, prompt in enumerate(prompts):
+            alone = encode(llama[1], [prompt])
+            own = wrapped(alone.ids, alone.mask, use_cache=False).logits[0, -1]
+            assert torch.allclose(own, batch.at_last(together)[row], atol=2e-4)
+
+
+@FUZZ
+@given(prompt=ODD, count=st.integers(1, 4))
+def test_cached_generation_is_recomputation_for_any_text(llama, wrapped, prompt, count):
+    batch = encode(llama[1], [prompt])
+    made = wrapped.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        whole = wrapped(made[:, :-1], use_cache=False).logits[0, batch.ids.shape[1] - 1 :]
+    chosen = whole.gather(-1, made[0, batch.ids.shape[1] :, None])[:, 0]
+    assert (whole.max(-1).values - chosen < 1e-3).all()  # what was written is what recomputation writes, or a tie
+
+
+@FUZZ
+@given(prompts=st.lists(ODD, min_size=1, max_size=3))
+def test_logit_flow_telescopes_on_any_text(llama, prompts):
+    flow = logit_flow(*llama, prompts, level="neuron", top_k=5)
+    assert flow.check() <= 1e-4 and np.isfinite(flow.frame["increase"]).all()
+
+
+@pytest.mark.parametrize("prompts", [[], [""], ["a", ""], [3], [None], ["a", None]])
+def test_what_is_no_prompt_is_refused(llama, prompts):
+    with pytest.raises((ValueError, TypeError), match=r"[Pp]rompt|str"):
+        logit_flow(*llama, prompts)
+
+
+def test_a_text_longer_than_the_context_is_refused(llama):
+    with pytest.raises(ValueError, match="Shorten it"):
+        logit_flow(*llama, ["word " * 400])
+
+
+# ---------------------------------------------------------------- files made to do harm
+
+
+class Harm:
+    """A pickle of it writes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
+    """As torch writes it, and as a bare pickle."""
+    model, tokenizer = load_model("tiny-llama")
+    wrapped = baselines.make_arm("bias", model, 1, 4)
+    items = training.numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"], "answer": [" 3"]}))
+    checkpoint, proof = tmp_path / "training.pt", tmp_path / "harm"
+    torch.save({"recipe": Harm(proof)}, checkpoint)
+    whole = checkpoint.read_bytes()
+    for content in (whole, pickle.dumps(Harm(proof)), whole[: len(whole) // 2], b""):
+        checkpoint.write_bytes(content)
+        with pytest.raises(OSError, match="was not used"):
+            training.train(wrapped, items, training.Recipe(1, 0.01, batch_size=1), checkpoint=checkpoint)
+    assert not proof.exists()
+    wrapped.unload()
+
+
+def harmful_tensors(proof: Path) -> list[bytes]:
+    """Files that call themselves safetensors: a pickle, headers that lie about their length, offsets beyond the end or
+    over one another, sizes that overflow, JSON that is none, and JSON of great depth."""
+
+    def file(header: bytes, body: bytes = b"\0" * 16, length: int | None = None) -> bytes:
+        return struct.pack("<Q", len(header) if length is None else length) + header + body
+
+    def entry(shape, offsets) -> bytes:
+        return json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+
+    two = {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"}
+    saved = io.BytesIO()
+    torch.save({"w": Harm(proof)}, saved)
+    return [
+        saved.getvalue(),
+        pickle.dumps(Harm(proof)),
+        file(entry([4], [0, 16]), length=2**62),
+        file(entry([4], [0, 2**40])),
+        file(entry([2**40, 2**40], [0, 16])),
+        file(entry([-1], [0, 16])),
+        file(json.dumps(two).encode()),
+        file(b'{"w": ' * 3000),
+        file(b"not json at all"),
+        b"",
+        b"\xff" * 7,
+    ]
+
+
+def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
+    model, _ = load_model("tiny-llama")
+    proof = tmp_path / "harm"
+    wrapped.save_pretrained(tmp_path / "adapter")
+    for content in harmful_tensors(proof):
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(AdapterError):
+            BackAttentionModel.from_pretrained(model, tmp_path / "adapter")
+    assert not proof.exists()
+
+
+def test_models_made_to_do_harm_are_refused(llama, tmp_path):
+    model, tokenizer = llama
+    proof = tmp_path / "harm"
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for content in harmful_tensors(proof):
+        (tmp_path / "model" / "model.safetensors").write_bytes(content)
+        with pytest.raises(ModelLoadError):
+            load_model(str(tmp_path / "model"))
+    assert not proof.exists()
+
+
+def test_a_model_that_brings_code_is_refused(llama, tmp_path):
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    proof = tmp_path / "harm"
+    (tmp_path / "modeling_own.py").write_text(f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n")
+    about = json.loads((tmp_path / "config.json").read_text())
+    about |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises((ModelLoadError, models.UnsupportedModelError)):
+        load_model(str(tmp_path))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "longer"])
+def test_a_model_file_that_is_not_the_verified_one_is_refused(tmp_path, damage):
+    spec = models.EMBEDDED["smollm2"]
+    content = {"cut": b"GGUF", "changed": b"GGUF" + b"\xff" * 60, "longer": b"GGUF" * 4096}[damage]
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ModelLoadError, match="sha256"):
+        models._verify(tmp_path / "model.gguf", spec.sha256, "the file")
+
+
+# ---------------------------------------------------------------- killed at random, two at once
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from backattn import cli, paths
+place = Path(sys.argv[1])
+paths.NOTEBOOKS, paths.BUILD = place / "notebooks", place / "build"
+cli.notebooks = lambda: sorted((place / "notebooks").glob("*.ipynb"))
+cli.PROFILES["smoke"] = {}
+sys.exit(cli.run(cli.parser().parse_args(["--profile", "smoke"])))
+"""
+CELLS = [
+    "n = 3",
+    "import pathlib, time, numpy as np\nfrom backattn.runtime import atomic_file",
+    "folder = pathlib.Path(FOLDER)\nfolder.mkdir(parents=True, exist_ok=True)\ntime.sleep(0.4)",
+    "for k in range(n):\n    with atomic_file(folder / f'NAME_{k}.csv') as file:\n"
+    "        file.write_text(str(np.random.default_rng(k).random(50_000).tolist()))\n    time.sleep(0.2)",
+]
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """Starts the runner in a process of its own, on two small notebooks below a folder."""
+
+    def make(name: str) -> subprocess.Popen:
+        place = tmp_path / name
+        for stem in ("01_first", "02_second"):
+            path = place / "notebooks" / f"{stem}.ipynb"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                notebook = nbformat.v4.new_notebook()
+                own = [c.replace("FOLDER", repr(str(place / "build/smoke"))).replace("NAME", stem) for c in CELLS]
+                notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in own]
+                notebook.cells[0].metadata["tags"] = ["parameters"]
+                nbformat.write(notebook, path)
+        (tmp_path / "runner.py").write_text(KILLED)
+        command = [sys.executable, str(tmp_path / "runner.py"), str(place)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    return make
+
+
+def products(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((place / "build/smoke").glob("*.csv"))}
+
+
+def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runner, tmp_path):
+    """Three times here; benchmarks/kill_and_resume.py does it twenty times with the real notebooks."""
+    begin = time.monotonic()
+    whole = runner("whole")
+    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+    took, draw = time.monotonic() - begin, np.random.default_rng(0)
+    for _ in range(3):
+        process = runner("killed")
+        time.sleep(float(draw.uniform(0.3, 1.0)) * took)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
+        for path in products(tmp_path / "killed").values():
+            assert path.endswith(b"]")  # never half a file
+    process = runner("killed")
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert products(tmp_path / "killed") == products(tmp_path / "whole") and len(products(tmp_path / "whole")) == 6
+
+
+def test_two_runs_at_once_make_everything_once(runner, tmp_path):
+    first, second = runner("both"), runner("both")
+    said = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert first.returncode == second.returncode == 0, said
+    waited = [text for text in said if "waiting for it" in text]
+    assert len(waited) == 1 and waited[0].count("skipped") == 2  # it found all done
