@@ -1,12 +1,15 @@
 """Plots return their Axes; files are byte-stable and carry their numbers."""
 
+import shutil
+import subprocess
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from backattn import figures, flow_back, logit_flow, tables
+from backattn import figures, flow_back, logit_flow, paths, tables
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +197,23 @@ def test_verdicts_are_drawn_in_their_columns():
     ax = figures.verdict_grid(pd.DataFrame(rows, columns=["id", "claim", "verdict"]), verdicts)
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"]
     assert dots == [(0, 1), (3, 0)] and ax.get_yticklabels()[1].get_text().endswith(" …")
+
+
+TABLES = sorted((paths.FIGURES / "tables").glob("*.tex"))
+
+
+def test_committed_tables_hold_nothing_that_latex_lacks():
+    assert len(TABLES) > 100
+    for path in TABLES:
+        strange = {c for c in path.read_text("utf-8") if ord(c) > 255} - set("–—…←→“”‘’")
+        assert not strange, f"{path.name}: add {strange} to tables.SYMBOLS"
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_committed_tables_compile(tmp_path):
+    head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,textcomp}\begin{document}\tiny"
+    lines = [head, *(rf"\input{{{path}}}\par" for path in TABLES), r"\end{document}"]
+    (tmp_path / "all.tex").write_text("\n".join(lines))
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -25,8 +25,21 @@ def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     return paths
 
 
+SYMBOLS = {  # what LaTeX does not take as it is
+    "′": "$'$",
+    "−": "$-$",
+    "≈": r"$\approx$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "→": r"$\to$",
+    "Σ": r"$\Sigma$",
+    "∈": r"$\in$",
+}
+
+
 def _latex(frame: pd.DataFrame) -> str:
-    return frame.to_latex(index=False, escape=True)
+    """Needs booktabs, and T1 for the font's accents."""
+    return frame.to_latex(index=False, escape=True).translate(str.maketrans(SYMBOLS))
 
 
 def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
