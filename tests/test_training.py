@@ -633,6 +633,7 @@ def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
         tried, final = experiments.adapter_runs(store, names=["two-hop"], **at)
         assert final and all(store.result(run) for run in tried + final)
     plans = [experiments.adapter_runs(store, names=datasets.OTHER_PROMPTS, arms=experiments.CORE_ARMS, batch_size=16)]
+    plans.append(experiments.composing_runs(store))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
