@@ -3,7 +3,7 @@
     python benchmarks/kill_and_resume.py --kills 20 --only 00,03,06
 
 Two runs of the smoke profile into folders of their own: one is left alone, the other is killed (SIGKILL, with all its
-processes) so many times before it may end. Then every table and every figure's numbers are compared byte by byte, but
+processes) so many times before it may end. Then every table and every figure's numbers are compared cell by cell, but
 for measured times.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 
 from backattn import paths
 
@@ -29,7 +29,7 @@ def start(only: str, output: Path) -> subprocess.Popen:
     environment = {**os.environ, "BACKATTN_OUTPUT": str(output)}
     command = [str(paths.ROOT / "run_all.sh"), "--profile", "smoke", "--only", only]
     log = (output / "log.txt").open("a")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def place(folder: Path, name: str) -> Path:
@@ -44,7 +44,9 @@ def numbers(output: Path) -> dict[str, str]:
     found = {}
     for path in sorted((output / "build" / "smoke" / "figures").rglob("*.csv")):
         frame = pd.read_csv(path)
-        found[path.name] = frame[[name for name in frame if not name.startswith(TIMES)]].to_csv(index=False)
+        found[str(path.relative_to(output))] = frame[[name for name in frame if not name.startswith(TIMES)]].to_csv(
+            index=False
+        )
     return found
 
 
@@ -64,10 +66,11 @@ def main() -> None:
         process = start(arguments.only, harried)
         time.sleep(float(draw.uniform(0.02, 0.6)) * took)
         killed += process.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                one.kill()  # the kernel, too
         process.wait()
-        for path in (harried / "build").rglob("*.csv"):
+        for path in (harried / "build").rglob("[!.]*.csv"):
             try:
                 half += pd.read_csv(path).empty
             except (ValueError, OSError):

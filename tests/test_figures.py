@@ -205,7 +205,7 @@ TABLES = sorted((paths.FIGURES / "tables").glob("*.tex"))
 def test_committed_tables_hold_nothing_that_latex_lacks():
     assert len(TABLES) > 100
     for path in TABLES:
-        strange = {c for c in path.read_text("utf-8") if ord(c) > 255} - set("–—…←→“”‘’")
+        strange = {c for c in path.read_text("utf-8") if ord(c) > 255} - set("–—…←“”‘’")
         assert not strange, f"{path.name}: add {strange} to tables.SYMBOLS"
 
 

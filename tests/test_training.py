@@ -148,8 +148,8 @@ def test_compositions_are_tuned_alike(tmp_path):
         for run in tried:
             if store.result(run) is None:
                 pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
-    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 6 * 3 * 3
-    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 6 * 3
+    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
+    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 7 * 3
     assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {(1600, None, 1.0)}
 
 
@@ -850,8 +850,10 @@ def test_models_that_compose(arm):
         assert (layers[0] is layers[-2]) == (arm != "4 layers")
         if isinstance(model, TwoPassModel):
             read = {"2 layers + back attention": (0, 1, 2), "2 layers + same layer": (0,), "2 layers + loop": (2,)}
+            read["2 layers + return"] = (2,)
             assert model.memory_layers == read[arm] and model.two_passes == ("same" not in arm)
-            assert sum(p.numel() for p in model.updates.parameters()) == 4 * 20 * 8
+            weights = sum(p.numel() for p in model.updates.parameters())
+            assert weights == (1 if "return" in arm else 4 * 20 * 8)
     with pytest.raises(ValueError, match="Unknown arm '1 layer'"):
         experiments.scratch_model(replace(run, arm="1 layer"))
 

@@ -47,6 +47,22 @@ class LoopLoRA(ResidualLoRA):
         return self.up(values[:, 0, -h.shape[1] :])
 
 
+class Return(nn.Module):
+    """h + g N(h_L), with g one number: the final state itself comes back, position by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes back of the final states [1, B, S, D]: [B, 1, S, D], as keys and as values."""
+        whole = normed(memory[0])[:, None]
+        return whole, whole
+
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+        return self.gain * values[:, 0, -h.shape[1] :]
+
+
 class Bias(nn.Module):
     """h + b."""
 

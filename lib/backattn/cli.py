@@ -498,7 +498,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the models; float32 is the default")
+    dtypes = ("float32", "bfloat16", "float16")
+    p.add_argument("--dtype", choices=dtypes, help="of the models (training is in bfloat16); float32 is the default")
     p.add_argument(
         "--cluster",
         metavar="ADDRESS",

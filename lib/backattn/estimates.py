@@ -49,21 +49,23 @@ class Estimate:
         )
 
 
-def estimate(model: str, store: Store, device: str = "cpu", dtype: torch.dtype | None = None, **sizes) -> Estimate:
+def estimate(model: str, store: Store, device: str = "cpu", **sizes) -> Estimate:
     """What the unfinished runs of `experiments.main_runs(store, model, **sizes)` take.
 
-    Fetches a model's configuration and tokenizer only. Raises UnsupportedModelError for another family, and OSError
-    where the configuration cannot be had.
+    Of the model only configuration and tokenizer are fetched, and the questions where they are published ones. Raises
+    UnsupportedModelError for another family, and OSError where something cannot be had.
     """
     config, tokenizer = _about(model)
-    place, dtype, layers = one_device(device), dtype or runtime.dtype(), config.num_hidden_layers
-    guess = _Guess(store.folder, shipped=None)
-    runs = [run for part in experiments.main_runs(guess, model, **sizes) for run in part]
-    runs = [run for run in runs if store.result(run) is None]
+    place, layers = one_device(device), config.num_hidden_layers
+    listed = [run for part in experiments.main_runs(_Guess(store), model, **sizes) for run in part]
+    runs = [run for run in dict.fromkeys(listed) if store.result(run) is None]
+    free = runtime.free_bytes(place)
+    if not runs:
+        return Estimate(0, 0.0, 0, 0, 0, free)
     lengths = {name: _tokens(name, runs, tokenizer) for name in {run.dataset for run in runs}}
-    usual = round(np.mean(list(lengths.values()))) if runs else 1
-    size = runs[0].batch_size if runs else 1
-    few, many = (_timed(config, count, size, usual, runs[0].dim if runs else 1, place, dtype) for count in TIMED)
+    usual, size = round(np.mean(list(lengths.values()))), runs[0].batch_size
+    dtype = getattr(torch, runs[0].dtype)  # in which the model is trained on
+    few, many = (_timed(config, count, size, usual, runs[0].dim, place, dtype) for count in TIMED)
     layer, forward, kept = (max(b - a, 0) / (TIMED[1] - TIMED[0]) for a, b in zip(few, many, strict=True))
     rest = max(few[0] - TIMED[0] * layer, 0)
     seconds, states, deepest = 0.0, 0.0, 0
@@ -78,15 +80,25 @@ def estimate(model: str, store: Store, device: str = "cpu", dtype: torch.dtype |
         seconds += own * lengths[run.dataset] / usual
         states = max(states, (above + 1) * learnt * lengths[run.dataset] * config.hidden_size * dtype.itemsize)
         deepest = max(deepest, trained)
-    need, free = weight_bytes(config, dtype), runtime.free_bytes(place)
-    states = states if states <= free / 4 else 0  # what `training.train` does
+    kinds = {dtype, getattr(torch, experiments.tested_in(runs[0]))}  # a copy of the model in each
+    need = sum(weight_bytes(config, each) for each in kinds)
+    if states > (free - need) / 4:  # `training.train` does not keep them then, and runs both passes at each step
+        states = 0.0
+        seconds += sum(run.steps * layers * forward * lengths[run.dataset] / usual for run in runs)
     return Estimate(len(runs), seconds, need, round(states), round(deepest * kept), free)
 
 
 class _Guess(Store):
-    """A store in which everything is finished and the middle learning rate did best: what a plan comes to."""
+    """Another store's results; for what is unfinished there, that the middle learning rate did best: what a plan comes
+    to."""
+
+    def __init__(self, store: Store):
+        self.folder, self.shipped = store.folder, store.shipped
 
     def result(self, run: Run) -> dict:
+        done = super().result(run)
+        if done is not None:
+            return done
         middle = experiments.RATES.get(run.arm, (1, 1, 1))[1]
         return {"validation": 0.0, "validation_loss": abs(np.log(max(run.learning_rate, 1e-9) / middle))}
 
@@ -116,7 +128,7 @@ def _timed(
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
     model.set_attn_implementation("eager")
     ids = torch.arange(size * tokens, device=device).view(size, tokens) % config.vocab_size
@@ -145,7 +157,9 @@ def _timed(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         step()  # warms up, too
     forward()
-    return _seconds(step, device), _seconds(forward, device), sum(sizes.values())
+    took = _seconds(step, device), _seconds(forward, device), sum(sizes.values())
+    wrapped.unload()
+    return took
 
 
 def _seconds(what, device: torch.device) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import census, datasets, runtime
 from .arch import input_device
 from .back_attention import BackAttentionConfig, TwoPassModel, get_back_attention_model
-from .baselines import ARMS, LoopLoRA, make_arm
+from .baselines import ARMS, LoopLoRA, Return, make_arm
 from .models import EMBEDDED, load_model, one_device
 from .paths import BUILD, DATA
 from .training import Items, Recipe, evaluate, first_tokens, numbers, perplexity, train, written
@@ -47,6 +47,7 @@ COMPOSING_ARMS = {
     "2 layers + back attention": "d′ = 32, in layer 0, reading all states",
     "2 layers + same layer": "the same module reading the embedding's states only: no second pass",
     "2 layers + loop": "as many weights, a map of the final state at the same position into layer 0; layers run again",
+    "2 layers + return": "one number: the final state itself, times it, in layer 0; layers run again",
     "2 layers, twice": "the same layers run two times (weight-tied)",
     "4 layers": "as many operations as the layers run twice",
 }
@@ -78,7 +79,7 @@ class Run:
     train_items: int | None = 1500
     validation_items: int | None = 200
     test_items: int | None = 300
-    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, see `_asked_in`
+    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, see `tested_in`
     memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
     width: int = 440  # of a model from scratch
     weight_decay: float | None = None  # None: 0.01 from scratch, else none
@@ -94,8 +95,8 @@ class Run:
         added later leaves the names of earlier runs what they are."""
         source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
         about = [VERSION, _own(self), _own(self.recipe), data_hash(self.dataset), source, SHOTS]
-        if _asked_in(self) != "float32":  # what is tested in another dtype is another result
-            about.append(_asked_in(self))
+        if tested_in(self) != "float32":  # what is tested in another dtype is another result
+            about.append(tested_in(self))
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -112,7 +113,7 @@ class Run:
         )
 
 
-def _asked_in(run: Run) -> str:
+def tested_in(run: Run) -> str:
     """The dtype of a run's test: fp32, or for models whose results are not shipped that of `load_model`."""
     ours = run.model == SCRATCH or run.model in EMBEDDED
     return "float32" if ours else str(runtime.dtype()).removeprefix("torch.")
@@ -228,9 +229,9 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     model = LlamaForCausalLM(config).eval()
     for k in range(layers, config.num_hidden_layers):
         model.model.layers[k] = model.model.layers[k - layers]
-    if arm.endswith("+ loop"):
-        updates = {0: LoopLoRA(run.width, 2 * run.dim)}
-        return TwoPassModel(model, updates, memory=(layers,), freeze_base=False), tokenizer
+    if arm.endswith(("loop", "return")):
+        update = LoopLoRA(run.width, 2 * run.dim) if arm.endswith("loop") else Return()
+        return TwoPassModel(model, {0: update}, memory=(layers,), freeze_base=False), tokenizer
     if "+" in arm:
         memory = (0,) if arm.endswith("same layer") else run.memory_layers
         config = BackAttentionConfig(0, run.dim, memory_layers=memory)
@@ -267,7 +268,7 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
 def trained(run: Run, store: "Store", device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
     """`armed` as it is tested, with the weights that were kept; raises FileNotFoundError where they are not there."""
     weights = store.weights(run)
-    with armed(run, _asked_in(run), device) as (model, tokenizer):
+    with armed(run, tested_in(run), device) as (model, tokenizer):
         put_weights(model, weights)
         yield model, tokenizer
 
@@ -382,7 +383,7 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
             weights = trained_weights(model)
             result["trained"] = sum(tensor.numel() for tensor in weights.values())
             result["seconds"] = round(curve[-1]["seconds"], 1)
-    with armed(run, _asked_in(run), device) as (model, tokenizer):
+    with armed(run, tested_in(run), device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
         if run.test_items == 0:

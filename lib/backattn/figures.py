@@ -44,10 +44,11 @@ ARM_COLOURS = {
     "2 layers + back attention": PALETTE[3],
     "2 layers + same layer": PALETTE[1],
     "2 layers + loop": PALETTE[5],
+    "2 layers + return": PALETTE[7],
     "2 layers, twice": PALETTE[4],
     "4 layers": PALETTE[0],
 }
-ARM_MARKERS = dict(zip(ARM_COLOURS, "xPosD^vdsoPsDos^Dv", strict=True))
+ARM_MARKERS = dict(zip(ARM_COLOURS, "xPosD^vdsoPsDos^<Dv", strict=True))
 CASE_STYLES = {"right": "-", "wrong": "--"}
 WIDTH = 7.0  # inches, two columns
 

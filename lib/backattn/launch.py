@@ -2,7 +2,8 @@
 
     accelerate launch --num_processes 4 -m backattn.launch --model meta-llama/Llama-3.1-8B --dtype bfloat16
 
-It says first what they take. Finished runs are kept in build/runs, where the notebook finds them.
+It says first what they take. Finished runs are kept in build/runs, where the notebook finds them when it is run with
+the same model and dtype. All processes must see that folder.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from .estimates import estimate
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="backattn.launch", description="Training runs of notebook 03 for any model.")
     p.add_argument("--model", required=True, metavar="NAME", help="a Hugging Face id, a folder or a name of load_model")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the model")
+    dtypes = ("float32", "bfloat16", "float16")
+    p.add_argument("--dtype", choices=dtypes, default="float32", help="of the test (training is in bfloat16)")
     p.add_argument("--device", metavar="D", help="where one process trains; default: a GPU where there is one")
     p.add_argument("--source-layer", type=int, default=6)
     p.add_argument("--dim", type=int, default=64, help="d′ of back attention; the other arms get as many weights")
@@ -30,8 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = {"source_layer": arguments.source_layer, "dim": arguments.dim, "steps": arguments.steps}
     store = experiments.Store()
     if world.is_main_process:
-        what = estimate(arguments.model, store, device, **sizes)
-        print(f"{arguments.model} in {arguments.dtype} on {device}: {what}", flush=True)
+        try:
+            what = estimate(arguments.model, store, device, **sizes)
+        except OSError as error:
+            what = f"no estimate could be made ({error})"
+        print(f"{arguments.model}, tested in {arguments.dtype}, on {device}: {what}", flush=True)
     if not arguments.estimate:
         world.wait_for_everyone()
         experiments.complete(lambda own: experiments.main_runs(own, arguments.model, **sizes), store, 1, device)

@@ -126,8 +126,8 @@ def load_model(
         dtype: None: fp32, or what the environment variable BACKATTN_DTYPE says (`--dtype`). Sums of bf16 contributions
             are off by about one per cent.
         device: where the weights go. "auto" spreads the layers over all GPUs, the machine's memory and the disk, and
-            so does any other where a hub id or a folder does not fit (which is said): back attention works on such a
-            model, logit flow does not.
+            so does any other where a hub id or a folder does not fit (which is said). Back attention works on such a
+            model (its training needs room for the layers above the source layer), logit flow does not.
         revision: of a Hugging Face id.
 
     Returns (model, tokenizer). The tokenizer always has a pad token.
@@ -390,15 +390,17 @@ def weight_bytes(config, dtype: torch.dtype) -> int:
 def _spread(name: str, config, dtype: torch.dtype, device: str | torch.device) -> dict:
     """Options of from_pretrained that spread the layers of a model that one place cannot hold, or should not."""
     need, free = weight_bytes(config, dtype), runtime.free_bytes(one_device(device))
-    if str(device) != "auto" and need <= ROOM * free:
+    fits = need <= ROOM * free
+    if str(device) != "auto" and fits:
         return {}
-    if need > ROOM * free:
-        print(
+    if not fits:
+        told = (
             f"{name}: its weights take {need / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
-            f"{free / 2**30:.1f} GiB are free on {one_device(device)}: its layers are spread over GPUs, memory and "
-            "disk, and run slower. A smaller dtype (--dtype bfloat16) halves them.",
-            file=sys.stderr,
+            f"{free / 2**30:.1f} GiB are free on {one_device(device)}"
         )
+        if runtime.world().num_processes > 1:
+            raise ModelLoadError(f"{told}. Each process needs a device that holds them: start one process alone.")
+        print(f"{told}: its layers are spread over GPUs, memory and disk, and run slower.", file=sys.stderr)
     memory = None if torch.cuda.is_available() else {"cpu": int(ROOM * free)}
     (CACHE / "offload").mkdir(parents=True, exist_ok=True)
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(CACHE / "offload")}

@@ -52,7 +52,8 @@ def world():
 def free_bytes(device: str | torch.device = "cpu") -> int:
     """Memory that is free where weights would go: of that GPU, else of the machine."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 

@@ -9,7 +9,7 @@ With a frozen base the states of the first pass are computed once per question a
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -145,10 +145,25 @@ class FirstPasses:
         return out
 
     def _compute(self, rows: list[int], device: torch.device) -> None:
+        in_halves(lambda part: self._pass(part, device), rows)
+
+    def _pass(self, rows: list[int], device: torch.device) -> None:
         batch = collate(self.items, rows, device=device)
         states = self.model.first_pass_states(batch.ids, batch.mask, batch.position_ids)
         for place, row in enumerate(rows):
             self.kept[row] = states[:, place, -int(batch.mask[place].sum()) :].clone()
+
+
+def in_halves(do: Callable[[list[int]], object], rows: list[int]) -> list:
+    """[do(rows)], or what it returns for halves of them, and so on, where the device's memory is short."""
+    try:
+        return [do(rows)]
+    except torch.OutOfMemoryError:
+        if len(rows) < 2:
+            raise
+    torch.cuda.empty_cache()  # nothing where there is no GPU
+    half = len(rows) // 2
+    return in_halves(do, rows[:half]) + in_halves(do, rows[half:])
 
 
 def answer_logits(model: nn.Module, batch: Questions, first_pass: Tensor | None = None) -> Tensor:
@@ -186,16 +201,18 @@ def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Ques
 @torch.no_grad()
 def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.ndarray, float]:
     """(which questions are answered right [n] bool, mean loss per target token)."""
-    right, losses, targets = np.zeros(len(items), dtype=bool), 0.0, 0
+    right, losses = np.zeros(len(items), dtype=bool), 0.0
     order = np.argsort(items.lengths, kind="stable")
-    for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
-        rows = order[start : start + batch_size].tolist()
+
+    def ask(rows: list[int]) -> float:
         batch = collate(items, rows, device=input_device(model))
         logits = answer_logits(model, batch)
-        losses += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
-        targets += int((batch.labels != IGNORED).sum())
         right[rows] = right_answers(logits, items, rows, batch).numpy()
-    return right, losses / targets
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
+
+    for start in progress(range(0, len(items), batch_size), "testing", unit="batch"):
+        losses += sum(in_halves(ask, order[start : start + batch_size].tolist()))
+    return right, losses / sum(map(len, items.answers))
 
 
 NUMBER = re.compile(r"\s*(-?\d+)(?!\d|,\d)")  # a full stop ends it, as in training, whatever follows
@@ -281,8 +298,9 @@ def train(
     row before); where validation questions have kinds also kinds (kind -> share right).
 
     Where the device's memory does not hold a batch, it is taken in two parts from then on, then in four, and so on,
-    which is said; the gradient stays that of the whole batch. All processes of `accelerate launch` must call this
-    alike; each returns the curve of the whole, and the first one writes the checkpoint.
+    which is said; the gradient stays that of the whole batch. Validation is halved likewise. All processes of
+    `accelerate launch` must call this alike; each returns the curve of the whole, and the first one writes the
+    checkpoint.
 
     Raises ValueError when nothing is to be trained or a batch has fewer questions than there are processes,
     FloatingPointError when the loss is no number any more, and torch.OutOfMemoryError when not one question fits.
@@ -337,7 +355,10 @@ def train(
 
 def _first_passes(model: TwoPassModel, items: Items, room: float | None) -> FirstPasses | None:
     """The states of the first pass, where there is room for them."""
-    room = runtime.free_bytes(input_device(model)) / 2**30 / 4 if room is None else room
+    if room is None:
+        device = input_device(model)
+        sharing = runtime.world().num_processes if device.type == "cpu" else 1
+        room = runtime.free_bytes(device) / 2**30 / 4 / sharing
     need = FirstPasses.gigabytes(model, items)
     if need <= room:
         return FirstPasses(model, items)
@@ -354,8 +375,9 @@ class _Batches:
     def __init__(self, model: nn.Module, items: Items, recipe: Recipe, passes: FirstPasses | None):
         self.model, self.items, self.passes, self.autocast = model, items, passes, recipe.autocast
         self.world, self.pieces = runtime.world(), 1
-        if min(recipe.batch_size, len(items)) < self.world.num_processes:
-            raise ValueError(f"{self.world.num_processes} processes cannot share a batch of {recipe.batch_size}.")
+        size = min(recipe.batch_size, len(items))
+        if size < self.world.num_processes:
+            raise ValueError(f"{self.world.num_processes} processes cannot share a batch of {size}.")
 
     def gradients(self, rows: list[int], weights: Sequence[Tensor]) -> tuple[float, float]:
         """Put the gradient of a batch's mean loss on the weights; returns (loss, share answered right)."""
@@ -426,6 +448,8 @@ def _load(path: Path | None, recipe: Recipe, weights: dict, optimiser, schedule)
         return {}
     try:
         kept = torch.load(path, map_location=next(iter(weights.values())).device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise OSError(f"{path} is damaged, or holds more than numbers, and was not used: delete it.") from error
     if kept["recipe"] != asdict(recipe) or kept["weights"].keys() != weights.keys():
