@@ -1,6 +1,6 @@
 """Reliability: `./run_all.sh` killed at random moments, again and again, ends where an undisturbed run ends.
 
-    python benchmarks/kill_and_resume.py --kills 20 --only 00,03,06
+    python benchmarks/kill_and_resume.py --kills 20 --only 00,03
 
 Two runs of the smoke profile into folders of their own: one is left alone, the other is killed (SIGKILL, with all its
 processes) so many times before it may end. Then every table and every figure's numbers are compared cell by cell, but
@@ -53,7 +53,7 @@ def numbers(output: Path) -> dict[str, str]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--kills", type=int, default=20)
-    p.add_argument("--only", default="00,03,06", help="which notebooks")
+    p.add_argument("--only", default="00,03", help="which notebooks")
     p.add_argument("--seed", type=int, default=0)
     arguments = p.parse_args()
     folder, draw = Path(tempfile.mkdtemp()), np.random.default_rng(arguments.seed)

@@ -788,7 +788,10 @@ def test_operations_are_counted_by_hand(llama):
     layer = 2 * time * linear + 2 * 2 * heads * time * time * head
     total = 4 * layer + 2 * width * model.config.vocab_size
     ids = torch.arange(5, 5 + time)[None]
-    assert experiments.forward_flops(model, ids) == total
+    counted = experiments.forward_flops(model, ids)
+    turns = 2 * time * head // 2  # older transformers make the angles of rotary embeddings by a matrix product
+    assert counted in (total, total + turns)
+    total = counted
     wrapped = baselines.make_arm("back attention", model, 1, 4)
     states, dim = 4, 4
     update = 2 * time * width * dim * (2 + 2 * states) + 2 * 2 * time * time * states * dim

@@ -149,6 +149,8 @@ def load_model(
         model.config.name_or_path = name  # what load_model takes, not where the copy happens to lie
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # Gemma 2: not every transformers has its soft cap in other kinds
     if in_one_place(model):
         model = model.to(one_device(device))
     return model.eval(), tokenizer

@@ -177,10 +177,8 @@ class Stream:
 
 @contextlib.contextmanager
 def _attention_weights_visible(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Eager attention (the only kind that returns its weights, and in some versions of transformers the only one with
-    Gemma 2's soft cap) while the block runs, then as before."""
+    """Eager attention (the only kind that returns its weights) while the block runs, then as before."""
     before = model.config._attn_implementation
-    wanted = wanted or getattr(model.config, "attn_logit_softcapping", None)
     if not wanted or before == "eager":
         yield
         return
