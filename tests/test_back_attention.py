@@ -343,9 +343,7 @@ def test_static_caches_and_odd_masks_are_refused(llama):
     model, tok = load_model("tiny-llama")
     wrapped = trained(model, CONFIGS["one source"])
     ids = encode(tok, PROMPTS[:1]).ids
-    with pytest.raises(
-        ValueError, match=r"DynamicCache|\[batch, time\]"
-    ):  # older ones mask it first
+    with pytest.raises(ValueError, match=r"DynamicCache|\[batch, time\]"):  # older ones mask it first
         wrapped.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"\[batch, time\]"):
         wrapped(input_ids=ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1]))

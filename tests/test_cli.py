@@ -282,3 +282,15 @@ def test_the_manifest_times_every_notebook():
     runs = json.loads((paths.DATA / "MANIFEST.json").read_text())["runs"]["paper"]
     for path in sorted((paths.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         assert runs[path.stem]["seconds"] > 0 and runs[path.stem]["hardware"]
+
+
+def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
+    write(place / "notebooks", "01_good", good_cells(place))
+
+    def full(*_, **__):
+        raise OSError(28, "Cannot write it: the disk is full")
+
+    monkeypatch.setattr(cli, "execute", full)
+    assert cli.main(["--profile", "smoke"]) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full" in said and "run the same command again" in said and "Traceback" not in said

@@ -530,6 +530,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped. Finished notebooks are kept; run the same command again to go on.")
         return 130
+    except OSError as error:  # a full disk, a folder that cannot be written: its message says what to do
+        print(f"\n{error}\nFinished notebooks are kept; run the same command again to go on.", file=sys.stderr)
+        return 1
     except Exception:
         traceback.print_exc()
         return 1
