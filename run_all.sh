@@ -27,7 +27,7 @@ make_environment() {
     echo "Python 3.11, 3.12 or 3.13 is needed and none was found. Install one, or use conda: conda env create -f environment.yml" >&2
     exit 1
   fi
-  echo "Making .venv with $("$base" --version) (once; some minutes and about 1.5 GB) …"
+  echo "Making .venv with $("$base" --version) (once; some minutes and about 2 GB) …"
   [ -x .venv/bin/python ] || "$base" -m venv .venv
   # The pip part of environment.yml, less the package indexes that do not answer: pip would wait long for each package.
   .venv/bin/python - >.venv/requirements.txt <<'PY'

@@ -6,8 +6,7 @@ About four minutes on one core. The examples in front and the first-token rule a
 import sys
 
 from backattn import census, load_model, paths, runtime, tasks
-
-KEYS = ["pair", "e1", "r1", "r2"]
+from backattn.datasets import TWO_HOP_KEYS
 
 
 def main() -> None:
@@ -16,8 +15,8 @@ def main() -> None:
     asked = census.hops(
         model, tokenizer, census.candidates(tokenizer, tasks.two_hop_prompts(tasks.two_hop_facts(), "possessive"))
     )
-    known = asked[asked["known"]].assign(shortcut_right=lambda frame: ~frame["kept"]).sort_values(KEYS)
-    known[[*KEYS, "shortcut_right"]].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
+    known = asked[asked["known"]].assign(shortcut_right=lambda frame: ~frame["kept"]).sort_values(TWO_HOP_KEYS)
+    known[[*TWO_HOP_KEYS, "shortcut_right"]].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
     print(f"{len(known)} of {len(asked)} facts are known", file=sys.stderr)
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -700,6 +699,8 @@ def sizes(base: nn.Module, dims: Sequence[int], source_layer: int = 6) -> list[d
 
 def unembedding_hash(model: nn.Module) -> str:
     """sha256 of the unembedding in bf16, so that it is the same however the model was loaded."""
+    from accelerate.utils import align_module_device  # may have to be installed first, see `notebook.setup`
+
     head = describe(model).unembedding_module
     with align_module_device(head):  # fetches it where accelerate keeps it elsewhere
         weight = head.weight.detach().to("cpu", torch.bfloat16).contiguous()

@@ -75,7 +75,7 @@ def ask(
     wanted: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, list[dict[int, float]]]:
-    """The model's next token and all log-probabilities after each prompt.
+    """The model's next token after each prompt, and the log-probabilities of wanted ones.
 
     keys: prompts with equal keys begin alike (worked examples), which is then computed once.
 

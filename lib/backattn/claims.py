@@ -519,7 +519,7 @@ def several_layers_help(accuracy: pd.DataFrame, against_one: pd.DataFrame, again
 
 
 def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> Claim:
-    """N2. mended, differences: from `controls.mended` and `controls.mended_differences`.
+    """N2. mended, differences: from `controls.mended_shares` and `controls.mended_differences`.
 
     Two checks, each with its whole interval: back attention mends a larger share of the failures that say e2 than of
     the others, and a larger share of them than the same module on its own layer.

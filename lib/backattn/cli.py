@@ -59,10 +59,10 @@ PROFILES: dict[str, dict[str, dict]] = {
         "04_layer_ablation": {"retrain": True, "processes": 2},
         "06_capacity": {"retrain": True, "processes": 2},
         "07_controls": {"retrain": True, "processes": 2},
+        "08_beyond_facts_and_cost": {"retrain": True, "processes": 2},
     },
 }
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
-PARAMETERS_TAG = "parameters"
 
 
 # ---------------------------------------------------------------- what there is

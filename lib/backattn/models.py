@@ -63,7 +63,6 @@ class Embedded:
 
     wheels: tuple[Wheel, ...]
     sha256: str  # of the assembled GGUF file
-    licence: str
     disk_megabytes: int  # of the safetensors copy
     notice: str | None = None
 
@@ -88,7 +87,6 @@ EMBEDDED: dict[str, Embedded] = {
             ),
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
         disk_megabytes=550,
     ),
     "gemma3-270m": Embedded(
@@ -103,7 +101,6 @@ EMBEDDED: dict[str, Embedded] = {
             for part, digest in enumerate(_GEMMA_SHA256)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        licence="Gemma Terms of Use",
         disk_megabytes=1150,
         notice=(
             "Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "

@@ -172,7 +172,6 @@ def known(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame
 # ---------------------------------------------------------------- two hops
 
 TWO_HOP_COLUMNS = ("pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3", "split")
-FORMS = ("first", "second", "shortcut", "two_hop")
 TWO_HOP_URL = "https://raw.githubusercontent.com/edenbiran/HoppingTooLate/main/datasets/two_hop.csv"
 
 
