@@ -56,7 +56,7 @@ def test_the_librarys_floors_name_only_listed_packages():
 
 
 def test_imports_only_go_down():
-    """Each module imports, outside of its functions, only from its own room or from rooms named before it in README."""
+    """Outside of its functions a module imports only from its own room or from rooms that README names before it."""
     line = next(line for line in (paths.ROOT / "README.md").read_text("utf-8").splitlines() if "`lib/backattn/`" in line)
     rooms = [re.findall(r"`(\w+)`", room) for room in line.split("only downward:")[1].split("·")]
     floor = {module: place for place, room in enumerate(rooms) for module in room}
