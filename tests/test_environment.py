@@ -57,7 +57,8 @@ def test_the_librarys_floors_name_only_listed_packages():
 
 def test_imports_only_go_down():
     """Outside of its functions a module imports only from its own room or from rooms that README names before it."""
-    line = next(line for line in (paths.ROOT / "README.md").read_text("utf-8").splitlines() if "`lib/backattn/`" in line)
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if "`lib/backattn/`" in line)
     rooms = [re.findall(r"`(\w+)`", room) for room in line.split("only downward:")[1].split("·")]
     floor = {module: place for place, room in enumerate(rooms) for module in room}
     modules = {path.stem: path for path in (paths.ROOT / "lib/backattn").glob("*.py") if path.stem != "__init__"}
