@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from . import paths, site, tables
-from .runtime import CLUSTER, DTYPE, PROFILE, PROGRESS_FILE, atomic_file, hardware, one_process
+from .runtime import CLUSTER, DTYPE, DTYPES, PROFILE, PROGRESS_FILE, atomic_file, hardware, one_process
 
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
@@ -498,8 +498,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
-    dtypes = ("float32", "bfloat16", "float16")
-    p.add_argument("--dtype", choices=dtypes, help="of the models (training is in bfloat16); float32 is the default")
+    p.add_argument("--dtype", choices=DTYPES, help="of the models (training is in bfloat16); float32 is the default")
     p.add_argument(
         "--cluster",
         metavar="ADDRESS",

@@ -17,8 +17,7 @@ from .estimates import estimate
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="backattn.launch", description="Training runs of notebook 03 for any model.")
     p.add_argument("--model", required=True, metavar="NAME", help="a Hugging Face id, a folder or a name of load_model")
-    dtypes = ("float32", "bfloat16", "float16")
-    p.add_argument("--dtype", choices=dtypes, default="float32", help="of the test (training is in bfloat16)")
+    p.add_argument("--dtype", choices=runtime.DTYPES, default="float32", help="of the test (training is in bfloat16)")
     p.add_argument("--device", metavar="D", help="where one process trains; default: a GPU where there is one")
     p.add_argument("--source-layer", type=int, default=6)
     p.add_argument("--dim", type=int, default=64, help="d′ of back attention; the other arms get as many weights")

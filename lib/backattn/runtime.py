@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 PROFILE = "BACKATTN_PROFILE"  # set by the runner: which profile's folder a notebook writes to
 CLUSTER = "BACKATTN_CLUSTER"  # set by the runner: address of a dask scheduler whose workers train
 DTYPE = "BACKATTN_DTYPE"  # set by the runner: what models are loaded in where nothing else is said
+DTYPES = ("float32", "bfloat16", "float16")
 PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # set by the runner, which shows that file's last line
 
 
@@ -36,8 +37,8 @@ def use_threads(count: int | None = None) -> int:
 def dtype() -> torch.dtype:
     """What models are loaded in: the environment variable BACKATTN_DTYPE, else fp32. Raises ValueError for another."""
     name = os.environ.get(DTYPE, "float32")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{DTYPE} is {name!r}: set it to float32, bfloat16 or float16.")
+    if name not in DTYPES:
+        raise ValueError(f"{DTYPE} is {name!r}: set it to one of {', '.join(DTYPES)}.")
     return getattr(torch, name)
 
 
