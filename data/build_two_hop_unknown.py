@@ -21,7 +21,7 @@ def main() -> None:
     facts = facts[~facts["collides"]].merge(known, on=TWO_HOP_KEYS, how="left", indicator=True)
     asked = census.shuffled(facts[facts["_merge"] == "left_only"]).groupby("pair").head(PER_PAIR)
     distinct = asked.drop_duplicates("shortcut_prompt")
-    said, _ = census.ask(
+    said, _ = tasks.ask(
         model, tokenizer, distinct["shortcut_prompt"], distinct["pair"] + distinct["r1"] + distinct["r2"]
     )
     by_prompt = dict(zip(distinct["shortcut_prompt"], said, strict=True))

@@ -24,8 +24,11 @@ def llama():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alone():
+    """No test knows what another drew or called a dataset."""
     torch.manual_seed(0)
+    experiments.data_hash.cache_clear()
+    experiments._folded.cache_clear()
 
 
 @pytest.fixture(scope="session")

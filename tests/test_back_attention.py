@@ -12,7 +12,7 @@ from backattn.back_attention import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 from backattn.baselines import make_arm
 from backattn.lens import Lens
 from backattn.models import tiny_names
-from backattn.residual import capture, encode
+from backattn.residual import Batch, capture, encode
 
 CONFIGS = {
     "one source": BackAttentionConfig(source_layer=1, dim=8),
@@ -388,13 +388,53 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
         assert torch.allclose(weights[:, :, -1].sum((-1, -2)), torch.ones(()), atol=1e-5)
 
 
+def test_last_tokens_alone_are_asked_again_with_a_cache(fresh, config):
+    """Given the first pass and a cache of the whole texts, the last tokens give what the whole texts give."""
+    model, _ = fresh
+    wrapped = trained(model, config)
+    batch = Batch(torch.randint(5, 50, (2, 3)), torch.tensor([[0, 1, 1], [1, 1, 1]]))  # shorter than a sliding window
+    width, memory = batch.ids.shape[1], len(wrapped.memory_layers)
+    cells = torch.rand(len(batch.ids), width, memory, width) < 0.5
+    cells[:, :-2] = True
+    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    with torch.no_grad():
+        known = {"attention_mask": batch.mask, "position_ids": batch.position_ids}
+        cache = wrapped(batch.ids, **known, use_cache=True).past_key_values
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        with wrapped.edited(cells):
+            whole = logits(wrapped, batch, first_pass=states)
+        for _ in range(2):  # it leaves the cache as it is
+            with wrapped.edited(cells[:, -2:]):
+                given = {"first_pass": states[:, :, -2:], "past_key_values": cache}
+                last = wrapped(batch.ids[:, -2:], batch.mask, position_ids=batch.position_ids[:, -2:], **given).logits
+            assert torch.allclose(last, whole[:, -2:], atol=1e-5)
+    assert (whole[:, -2:] - logits(wrapped, batch)[:, -2:]).abs().max() > 1e-4
+    assert all(
+        torch.equal(layer.keys, k) and torch.equal(layer.values, v)
+        for layer, (k, v) in zip(cache.layers, before, strict=True)
+    )
+    assert torch.allclose(logits(wrapped, batch, first_pass=states)[:, -2:], logits(wrapped, batch)[:, -2:], atol=1e-5)
+
+
+def test_what_a_sliding_window_has_dropped_is_not_made_up():
+    model, tok = load_model("tiny-gemma3")
+    wrapped = trained(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS[1:2])
+    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    cache = wrapped(batch.ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="sliding window"):
+        wrapped(batch.ids[:, -1:], batch.mask, first_pass=states[:, :, -1:], past_key_values=cache)
+
+
 def test_cells_of_another_shape_are_refused(llama):
     model, _ = llama
     wrapped = get_back_attention_model(model, CONFIGS["high states only, raw"])
     with pytest.raises(ValueError, match="2 memory layers"), wrapped.edited(torch.ones(1, 1, 3, 5, dtype=bool)):
         pass
-    with pytest.raises(ValueError, match="use_cache=False"), wrapped.edited(torch.ones(1, 1, 2, 3, dtype=bool)):
-        wrapped(torch.tensor([[1, 2, 3]]), use_cache=True)
+    ids, first = torch.tensor([[1, 2, 3]]), torch.ones(1, 1, 2, 2, dtype=bool)
+    cache = wrapped(ids[:, :2]).past_key_values
+    with pytest.raises(ValueError, match="3 positions"), wrapped.edited(first):
+        wrapped(ids[:, 2:], past_key_values=cache)
     wrapped.unload()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import census, claims, failures, paths, tasks
+from backattn import census, claims, failures, intervals, paths, tasks
 
 FACTS = pd.DataFrame(
     [
@@ -272,11 +272,11 @@ def test_shares_add_up_and_an_empty_set_is_an_error():
     with pytest.raises(ValueError, match="analysis set is empty"):
         census.shares(pd.Series([], dtype=object))
     with pytest.raises(ValueError, match="set is empty"):
-        census.ask(None, None, pd.Series([], dtype=str), pd.Series([], dtype=str))
+        tasks.ask(None, None, pd.Series([], dtype=str), pd.Series([], dtype=str))
 
 
 def test_wilson_is_the_textbooks():
-    low, high = census.wilson(8, 10)
+    low, high = intervals.wilson(8, 10)
     z, p, n = 1.959964, 0.8, 10
     middle, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / 4 / n**2) ** 0.5
     assert np.allclose((low, high), (middle - half, middle + half), atol=1e-5)
@@ -429,7 +429,7 @@ def test_c4_by_rule(means, ps, verdict):
 def patched(net, honest, oracle):
     row = {"oracle": 0.5, "oracle_low": 0.4, "oracle_high": 0.6, "honest": 0.1, "honest_low": 0.05, "honest_high": 0.2}
     row |= {"net": net, "net_low": net - 0.1, "net_high": net + 0.1, "wrong": 50}
-    mending = pd.DataFrame([{"arm": arm, **row} for arm in failures.ARMS])
+    mending = pd.DataFrame([{"arm": arm, **row} for arm in failures.PATCHED])
     rows = [
         {"place": "r1", "how": how, "low": x - 0.1, "high": x + 0.1}
         for how, x in (("honest", honest), ("oracle", oracle))
@@ -544,7 +544,7 @@ def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     keys = failures.grid_keys(written)
     merged, compared = failures.merge_grids(fresh, shipped, keys)
     assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
-    for arm in failures.ARMS:
+    for arm in failures.PATCHED:
         assert (merged.said[arm] == whole.said[arm]).all()
     shipped.said["r1"][1] += 1
     assert failures.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import claims, comparison, datasets, experiments
+from backattn import claims, comparison, datasets, experiments, intervals
 from backattn.experiments import Run, Store
 
 
@@ -440,7 +440,7 @@ def test_c11_asks_whether_so_little_is_enough(low, high, less, verdict):
 
 
 def test_p_is_corrected_for_all_rows():
-    table = comparison.holm(pd.DataFrame({"p": [0.01, 0.04, 0.03, 0.5]}))
+    table = intervals.holm(pd.DataFrame({"p": [0.01, 0.04, 0.03, 0.5]}))
     assert table["corrected"].to_list() == pytest.approx([0.04, 0.09, 0.09, 0.5])
 
 

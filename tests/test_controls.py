@@ -114,7 +114,7 @@ def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     assert (seen["now"] == (everywhere & (labels == "r1"))).all()
     edits["only the low third, 1–2"]()
     assert (seen["now"] == (np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool))).all()
-    for place, route in zip(("r1", "e1"), controls.ROUTES, strict=True):
+    for place, route in zip(("r1", "e1"), controls.ONLY_HIGH, strict=True):
         edits[route]()
         high = np.isin(layers, reading.high_layers(4))
         assert not seen["now"][:-1].any() and (seen["now"][-1] == high[:, None] & (labels == place)).all()

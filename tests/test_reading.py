@@ -38,14 +38,15 @@ def test_what_a_tokenizer_puts_in_front_is_a_place_of_its_own():
 
 def test_weights_are_those_of_the_model_and_sum_to_one(kept):
     for reader in one(kept):
-        for own, prompt in zip(reader.weights(), reader.items.prompts, strict=True):
+        for own, prompt in zip(reader.read()[0], reader.items.prompts, strict=True):
             assert own.shape == (len(prompt), len(reader.memory_layers), len(prompt))
             assert np.allclose(own.sum((1, 2)), 1, atol=1e-5)
             assert np.triu(own.sum(1), 1).max() == 0  # nothing later is read
         ids = torch.tensor([reader.items.prompts[3]])
         with reader.wrapped.attention_maps() as maps, torch.no_grad():
             reader.wrapped(ids, use_cache=False)
-        assert np.allclose(maps[1][0, 0].numpy(), reader.weights()[3], atol=1e-5)
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(reader.read()[1:], reader.ask(), strict=True))
+        assert np.allclose(maps[1][0, 0].numpy(), reader.read()[0][3], atol=1e-5)
 
 
 def test_hiding_everything_everywhere_is_no_adapter(kept):
@@ -67,6 +68,22 @@ def test_only_the_queries_that_are_named_lose_sight(kept):
         assert abs(last - before).max() > 1e-3 and abs(last - everywhere).max() > 1e-3
         early = reader.ask(reader.block(["last"]), reading.PLACES[:-1])[0]
         assert np.allclose(early, before, atol=1e-5)  # no earlier query sees the last position
+
+
+def test_what_is_not_changed_is_not_asked_again(kept, monkeypatch):
+    """After `read` the last positions alone give what whole questions give."""
+    asked, ordinary = [], reading.answer_logits
+    monkeypatch.setattr(reading, "answer_logits", lambda *given: (asked.append(given), ordinary(*given))[1])
+    for reader in one(kept):
+        hidden, plans = reader.block(["e1", "r1"]), (("last",), ("r2",), ("r2", "last"), ("e1",), ("last",))
+        slow = [reader.ask(hidden, queries) for queries in plans]
+        reader.read()
+        quick = [reader.ask(hidden, queries) for queries in plans]
+    widths = [first.shape[2] for _, _, first, _ in asked]
+    assert widths[:5] == [asked[0][1].ids.shape[1]] * 5 and widths[5] == widths[9] == 1 < widths[6] < widths[8]
+    for (a, right), (b, same) in zip(quick, slow, strict=True):
+        assert np.allclose(a, b, atol=1e-5) and np.array_equal(right, same)
+    assert abs(quick[0][0] - quick[1][0]).max() > 1e-3
 
 
 def test_cells_are_chosen_by_weight_and_by_count():
@@ -136,7 +153,7 @@ def test_readable_states_are_those_of_both_models(kept, monkeypatch):
     low = [np.array_equal(off[:1], on[:1]) for off, on in zip(wide["off"], wide["on"], strict=True)]
     assert all(low)  # states below the source layer are the same
     assert not all(np.array_equal(off, on) for off, on in zip(wide["off"], wide["on"], strict=True))
-    lines = reading.readable_lines(made)
+    lines = reading.forward_lines(made)
     assert len(lines) == 8 * 5 and lines["share"].between(0, 1).all()
 
 

@@ -115,7 +115,7 @@ def test_the_most_frequent_answer_is_guessed(monkeypatch):
 def test_compositions_hold_out_what_they_say():
     frame = datasets.compositions()
     facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
-    assert len(facts) == datasets.ENTITIES * datasets.RELATIONS / 2
+    assert len(facts) == datasets.COMPOSED * datasets.RELATIONS / 2
     seen = {"ID": set(), "OOD": set()}
     trained, held = set(), set()
     for row in frame[frame["kind"] != "fact"].itertuples():

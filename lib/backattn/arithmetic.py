@@ -8,7 +8,7 @@ attention that reads these, and straight to the answer from FFNs at the last pos
 import numpy as np
 import pandas as pd
 
-from . import census, experiments, tasks
+from . import experiments, tasks
 from .experiments import Run
 
 EXAMPLES = 2  # of each operator, in front of every question
@@ -54,7 +54,7 @@ def long_sums(run: Run, tokenizer, digit: int) -> pd.DataFrame:
 
 def answered(model, tokenizer, frame: pd.DataFrame) -> np.ndarray:
     """Whether the model's next token is the answer: [n] bool."""
-    said, _ = census.ask(model, tokenizer, frame["prompt"], frame["start"])
+    said, _ = tasks.ask(model, tokenizer, frame["prompt"], frame["start"])
     return np.array([tokenizer.decode([token]) for token in said]) == frame["answer"].to_numpy()
 
 

@@ -13,6 +13,7 @@ adapted ones.
 """
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -273,7 +274,7 @@ class TwoPassModel(nn.Module):
             )
         past = 0 if cache is None else int(cache.get_seq_length())
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        single = self.one_pass and self.two_passes and past > 0 and tokens.shape[1] == 1
+        single = self.one_pass and self.two_passes and past > 0 and tokens.shape[1] == 1 and self._given is None
         if single and not all(isinstance(update, BackAttention) for update in self.updates.values()):
             raise ValueError("One pass is for back attention: this adapter needs a token's own final state.")
         if single and any(edit is not None for edit in (self._cells, self._instead, self._maps)):
@@ -337,7 +338,7 @@ class TwoPassModel(nn.Module):
         second = None
         if cache is not None:
             self._extend(cache)
-            second = _SecondPass(cache, self.layers - self.sources[0])
+            second = _SecondPass(cache, self.layers - self.sources[0] if self.two_passes else 0)
         h = now.states[self.sources[0]]
         for layer in range(self.sources[0], self.layers):
             if layer in self.sources:
@@ -355,12 +356,12 @@ class TwoPassModel(nn.Module):
         h = h.to(next(update.parameters()).device)
         keys = values = visible = None
         if self.memory_layers:
-            self._check_edits(h)
+            self._check_edits(h, now.past)
             keys, values = self._remember(layer, now)
             cache = _cache_in(now.settings[0])
             if cache is not None:
-                if self._cells is not None or self._instead is not None:
-                    raise ValueError("The memory cannot be edited where there is a cache: pass use_cache=False.")
+                if self._instead is not None:
+                    raise ValueError("No other memory can be read where there is a cache: pass use_cache=False.")
                 keys, values = self._memory_cache(cache, layer, now).update(keys, values)
             visible = self._visible(now, h)
             if self._cells is not None:
@@ -369,17 +370,17 @@ class TwoPassModel(nn.Module):
             self._maps[layer] = update.weights(h, keys, visible).detach()
         return update(h, keys, values, visible).to(before)
 
-    def _check_edits(self, h: Tensor) -> None:
+    def _check_edits(self, h: Tensor, past: int) -> None:
         """Raises ValueError when what is edited (see `BackAttentionModel.edited`) does not fit h [B, T, D]."""
         batch, time, _ = h.shape
         if self._instead is not None and self._instead.shape[1:] != h.shape:
             raise ValueError(f"memory is {list(self._instead.shape[1:])} per layer; this pass has {list(h.shape)}.")
         if self._cells is not None:
             one, queries, _, positions = self._cells.shape
-            if one not in (1, batch) or queries not in (1, time) or positions != time:
+            if one not in (1, batch) or queries not in (1, time) or positions != past + time:
                 raise ValueError(
                     f"cells are for {one} texts, {queries} queries and {positions} positions; this pass has {batch} "
-                    f"texts of {time}."
+                    f"texts, {time} queries and {past + time} positions."
                 )
 
     def _remember(self, layer: int, now: _Pass) -> tuple[Tensor, Tensor]:
@@ -433,7 +434,9 @@ class TwoPassModel(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, labels=None, first_pass: Tensor | None = None, **kwargs):
         """The wrapped model's own forward, with the adapter in force; returns what it returns.
 
-        first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is then left out.
+        first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is then left out. With a
+        cache (past_key_values) input_ids are the last T tokens of the texts in it: what it holds of those before is
+        used, and it stays as it is. attention_mask is then of the whole texts, which must fit into a sliding window.
         """
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if labels is not None:
@@ -444,10 +447,13 @@ class TwoPassModel(nn.Module):
             raise ValueError(
                 f"first_pass must hold the {len(self.needed)} states {self.needed}, and the adapter be on."
             )
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            kwargs["past_key_values"] = _beginning(cache, attention_mask.shape[1] - input_ids.shape[1])
         self._given = first_pass
         self._skip(self._arch.blocks)  # only the arguments that each layer would get are wanted
         try:
-            return self.base_model(**{**kwargs, "use_cache": False})
+            return self.base_model(**{**kwargs, "use_cache": cache is not None})
         finally:
             self._given = None
             self._wake()
@@ -563,6 +569,23 @@ def _pass_through(hidden_states: Tensor, *_, **__) -> Tensor:
     return hidden_states
 
 
+def _beginning(cache: Cache, length: int) -> Cache:
+    """What a cache holds of the first `length` tokens; the cache itself stays as it is.
+
+    Raises ValueError where it has dropped what was before a sliding window.
+    """
+    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if windows and cache.get_seq_length() >= min(windows):
+        raise ValueError(
+            f"The texts in this cache are longer than the sliding window of {min(windows)} tokens, before which it "
+            "keeps nothing: leave past_key_values out."
+        )
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced when they grow, not changed
+    own.crop(length - own.get_seq_length())
+    return own
+
+
 def _cache_in(settings: tuple[tuple, dict]) -> Cache | None:
     """The cache among a layer's arguments."""
     args, kwargs = settings
@@ -589,11 +612,11 @@ class BackAttentionModel(TwoPassModel):
 
     @contextlib.contextmanager
     def edited(self, cells: Tensor | None = None, memory: Tensor | None = None) -> Iterator[None]:
-        """Change what can be read while the block runs, to test what is used; not with a cache.
+        """Change what can be read while the block runs, to test what is used.
 
         cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a query. The softmax
-        goes over the others, and a query that may read none gets no update.
-        memory: [M, B, S, D], states to be read instead of the first pass's.
+        goes over the others, and a query that may read none gets no update. S counts the positions in a cache too.
+        memory: [M, B, S, D], states to be read instead of the first pass's; not with a cache.
 
         Raises ValueError for another shape, here or when the model is called.
         """

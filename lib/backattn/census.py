@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from .arch import input_device
 from .datasets import place_of
+from .intervals import mean_interval, wilson
 from .logit_flow import continuation_ids
-from .residual import encode, next_log_probs
+from .residual import encode
 from .runtime import progress
-from .stages import mean_interval
+from .tasks import ask
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
 ENTITIES = OUTCOMES[:-1]
@@ -65,37 +65,6 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     for row, each in enumerate(zip(*sets.values(), strict=True)):
         collides[row] |= len(frozenset().union(*each)) < sum(map(len, each))
     return frame.assign(**{f"{entity}_ids": ids for entity, ids in sets.items()}, collides=collides)
-
-
-def ask(
-    model,
-    tokenizer,
-    prompts: pd.Series,
-    keys: pd.Series,
-    wanted: Sequence[Sequence[int]] | None = None,
-    batch_size: int = 32,
-) -> tuple[np.ndarray, list[dict[int, float]]]:
-    """The model's next token after each prompt, and the log-probabilities of wanted ones.
-
-    keys: prompts with equal keys begin alike (worked examples), which is then computed once.
-
-    wanted: per prompt the tokens whose log-probabilities are returned.
-
-    Returns (said [n], per prompt token -> log-probability). Raises ValueError when there are no prompts.
-    """
-    if not len(prompts):
-        raise ValueError("There is nothing to ask: the set is empty. Ask more facts, or a model that knows more.")
-    said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
-    texts, lengths = prompts.to_numpy(), prompts.str.len().to_numpy()
-    groups = [rows[np.argsort(lengths[rows], kind="stable")] for rows in keys.groupby(keys.to_numpy()).indices.values()]
-    batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
-    for rows in progress(batches, "asking", unit="batch"):
-        batch = encode(tokenizer, texts[rows].tolist(), side="left", device=input_device(model))
-        log_probs = next_log_probs(model, batch, share=True)
-        said[rows] = log_probs.argmax(-1).cpu().numpy()
-        for row, values in zip(rows, log_probs, strict=True):
-            logs[row] = {token: values[token].item() for token in (wanted[row] if wanted else ())}
-    return said, logs
 
 
 def outcome(said: int, ids: dict[str, frozenset]) -> str:
@@ -228,14 +197,6 @@ def _plain(text: str) -> str:
 
 
 # ---------------------------------------------------------------- counting
-
-
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share; NaN where there is nothing to count."""
-    if not total:
-        return float("nan"), float("nan")
-    interval = stats.binomtest(int(count), int(total)).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def shares(labels: pd.Series, names: Sequence[str] = OUTCOMES) -> pd.DataFrame:

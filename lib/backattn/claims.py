@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .controls import ANOTHER, R1_HIDDEN, ROUTES
+from .controls import ANOTHER, ONLY_HIGH, R1_HIDDEN
 
 VERDICTS = ("reproduced", "partly", "not at this scale", "contradicted", "not testable here")
 
@@ -557,10 +557,10 @@ def high_states_of_r1_matter(models: dict[str, pd.DataFrame]) -> Claim:
     passed, against, told = [], [], []
     for name, table in models.items():
         by = table.set_index("test")
-        route, control, hidden, other = (by.loc[test] for test in (*ROUTES, *R1_HIDDEN))
+        route, control, hidden, other = (by.loc[test] for test in (*ONLY_HIGH, *R1_HIDDEN))
         passed += [route["low"] > max(HALF, control["high"]), hidden["high"] < min(MOST, other["low"])]
         against += [route["high"] < HALF, hidden["low"] > MOST]
-        parts = [*ROUTES, *R1_HIDDEN, "only r1", *(test for test in by.index if "third" in test)]
+        parts = [*ONLY_HIGH, *R1_HIDDEN, "only r1", *(test for test in by.index if "third" in test)]
         told.append(f"{name}: {', '.join(f'{test} {_kept(by.loc[test])}' for test in parts)}; n = {int(route['n'])}")
     return Claim(
         id="N3",

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from .experiments import Run, Store, asked, right_of, test_groups
-
-DRAWS = 2000
+from .intervals import RESAMPLES, group_weights, interval, two_sided
 
 
 @dataclass
@@ -54,31 +52,16 @@ def _finished(run: Run, store: Store) -> dict:
     return result
 
 
-def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
-    """Weights [DRAWS, questions] of samples of names with replacement; each row sums to one.
-
-    A question with two names counts as often as the product of their counts. The draws depend on `groups` and `seed`
-    alone, so that two arms with the same questions get the same samples.
-    """
-    parts = [str(group).split("|") for group in groups]
-    names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
-    draw = np.random.default_rng(seed)
-    counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)  # [DRAWS, names]
-    weights = np.stack([counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1).astype(float)
-    total = weights.sum(1, keepdims=True)
-    return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
-
-
 def resampled(answered: Answers, seed: int = 0, seeds_seed: int = 1) -> np.ndarray:
-    """Accuracy in DRAWS samples: [DRAWS].
+    """Accuracy in RESAMPLES samples: [RESAMPLES].
 
     With several seeds these are drawn too, their deviations scaled by √(n / (n−1)) since they are few.
     """
-    by_seed = group_weights(answered.groups, seed) @ answered.right.T  # [DRAWS, seeds]
+    by_seed = group_weights(answered.groups, seed) @ answered.right.T  # [RESAMPLES, seeds]
     count = by_seed.shape[1]
     if count == 1:
         return by_seed[:, 0]
-    shares = np.random.default_rng(seeds_seed).multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+    shares = np.random.default_rng(seeds_seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
     middle = by_seed.mean(1)
     return middle + ((by_seed - middle[:, None]) * shares).sum(1) * np.sqrt(count / (count - 1))
 
@@ -208,7 +191,7 @@ def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, 
     _same_questions([one, two], which)
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference = float(one.right.mean() - two.right.mean())
-    return {"difference": difference, **interval(draws), "p": _p(draws), "n": len(one.groups)}
+    return {"difference": difference, **interval(draws), "p": two_sided(draws), "n": len(one.groups)}
 
 
 def _same_questions(several: Sequence[Answers], which: str) -> None:
@@ -226,11 +209,6 @@ def _over_runs(mean: float, scatter: Sequence[Sequence[float]]) -> dict[str, flo
     return {"low": mean - half, "high": mean + half, "p": float(p), "n": sum(map(len, scatter))}
 
 
-def holm(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with its column p corrected for all its rows (Holm), as a column `corrected`."""
-    return table.assign(corrected=multipletests(table["p"], method="holm")[1])
-
-
 def names_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
     """How many held-out names would bring the interval of each difference to ± `points` hundredths.
 
@@ -241,19 +219,6 @@ def names_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
     has = differences["names"].where(differences["dataset"] != "all", differences["n"])
     needed = np.ceil(has * (100 * half / points) ** 2).astype(int)
     return differences[["dataset", "other"]].assign(half_width=half, has=has, needed=needed)
-
-
-def interval(draws: np.ndarray) -> dict[str, float]:
-    """The middle 95 % of samples, those without a value left out: low, high."""
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
-def _p(draws: np.ndarray) -> float:
-    """Two-sided p of no difference: twice the share of samples on the other side of zero, never none."""
-    draws = draws[~np.isnan(draws)]
-    beyond = min((draws <= 0).sum(), (draws >= 0).sum())
-    return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 
 
 def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]) -> pd.DataFrame:

@@ -14,19 +14,19 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from . import census, comparison, datasets, experiments, failures
+from . import census, datasets, experiments, failures
 from .arch import input_device
 from .back_attention import normed
 from .experiments import Run, Store
+from .intervals import bootstrap, holm, interval, mean_interval
 from .reading import BATCH, PLACES, Reader, high_layers, readers
 from .runtime import progress
-from .stages import bootstrap, mean_interval
 from .training import answer_logits, collate
 
 TRAINED, OFF = "as trained", "without the adapter"
 ANOTHER = SAME, MEAN = "another question's memory, same relations", "the mean memory"
 R1_HIDDEN = ("r1 hidden", "e1 hidden")  # and its control
-ROUTES = tuple(f"only {place}'s high layers, at the last position" for place in ("r1", "e1"))  # likewise
+ONLY_HIGH = tuple(f"only {place}'s high layers, at the last position" for place in ("r1", "e1"))  # likewise
 
 # ---------------------------------------------------------------- another memory
 
@@ -87,7 +87,7 @@ def _edits(reader: Reader) -> dict[str, Callable[[], tuple[np.ndarray, np.ndarra
             tests[f"only the {name} third, {part[0]}–{part[-1]}"] = lambda cells=cells: all_but(cells)
         others = tuple(place for place in PLACES if place != "last")
         tests["the last position alone reads"] = lambda: reader.ask(reader.block(PLACES), others)
-        tests |= {name: lambda p=p: route(p) for p, name in zip(("r1", "e1"), ROUTES, strict=True)}
+        tests |= {name: lambda p=p: route(p) for p, name in zip(("r1", "e1"), ONLY_HIGH, strict=True)}
     return tests
 
 
@@ -136,13 +136,13 @@ def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     for test in dict.fromkeys(made["test"]):
         own = (wide[test] - wide[OFF]).to_numpy()
         row = {"test": test, "log_prob": wide[test].mean(), "kept": own.mean() / gain.mean()}
-        row |= comparison.interval((draws @ own) / (draws @ gain))
+        row |= interval((draws @ own) / (draws @ gain))
         if test not in (TRAINED, OFF):
             row["p"] = stats.wilcoxon((wide[test] - wide[TRAINED]).groupby(bridge).mean()).pvalue
         rows.append({**row, "accuracy": right[test].mean(), "n": len(wide), "names": bridge.nunique()})
         rows[-1]["alike"] = made.loc[made["test"] == test, "alike"].mean()
     table = pd.DataFrame(rows)
-    return table.assign(p=comparison.holm(table.dropna(subset=["p"]))["corrected"])
+    return table.assign(p=holm(table.dropna(subset=["p"]))["corrected"])
 
 
 # ---------------------------------------------------------------- whom answers name
@@ -296,10 +296,10 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
     rows = []
     for kind in ("known", "unknown"):
         means = {name: float(mean(ones, kind, values)[0]) for name, values in parts.items()}
-        rows.append({"questions": kind, **means, **comparison.interval(mean(draws, kind, parts["gain"]))})
+        rows.append({"questions": kind, **means, **interval(mean(draws, kind, parts["gain"]))})
         rows[-1] |= {"n": int((both["kind"] == kind).sum()), "pairs": len(pairs)}
     less = {name: rows[0][name] - rows[1][name] for name in parts}
-    ends = comparison.interval(mean(draws, "known", parts["gain"]) - mean(draws, "unknown", parts["gain"]))
+    ends = interval(mean(draws, "known", parts["gain"]) - mean(draws, "unknown", parts["gain"]))
     rows.append({"questions": "known less unknown", **less, **ends, "n": len(both), "pairs": len(pairs)})
     return pd.DataFrame(rows)
 
@@ -311,4 +311,4 @@ def _share(weights: np.ndarray, mask: np.ndarray, values: np.ndarray) -> np.ndar
 
 
 def _row(name: str, value: np.ndarray, draws: np.ndarray, n: int) -> dict:
-    return {"more": name, "difference": float(value[0]), **comparison.interval(draws), "n": n}
+    return {"more": name, "difference": float(value[0]), **interval(draws), "n": n}

@@ -14,8 +14,8 @@ from . import experiments
 from .arch import describe, input_device
 from .back_attention import BackAttentionConfig, BackAttentionModel, get_back_attention_model
 from .experiments import Run, Store
+from .intervals import mean_interval
 from .runtime import progress
-from .stages import mean_interval
 from .training import written
 
 WAYS = PLAIN, TWICE, ONCE = "plain", "back attention", "back attention, new tokens in one pass"

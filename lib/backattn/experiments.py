@@ -148,7 +148,7 @@ def data_hash(dataset: str) -> str:
 
 def asked(run: Run, split: str) -> pd.DataFrame:
     """A split of the run's dataset, as `datasets` has it."""
-    return _drawn(run, datasets.split(datasets.load(run.dataset), run.fold), split)
+    return _drawn(run, _folded(run.dataset, run.fold), split)
 
 
 def _drawn(run: Run, frame: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -158,18 +158,18 @@ def _drawn(run: Run, frame: pd.DataFrame, split: str) -> pd.DataFrame:
 
 def test_groups(run: Run, result: dict) -> np.ndarray:
     """The name or names of each test question of a finished run: [n]."""
-    return np.array(result["groups"]) if "groups" in result else _groups(run.dataset, run.fold, run.test_items)
+    return np.array(result["groups"]) if "groups" in result else asked(run, "test")["group"].to_numpy()
 
 
 @functools.cache
-def _groups(dataset: str, fold: int | None, count: int | None) -> np.ndarray:
-    frame = datasets.split(datasets.load(dataset), fold)
-    return datasets.draw(frame, "test", count)["group"].to_numpy()
+def _folded(dataset: str, fold: int | None) -> pd.DataFrame:
+    """A dataset with the split of each question; not to be changed."""
+    return datasets.split(datasets.load(dataset), fold)
 
 
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
-    frame = datasets.split(datasets.load(run.dataset), run.fold)
+    frame = _folded(run.dataset, run.fold)
     if run.dataset in datasets.BY_FIRST_TOKEN:
         frame = census.candidates(tokenizer, frame)
     part = _drawn(run, frame, split)
@@ -209,7 +209,7 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
         raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(arms)}.")
     words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
     if composing:
-        named = (("e", datasets.ENTITIES), ("r", datasets.RELATIONS))
+        named = (("e", datasets.COMPOSED), ("r", datasets.RELATIONS))
         words, split = ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))], pre_tokenizers.WhitespaceSplit()
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = split

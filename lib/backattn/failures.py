@@ -5,7 +5,7 @@ position.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .arch import describe
-from .census import wilson
 from .datasets import place_of
 from .flow_back import flow_back
+from .intervals import bootstrap, mean_interval, paired, wilson
 from .lens import read_states
 from .logit_flow import continuation_ids, logit_flow
 from .patching import back_patch, back_patch_one, blocked_log_probs
 from .residual import capture, encode
 from .runtime import atomic_file, progress
-from .stages import bootstrap, grouped_flow, mean_interval
-from .tasks import label_tokens
+from .stages import grouped_flow
+from .tasks import ends, label_tokens
 
 # ---------------------------------------------------------------- reading the conflict
 
@@ -36,11 +36,6 @@ READABLE = 10  # an entity can be read where its first token is among this many
 def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """What each token of the two-hop prompt is for: "e1", "r1", "r2", "last" or "context"."""
     return label_tokens(tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")})
-
-
-def ends(labels: Sequence[np.ndarray], places: Sequence[str] = PLACES) -> list[list[int]]:
-    """The last token of each place in every prompt: [n][places]."""
-    return [[int(np.flatnonzero(row == place)[-1]) for place in places] for row in labels]
 
 
 def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
@@ -63,15 +58,15 @@ class Reading:
     wins: dict[str, np.ndarray]
 
 
-def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0) -> Reading:
-    """Read e3 and e2 in every layer at the last token of each place, and the same for shuffled labels.
+def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES) -> Reading:
+    """Read e3 and e2 in every layer at the last token of each of some places, and the same for shuffled labels.
 
     A prompt's shuffled labels are the e2 and e3 of another prompt of the same pair of relations with another e2.
     """
     ids = np.array(pair_ids(tokenizer, frame))
     other = donors(frame, seed)
     tokens = np.concatenate([ids, ids[other]], axis=1)  # e3, e2, e3 shuffled, e2 shuffled
-    where = ends(groups(tokenizer, frame))
+    where = ends(groups(tokenizer, frame), places)
     logits, ranks = read_states(model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True)
     names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
     readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
@@ -262,12 +257,6 @@ def straight(flow: pd.DataFrame, place: str, entity: str) -> np.ndarray:
     return wide.reindex(index=range(prompts), columns=range(layers)).fillna(0.0).to_numpy()
 
 
-def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
-    """Mean of per-prompt values with its 95 % bootstrap interval over clusters: mean, low, high, n."""
-    mean, low, high = mean_interval(values, clusters)
-    return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
-
-
 def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence) -> pd.DataFrame:
     """`straight` from r1 and from e1 by layer, right and wrong cases, with 95 % bands over clusters.
 
@@ -355,16 +344,15 @@ class Grid:
     """Back-patching over all layer pairs of the analysis set, for every arm ("r1", "r1 donor", "last", "last donor").
 
     keys: per prompt its text and its donor's (`grid_keys`). said: arm -> [n, targets, sources] next tokens, -1 where
-    undefined. log_prob: arm -> [n, targets, sources] of e3, half precision. base: [n] the unpatched next token.
+    undefined. log_prob: arm -> [n, targets, sources] of e3, half precision.
     """
 
     keys: list[str]
     said: dict[str, np.ndarray]
     log_prob: dict[str, np.ndarray]
-    base: np.ndarray
 
 
-ARMS = ("r1", "r1 donor", "last", "last donor")
+PATCHED = ("r1", "r1 donor", "last", "last donor")
 
 
 def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0) -> Grid:
@@ -373,18 +361,28 @@ def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], se
     The donor arms take the states of another prompt (`donors` of the whole frame, with any relations), at the same
     place in it.
     """
-    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
-    where = {name: [end[0] for end in ends(groups(tokenizer, frame), [name])] for name in ("r1", "last")}
-    said, log_prob, base = {}, {}, None
-    for arm in ARMS:
-        places = where[arm.split()[0]]
-        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
-        chosen = [prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]
+    said, log_prob = {}, {}
+    for arm, chosen, given in _patches(tokenizer, frame, rows, seed):
         patched = back_patch(model, tokenizer, *chosen, donors=given)
         said[arm], log_prob[arm] = patched.said.numpy(), patched.log_probs[..., 0].half().numpy()
-        base = patched.base.numpy()
     keys = grid_keys(frame, seed)
-    return Grid([keys[row] for row in rows], said, log_prob, base)
+    return Grid([keys[row] for row in rows], said, log_prob)
+
+
+def _patches(
+    tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int
+) -> Iterator[tuple[str, tuple, list | None]]:
+    """Per arm what `back_patch` takes for some rows: (arm, (prompts, positions, tokens), donors)."""
+    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
+    labels = groups(tokenizer, frame)
+    for arm in PATCHED:
+        places = [end for (end,) in ends(labels, [arm.split()[0]])]
+        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
+        yield (
+            arm,
+            ([prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]),
+            given,
+        )
 
 
 def grid_keys(frame: pd.DataFrame, seed: int = 0) -> list[str]:
@@ -475,28 +473,23 @@ def staircase_error(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], 
 
     Over `pairs` random pairs of layers for each of some rows of the analysis set, in every arm (see `back_patching`).
     """
-    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
-    where = {name: [end[0] for end in ends(groups(tokenizer, frame), [name])] for name in ("r1", "last")}
     draw, errors = np.random.default_rng(seed), []
-    for arm in ARMS:
-        places = where[arm.split()[0]]
-        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
-        chosen = [prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]
+    for _, chosen, given in _patches(tokenizer, frame, rows, seed):
         patched = back_patch(model, tokenizer, *chosen, donors=given)
         targets, sources = np.triu_indices(patched.said.shape[1], 1, patched.said.shape[2])
-        for index, row in enumerate(rows):
+        for index, (prompt, place, (token,)) in enumerate(zip(*chosen, strict=True)):
             for pair in draw.choice(len(targets), size=min(pairs, len(targets)), replace=False):
                 target, source = int(targets[pair]), int(sources[pair])
                 donor = given[index] if given else None
-                plain = back_patch_one(model, tokenizer, prompts[row], places[row], source, target, donor)
-                errors.append(abs(plain[ids[row][0]].item() - patched.log_probs[index, target, source, 0].item()))
+                plain = back_patch_one(model, tokenizer, prompt, place, source, target, donor)
+                errors.append(abs(plain[token].item() - patched.log_probs[index, target, source, 0].item()))
     return max(errors)
 
 
 def save_grid(grid: Grid, path: Path, model_name: str) -> None:
     """Write a grid as safetensors, with its prompts and the model's name in the header."""
     tensors = {f"said {arm}": x.astype(np.int32) for arm, x in grid.said.items()}
-    tensors |= {f"log_prob {arm}": x for arm, x in grid.log_prob.items()} | {"base": grid.base.astype(np.int32)}
+    tensors |= {f"log_prob {arm}": x for arm, x in grid.log_prob.items()}
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={"model": model_name, "prompts": json.dumps(grid.keys)})
 
@@ -512,8 +505,8 @@ def load_grid(path: Path, model_name: str) -> Grid | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in ARMS} for kind in ("said", "log_prob"))
-        grid = Grid(json.loads(about["prompts"]), said, log_prob, tensors["base"])
+        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in PATCHED} for kind in ("said", "log_prob"))
+        grid = Grid(json.loads(about["prompts"]), said, log_prob)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): take it again from the repository (git checkout)."
@@ -534,17 +527,18 @@ def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple
     def pick(name: str, arm: str) -> np.ndarray:
         return np.stack([getattr(grids[g], name)[arm][row] for g, row in chosen])
 
-    said, log_prob = ({arm: pick(name, arm) for arm in ARMS} for name in ("said", "log_prob"))
-    base = np.array([grids[g].base[row] for g, row in chosen])
-    merged = Grid([key for key in keys if key in place], said, log_prob, base)
+    said, log_prob = ({arm: pick(name, arm) for arm in PATCHED} for name in ("said", "log_prob"))
+    merged = Grid([key for key in keys if key in place], said, log_prob)
     both = [key for key in fresh.keys if shipped and key in shipped.keys]
     compared: dict[str, float] = {"prompts": len(both), "said": float("nan"), "log_prob": float("nan")}
     if both:
         mine, theirs = ([grid.keys.index(key) for key in both] for grid in (fresh, shipped))
         defined = fresh.said["r1"][0] >= 0
-        compared["said"] = float(np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in ARMS]))
+        compared["said"] = float(
+            np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in PATCHED])
+        )
         compared["log_prob"] = max(
             float(np.abs(fresh.log_prob[a][mine].astype(float) - shipped.log_prob[a][theirs])[:, defined].max())
-            for a in ARMS
+            for a in PATCHED
         )
     return merged, compared

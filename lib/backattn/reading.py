@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from . import experiments, failures, tasks
 from .arch import input_device
 from .back_attention import BackAttentionModel
 from .experiments import Run, Store
+from .intervals import mean_interval
 from .runtime import progress
-from .stages import mean_interval
 from .training import FirstPasses, Items, Questions, answer_logits, collate, right_answers
 
 PLACES = ("start", "e1", "after e1", "r1", "after r1", "r2", "last")
@@ -46,8 +47,9 @@ def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
 class Reader:
     """Questions put to a model with trained back attention, as they are, with cells hidden or with another memory.
 
-    The first pass is computed once. frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2;
-    labels: the place of each token, an array per question; places: those that occur; memory_layers: what is read.
+    The first pass is computed once, and after `read` what is hidden costs only positions from the first one it changes.
+    frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2; labels: the place of each token, an
+    array per question; places: those that occur; memory_layers: what is read.
     """
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
@@ -55,33 +57,47 @@ class Reader:
         self.memory_layers, self.labels = wrapped.memory_layers, places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
+        self._caches: dict[int, Cache] = {}  # of whole questions, nothing hidden, by a batch's first row
         self._source = wrapped.back_attention_config.sources[0]
 
-    def _batches(self) -> Iterator[tuple[list[int], Questions, Tensor]]:
+    def _batches(self) -> Iterator[tuple[list[int], Questions]]:
         order, device = np.argsort(self.items.lengths, kind="stable"), input_device(self.wrapped)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH].tolist()
             batch = collate(self.items, rows, device)
-            yield rows, batch, self._passes(rows, batch)
+            yield rows, batch
 
     @torch.no_grad()
-    def weights(self) -> list[np.ndarray]:
-        """What each query reads, over cells (the mean over heads): an array [T, M, T] per question."""
-        out = [np.empty(0)] * len(self.items)
-        for rows, batch, first in self._batches():
+    def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """What each query reads, over cells (the mean over heads), an array [T, M, T] per question; and what `ask`
+        returns."""
+        weights, window = [np.empty(0)] * len(self.items), getattr(self.wrapped.config, "sliding_window", None)
+        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+        for rows, batch in self._batches():
+            width = batch.ids.shape[1]
+            last = torch.tensor([width - 1], device=batch.ids.device)
+            known = {"position_ids": batch.position_ids, "logits_to_keep": last}
             with self.wrapped.attention_maps() as recorded:
-                answer_logits(self.wrapped, batch, first)
-            read = recorded[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
+                out = self.wrapped(batch.ids, batch.mask, **known, use_cache=True)
+            if window is None or width < window:
+                self._caches[rows[0]] = out.past_key_values
+            log_probs[rows], right[rows] = self._said(rows, batch, out.logits.float())
+            maps = recorded[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
             for place, row in enumerate(rows):
                 own = len(self.labels[row])
-                out[row] = read[place, -own:, :, -own:]
-        return out
+                weights[row] = maps[place, -own:, :, -own:]
+        return weights, log_probs, right
+
+    def _said(self, rows: list[int], batch: Questions, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
+        return said.cpu().numpy(), right_answers(logits, self.items, rows, batch).numpy()
 
     def states(self) -> list[Tensor]:
         """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
         out: list[Tensor] = [torch.empty(0)] * len(self.items)
         among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
-        for rows, _, first in self._batches():
+        for rows, batch in self._batches():
+            first = self._passes(rows, batch)
             for place, row in enumerate(rows):
                 out[row] = first[among, place, -len(self.labels[row]) :]
         return out
@@ -99,8 +115,8 @@ class Reader:
         each query its own. memory: per question [M, T, D], states that are read instead of its own.
         """
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
-        for rows, batch, first in self._batches():
-            cells = None
+        for rows, batch in self._batches():
+            first, cells, cache, lent = self._passes(rows, batch), None, None, None
             if hidden is not None:
                 width = batch.ids.shape[1]
                 cells = torch.ones(len(rows), width, len(self.memory_layers), width, dtype=torch.bool)
@@ -108,17 +124,19 @@ class Reader:
                     own = len(self.labels[row])
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
+                cache = self._caches.get(rows[0]) if memory is None else None
+                if cache is not None:
+                    same = int(cells.flatten(2).all(-1).all(0).long().cumprod(0).sum())  # before the first change
+                    same = min(same, width - 1)
+                    cells, first = cells[:, same:], first[:, :, same:]
                 cells = cells.to(batch.ids.device)
-            lent = None
             if memory is not None:
                 lent = first.new_zeros(len(self.memory_layers), *first.shape[1:])
                 for place, row in enumerate(rows):
                     lent[:, place, -len(self.labels[row]) :] = memory[row]
             with self.wrapped.edited(cells, lent):
-                logits = answer_logits(self.wrapped, batch, first)  # [B, 1, V]
-            said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
-            log_probs[rows] = said.cpu().numpy()
-            right[rows] = right_answers(logits, self.items, rows, batch).numpy()
+                logits = answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
+            log_probs[rows], right[rows] = self._said(rows, batch, logits)
         return log_probs, right
 
     def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
@@ -166,7 +184,7 @@ def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: st
     """Weights of every query over memory layers and places, see `Maps`."""
     weights, chance, right, frames, examples, layers = [], [], [], [], [], ()
     for reader in readers(runs, store, count, device):
-        of_each, layers = reader.weights(), tuple(reader.memory_layers)
+        (of_each, _, said), layers = reader.read(), tuple(reader.memory_layers)
         for own, labels in zip(of_each, reader.labels, strict=True):
             inside = np.array([labels == place for place in PLACES], dtype=float)  # [places, T]
             mean = inside / inside.sum(1, keepdims=True).clip(min=1)
@@ -175,7 +193,7 @@ def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: st
             alike /= alike.sum(1, keepdims=True) * len(layers)  # [T, T]
             flat = np.einsum("qt,ts,ps->qp", mean, alike, inside)
             chance.append(np.repeat(flat[:, None], len(layers), axis=1))
-        right.append(reader.ask()[1])
+        right.append(said)
         frames.append(reader.frame)
         for row in range(min(2, len(of_each))):
             tokens = [reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]]
@@ -307,7 +325,8 @@ def knock_outs(
     """
     draw, rows = np.random.default_rng(seed), []
     for reader in readers(runs, store, count, device):
-        weights, everything = [own[-1] for own in reader.weights()], reader.block(PLACES)
+        read, before, right = reader.read()
+        weights, everything = [own[-1] for own in read], reader.block(PLACES)
         plans = [(f"everything, at {place}", everything, (place,)) for place in reader.places]
         for place in reader.places:
             plans.append((f"everything, but at {place}", everything, tuple(p for p in PLACES if p != place)))
@@ -322,7 +341,6 @@ def knock_outs(
         for _ in range(draws):
             cells = [random_cells(w, m, "count", draw) for w, m in zip(weights, blocks["r1"], strict=True)]
             plans.append(("random, same count as r1", cells, ("last",)))
-        before, right = reader.ask()
         for name, cells, queries in progress(plans, "hiding", unit="set"):
             after, still = reader.ask(cells, queries)
             about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
@@ -384,7 +402,7 @@ def weight_against_fall(
     """
     rows = []
     for reader in readers(runs, store, count, device):
-        weights, (before, _) = reader.weights(), reader.ask()
+        weights, before, _ = reader.read()
         blocks = [(query, place) for k, query in enumerate(reader.places) for place in reader.places[: k + 1]]
         for query, place in progress(blocks, "blocks", unit="block"):
             asked = [own[labels == query].mean(0) for own, labels in zip(weights, reader.labels, strict=True)]
@@ -427,15 +445,15 @@ def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None,
     for reader in readers(runs, store, count, device):
         for adapter in ("off", "on"):
             reader.wrapped.enabled = adapter == "on"
-            seen = failures.read_conflict(reader.wrapped.base_model, reader.tokenizer, reader.frame)
-            for entity, readable in seen.readable.items():  # [n, places, L+1], the last position the last place
+            seen = failures.read_conflict(reader.wrapped.base_model, reader.tokenizer, reader.frame, places=["last"])
+            for entity, readable in seen.readable.items():  # [n, 1, L+1]
                 about = {"seed": reader.frame["seed"], "question": range(len(readable)), "e2": reader.frame["e2"]}
                 part = pd.DataFrame(about).assign(entity=entity, adapter=adapter)
-                rows.append(part.assign(readable=list(readable[:, -1])))
+                rows.append(part.assign(readable=list(readable[:, 0])))
     return pd.concat(rows, ignore_index=True)
 
 
-def readable_lines(made: pd.DataFrame) -> pd.DataFrame:
+def forward_lines(made: pd.DataFrame) -> pd.DataFrame:
     """Share of questions in which an entity can be read at the last position: entity, adapter, layer, share, low, high
     (95 %, over bridge entities)."""
     rows = []

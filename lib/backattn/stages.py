@@ -15,19 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from .arch import describe
 from .flow_back import FlowBack
-from .lens import Lens
+from .intervals import bootstrap, mean_interval
+from .lens import read_states
 from .patching import Knockout, Means, knocked_out_log_probs
-from .residual import capture, encode
 from .runtime import progress
+from .tasks import ends
 
 STEPS = (("A", "B"), ("B", "C"), ("C", "D"))
 SHARE = 0.1  # a stage begins where this share of its positive flow has passed, and ends where it is left
-RESAMPLES = 2000
 
 
 def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
@@ -86,25 +85,6 @@ def boundaries(profile: np.ndarray) -> np.ndarray:
 
     peak = np.where(total[..., 0] > 0, profile.argmax(-1), np.nan)
     return np.stack([at(SHARE), at(0.5), at(1 - SHARE), peak], axis=-1)
-
-
-def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights [resamples, prompts] of bootstrap resamples; each row sums to 1.
-
-    clusters: one label per prompt. Prompts with the same label (here: the same subject) are not independent, so
-    labels are resampled, each with all its prompts.
-    """
-    labels, member = np.unique(np.asarray(clusters), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
-    weights = draws[:, member].astype(float)
-    return weights / weights.sum(1, keepdims=True)
-
-
-def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis (prompts) and its 95 % interval: (mean, low, high). clusters: see `bootstrap`."""
-    values = np.asarray(values, dtype=float)
-    low, high = np.percentile(np.tensordot(bootstrap(clusters), values, axes=1), [2.5, 97.5], axis=0)
-    return values.mean(0), low, high
 
 
 def stage_table(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
@@ -235,7 +215,7 @@ def contest(
     The lens recomputes the norm's scale in every state. Layer l is the state that enters layer l; the highest is the
     state that leaves the model.
 
-    clusters: see `bootstrap`.
+    clusters: see `intervals.bootstrap`.
 
     Returns: position, layer, mean, low, high (95 % intervals), clusters (their number).
 
@@ -243,26 +223,9 @@ def contest(
     """
     if not len(prompts):
         raise ValueError("There is no prompt with a conflicting answer: ask more facts.")
-    result = []
-    for start in progress(range(0, len(prompts), batch_size), "contest", unit="batch"):
-        part = slice(start, start + batch_size)
-        batch = encode(tokenizer, prompts[part], device=model.device)
-        stream = capture(model, batch, detail=False)
-        lens = Lens(describe(model))
-        pair = torch.tensor([correct[part], conflicting[part]], device=model.device)  # [2, B]
-        rows = torch.arange(len(batch.ids))
-        for_each = []
-        for position in positions:
-            if not all((labels == position).any() for labels in groups[part]):
-                raise ValueError(f"A prompt of this batch has no token in the group {position!r}.")
-            where = torch.tensor([int(np.flatnonzero(labels == position)[-1]) for labels in groups[part]])
-            states = stream.hidden[:, rows, where + batch.start.cpu()]  # [L+1, B, D]
-            read = lens.norm.linear(states, lens.scale(states))
-            logits = torch.einsum("lbd,cbd->clb", read, lens.weight[pair]) + lens.offset[pair][:, None]
-            logits = lens.cap(logits)
-            for_each.append((logits[0] - logits[1]).T.cpu())  # [B, L+1]
-        result.append(torch.stack(for_each, dim=1).numpy())
-    mean, low, high = mean_interval(np.concatenate(result), clusters)  # [positions, L+1]
+    pairs = np.stack([correct, conflicting], axis=1)  # [n, 2]
+    logits, _ = read_states(model, tokenizer, prompts, ends(groups, positions), pairs, batch_size=batch_size)
+    mean, low, high = mean_interval(logits[..., 0] - logits[..., 1], clusters)  # [positions, L+1]
     parts = [
         pd.DataFrame({"position": name, "layer": range(mean.shape[1]), "mean": mean[i], "low": low[i], "high": high[i]})
         for i, name in enumerate(positions)

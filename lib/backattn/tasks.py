@@ -130,6 +130,46 @@ def label_tokens(tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tu
     return groups
 
 
+def ends(labels: Sequence[np.ndarray], places: Sequence[str]) -> list[list[int]]:
+    """The last token of each place in every prompt: [n][places]; raises ValueError when a prompt has none of one."""
+    for row in labels:
+        missing = [place for place in places if place not in row]
+        if missing:
+            raise ValueError(f"A prompt has no token in the group {missing[0]!r}.")
+    return [[int(np.flatnonzero(row == place)[-1]) for place in places] for row in labels]
+
+
+def ask(
+    model,
+    tokenizer,
+    prompts: pd.Series,
+    keys: pd.Series,
+    wanted: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 32,
+) -> tuple[np.ndarray, list[dict[int, float]]]:
+    """The model's next token after each prompt, and the log-probabilities of wanted ones.
+
+    keys: prompts with equal keys begin alike (worked examples), which is then computed once.
+
+    wanted: per prompt the tokens whose log-probabilities are returned.
+
+    Returns (said [n], per prompt token -> log-probability). Raises ValueError when there are no prompts.
+    """
+    if not len(prompts):
+        raise ValueError("There is nothing to ask: the set is empty. Ask more facts, or a model that knows more.")
+    said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
+    texts, lengths = prompts.to_numpy(), prompts.str.len().to_numpy()
+    groups = [rows[np.argsort(lengths[rows], kind="stable")] for rows in keys.groupby(keys.to_numpy()).indices.values()]
+    batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
+    for rows in progress(batches, "asking", unit="batch"):
+        batch = encode(tokenizer, texts[rows].tolist(), side="left", device=input_device(model))
+        log_probs = next_log_probs(model, batch, share=True)
+        said[rows] = log_probs.argmax(-1).cpu().numpy()
+        for row, values in zip(rows, log_probs, strict=True):
+            logs[row] = {token: values[token].item() for token in (wanted[row] if wanted else ())}
+    return said, logs
+
+
 def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.DataFrame:
     """Ask the model every prompt.
 
@@ -139,19 +179,12 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
     """
     pieces = {answer: continuation_ids(tokenizer, answer) for answer in frame["answer"].unique()}
     ids = [pieces[answer][0] for answer in frame["answer"]]
-    order = np.argsort([len(p) for p in frame["prompt"]], kind="stable")  # similar lengths together: little padding
-    log_probs, said = np.empty(len(frame)), np.empty(len(frame), dtype=int)
-    for start in progress(range(0, len(frame), batch_size), "asking", unit="batch"):
-        rows = order[start : start + batch_size]
-        batch = encode(tokenizer, frame["prompt"].iloc[rows].tolist(), side="left", device=input_device(model))
-        logs = next_log_probs(model, batch)  # [B, V]
-        log_probs[rows] = logs[range(len(rows)), [ids[r] for r in rows]].cpu().numpy()
-        said[rows] = logs.argmax(-1).cpu().numpy()
+    said, logs = ask(model, tokenizer, frame["prompt"], frame["relation"], [[i] for i in ids], batch_size)
     owners = frame.assign(answer_id=ids).groupby("answer_id")["answer"].nunique()
     return frame.assign(
         answer_id=ids,
         tokens=[len(pieces[answer]) for answer in frame["answer"]],
-        log_prob=log_probs,
+        log_prob=[own[i] for own, i in zip(logs, ids, strict=True)],
         said=[tokenizer.decode([i]) for i in said],
         correct=said == np.array(ids),
         shared=owners.loc[ids].to_numpy() > 1,

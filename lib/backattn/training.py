@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
+from transformers.cache_utils import Cache
 
 from . import runtime
 from .arch import input_device
@@ -166,16 +167,22 @@ def in_halves(do: Callable[[list[int]], object], rows: list[int]) -> list:
     return in_halves(do, rows[:half]) + in_halves(do, rows[half:])
 
 
-def answer_logits(model: nn.Module, batch: Questions, first_pass: Tensor | None = None) -> Tensor:
-    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32."""
+def answer_logits(
+    model: nn.Module, batch: Questions, first_pass: Tensor | None = None, cache: Cache | None = None
+) -> Tensor:
+    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32.
+
+    first_pass: see `TwoPassModel.forward`; cache: of these questions, first_pass is then of their last tokens only.
+    """
     given = {} if first_pass is None else {"first_pass": first_pass}
-    width, keep = batch.ids.shape[1], batch.labels.shape[1]
+    given |= {} if cache is None else {"past_key_values": cache}
+    width, keep = batch.ids.shape[1] if cache is None else first_pass.shape[2], batch.labels.shape[1]
     # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen unembedding per row.
     places = torch.arange(width - keep, width, device=batch.ids.device)
     out = model(
-        input_ids=batch.ids,
+        input_ids=batch.ids[:, -width:],
         attention_mask=batch.mask,
-        position_ids=batch.position_ids,
+        position_ids=batch.position_ids[:, -width:],
         logits_to_keep=places,
         use_cache=False,
         **given,
