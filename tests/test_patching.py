@@ -34,7 +34,6 @@ def test_a_patch_changes_the_answer_and_donors_are_other_prompts(llama):
     assert torch.allclose(other.log_probs[0, 0, 2], plain[[5]], atol=1e-4)
     assert not torch.allclose(own.log_probs[0, 0, 2], other.log_probs[0, 0, 2], atol=1e-4)
     unpatched = next_log_probs(model, encode(tokenizer, PROMPTS[:1], side="left"))
-    assert own.base[0] == unpatched[0].argmax()
     assert not torch.allclose(own.log_probs[0, 0, 2], unpatched[0, [5]], atol=1e-4)
 
 

@@ -130,9 +130,7 @@ def test_tables_by_label_hold_all_and_each_label():
 
 def log_probs(model_and_tokenizer, prompts, groups, knockouts, means):
     ids = [1] * len(prompts)
-    return patching.knocked_out_log_probs(
-        *model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, knockouts, means
-    )
+    return patching.Trial(*model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means).log_probs(knockouts)
 
 
 def test_knocking_out_nothing_changes_nothing(tiny):
@@ -161,6 +159,25 @@ def test_a_prompt_that_is_its_own_mean_is_not_changed(tiny):
     for kind in ("ffn", "attention"):
         knockout = patching.Knockout(kind, (0, 1, 2, 3), tuple(labels[0]))
         assert torch.allclose(log_probs(tiny, frame, labels, (knockout,), means), plain, atol=1e-4)
+
+
+def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
+    """Beginning at the first position that is knocked out gives what whole prompts give."""
+    frame = tasks.single_hop(tasks.facts(), shots=0, per_relation=2)
+    model, tokenizer = tiny
+    labels = tasks.position_groups(tokenizer, frame)
+    means = patching.group_means(model, tokenizer, frame["prompt"].tolist(), labels)
+    some = [patching.Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
+    seen, ordinary = [], patching.next_log_probs
+    monkeypatch.setattr(patching, "next_log_probs", lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1])
+    quick = log_probs(tiny, frame, labels, some, means)
+    assert len(seen) == 1  # a batch
+    monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
+    whole = log_probs(tiny, frame, labels, some, means)
+    begun = seen[0] is not None and seen[0].get_seq_length() > 0
+    assert begun == (getattr(model.config, "sliding_window", None) is None)
+    assert torch.allclose(quick, whole, atol=1e-4)
+    assert (whole - log_probs(tiny, frame, labels, (), means)).abs().max() > 1e-3
 
 
 def test_padding_does_not_leak_into_knockouts(llama, prompts, groups):

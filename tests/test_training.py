@@ -494,11 +494,14 @@ def tiny_run(monkeypatch):
 
 def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
     store = Store(tmp_path, shipped=None)
-    table = experiments.sweep([tiny_run, replace(tiny_run, arm="zero-shot", steps=0)], store)
-    assert list(table["arm"]) == ["back attention", "zero-shot"] and table["trained"].tolist() == [4 * 32 * 4, 0]
+    runs = [tiny_run, replace(tiny_run, arm="zero-shot", steps=0)]
+    experiments.sweep(runs, store)
+    kept = [store.result(run) for run in runs]
+    assert [result["run"]["arm"] for result in kept] == ["back attention", "zero-shot"]
+    assert [result["trained"] for result in kept] == [4 * 32 * 4, 0]
     assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
     monkeypatch.setattr(experiments, "armed", lambda *a: pytest.fail("made twice"))
-    assert experiments.perform(tiny_run, store)["right"] == table["right"][0]
+    assert experiments.perform(tiny_run, store)["right"] == kept[0]["right"]
 
 
 @pytest.fixture
@@ -755,7 +758,8 @@ def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
         here.setattr(experiments, "perform", lambda *a: pytest.fail("made here"))
         with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
             here.setenv(runtime.CLUSTER, cluster.scheduler_address)
-            assert experiments.sweep([run, replace(run, seed=1)], store)["seed"].tolist() == [0, 1]
+            experiments.sweep([run, replace(run, seed=1)], store)
+            assert store.result(run) and store.result(replace(run, seed=1))
         for sizes in ({"n_workers": 1, "threads_per_worker": 2}, {"n_workers": 1, "threads_per_worker": 1}):
             with LocalCluster(**sizes, processes=False, dashboard_address=None) as cluster:
                 here.setenv(runtime.CLUSTER, cluster.scheduler_address)

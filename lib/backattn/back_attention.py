@@ -13,7 +13,6 @@ adapted ones.
 """
 
 import contextlib
-import copy
 import hashlib
 import inspect
 import json
@@ -32,6 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .arch import describe, runs_on
+from .residual import beginning
 from .runtime import atomic_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -449,7 +449,7 @@ class TwoPassModel(nn.Module):
             )
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            kwargs["past_key_values"] = _beginning(cache, attention_mask.shape[1] - input_ids.shape[1])
+            kwargs["past_key_values"] = beginning(cache, attention_mask.shape[1] - input_ids.shape[1])
         self._given = first_pass
         self._skip(self._arch.blocks)  # only the arguments that each layer would get are wanted
         try:
@@ -567,23 +567,6 @@ _wrapped: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 def _pass_through(hidden_states: Tensor, *_, **__) -> Tensor:
     return hidden_states
-
-
-def _beginning(cache: Cache, length: int) -> Cache:
-    """What a cache holds of the first `length` tokens; the cache itself stays as it is.
-
-    Raises ValueError where it has dropped what was before a sliding window.
-    """
-    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if windows and cache.get_seq_length() >= min(windows):
-        raise ValueError(
-            f"The texts in this cache are longer than the sliding window of {min(windows)} tokens, before which it "
-            "keeps nothing: leave past_key_values out."
-        )
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced when they grow, not changed
-    own.crop(length - own.get_seq_length())
-    return own
 
 
 def _cache_in(settings: tuple[tuple, dict]) -> Cache | None:

@@ -20,7 +20,7 @@ from .tasks import ask
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
 ENTITIES = OUTCOMES[:-1]
-IDS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
+ID_COLUMNS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
 
 
 # ---------------------------------------------------------------- asking
@@ -136,7 +136,7 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     Returns `frame` with: outcome (open vocabulary, by the model's own first token), said (that token), three_way (the
     likeliest of e3, e2 and, where it exists and differs, the shortcut) and log_prob_e3, log_prob_e2.
     """
-    wanted = [sorted(frozenset().union(*each)) for each in zip(*(frame[name] for name in IDS), strict=True)]
+    wanted = [sorted(frozenset().union(*each)) for each in zip(*(frame[name] for name in ID_COLUMNS), strict=True)]
     said, logs = ask(model, tokenizer, frame["two_hop"], frame["pair"] + frame["r1"] + frame["r2"], wanted)
     rows = []
     for token, values, row in zip(said, logs, frame.itertuples(), strict=True):

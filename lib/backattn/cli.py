@@ -30,11 +30,11 @@ PROFILES: dict[str, dict[str, dict]] = {
     "smoke": {
         "01_stage_discovery": {"asked_per_relation": 16, "kept_per_relation": 6, "tested": 8, "knockout_draws": 2},
         "02_failure_analysis": {
-            "asked_per_pair": 40,
-            "read_prompts": 60,
-            "flow_prompts": 40,
-            "hidden_prompts": 40,
-            "grid_prompts": 40,
+            "asked_per_pair": 20,
+            "read_prompts": 40,
+            "flow_prompts": 24,
+            "hidden_prompts": 24,
+            "grid_prompts": 24,
             "grid_recomputed": 2,
         },
         "03_back_attention_training": {"rechecked": 6, "demo_steps": 40},

@@ -170,7 +170,7 @@ def transitions(
                 with model.disable_adapter():
                     before[run.fold] = _said(model, items)
             said = {"before": before[run.fold], "after": _said(model, items)}
-        named = [dict(zip(census.ENTITIES, each, strict=True)) for each in facts[list(census.IDS)].to_numpy()]
+        named = [dict(zip(census.ENTITIES, each, strict=True)) for each in facts[list(census.ID_COLUMNS)].to_numpy()]
         about = {"arm": run.arm, "seed": run.seed, "question": range(len(facts)), **facts[["e2", "pair", "collides"]]}
         for name, tokens in said.items():
             about[name] = [census.outcome(int(token), own) for token, own in zip(tokens, named, strict=True)]

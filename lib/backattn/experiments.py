@@ -622,8 +622,8 @@ def ship(
     return len(new)
 
 
-def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> pd.DataFrame:
-    """Perform all runs, the unfinished ones in `processes` processes at a time; returns `table` of them.
+def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> None:
+    """Perform all runs, the unfinished ones in `processes` processes at a time.
 
     Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler (`--cluster`), its workers
     make them instead: two or more, with one thread each, that see the store's folder. Raises OSError when the scheduler
@@ -631,7 +631,6 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
     """
     from joblib import Parallel, delayed
 
-    runs = list(runs)
     waiting = [run for run in runs if store.result(run) is None]
     if waiting:
         jobs = (delayed(_job)(run, store, device) for run in waiting)
@@ -639,7 +638,6 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
             made = Parallel(n_jobs=count, return_as="generator_unordered")(jobs)
             for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
                 pass
-    return table(runs, store)
 
 
 @contextlib.contextmanager
@@ -677,19 +675,6 @@ def _job(run: Run, store: Store, device: str) -> None:
     finally:
         if bars is not None:
             os.environ[runtime.PROGRESS_FILE] = bars
-
-
-def table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """One row per finished run: its configuration and its result, but for the curve; test is the share
-    right, NaN for a run that has none."""
-    rows = []
-    for run in runs:
-        result = store.result(run)
-        if result is not None and "diverged" not in result:
-            kept = {k: v for k, v in result.items() if k not in ("key", "run", "curve")}
-            share = right_of(result).mean() if "right" in result else float("nan")
-            rows.append({"key": run.key, **result["run"], **kept, "test": share})
-    return pd.DataFrame(rows)
 
 
 def best_of(tried: Sequence[Run], store: Store) -> Run:

@@ -5,14 +5,15 @@ contribution is replaced by the mean over other prompts at the same kind of posi
 positions from the last one. Back-patching puts a high layer's state into a lower layer and runs on from there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from .arch import describe
-from .residual import Batch, capture, encode, hooks, next_log_probs
+from .residual import Batch, beginning, capture, encode, hooks, next_log_probs, whole_cache
 from .runtime import progress
 
 
@@ -40,7 +41,7 @@ class Means:
     attention: dict[str, Tensor]
 
 
-def _where(groups: Sequence, batch: Batch, wanted: Sequence[str]) -> Tensor:
+def _where(groups: Sequence, batch: Batch, wanted: Collection[str]) -> Tensor:
     """Padded mask [B, T] of the positions whose group is wanted."""
     mask = torch.zeros_like(batch.mask, dtype=torch.bool)
     for row, (labels, start) in enumerate(zip(groups, batch.start.tolist(), strict=True)):
@@ -68,43 +69,63 @@ def group_means(model, tokenizer, prompts: Sequence[str], groups: Sequence, batc
     return Means(*({name: totals[kind, name] / counts[name] for name in names} for kind in ("ffn", "attention")))
 
 
-def knocked_out_log_probs(
-    model,
-    tokenizer,
-    prompts: Sequence[str],
-    answer_ids: Sequence[int],
-    groups: Sequence,
-    knockouts: Sequence[Knockout],
-    means: Means,
-    batch_size: int = 16,
-) -> Tensor:
-    """Answer's log-probability at the last position with `knockouts` in force (none: the model's own): [prompts].
+class Trial:
+    """Prompts to ask again and again with something knocked out: what stands before it is computed once.
 
-    Raises ValueError for an unknown kind.
+    groups: one array of labels per prompt, one label per token (see `tasks.position_groups`).
     """
-    arch, result = describe(model), torch.empty(len(prompts))
-    by_length = sorted(range(len(prompts)), key=lambda index: len(groups[index]))  # little padding in a batch
-    for knockout in knockouts:
-        if knockout.kind not in ("ffn", "attention"):
-            raise ValueError(f'Cannot knock out {knockout.kind!r}; choose "ffn" or "attention".')
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
-        edits = []
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        prompts: Sequence[str],
+        answer_ids: Sequence[int],
+        groups: Sequence,
+        means: Means,
+        batch_size: int = 16,
+    ):
+        self.arch, self.answer_ids, self.groups, self.means = describe(model), list(answer_ids), groups, means
+        by_length = sorted(range(len(prompts)), key=lambda index: len(groups[index]))  # little padding in a batch
+        self._batches: list[tuple[list[int], Batch, Cache | None]] = []
+        for start in range(0, len(prompts), batch_size):
+            rows = by_length[start : start + batch_size]
+            batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
+            self._batches.append((rows, batch, whole_cache(model, batch)))
+
+    def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
+        """Answer's log-probability at the last position with `knockouts` in force (none: the model's own): [prompts].
+
+        Raises ValueError for an unknown kind.
+        """
         for knockout in knockouts:
-            for group in knockout.groups:
-                where = _where([groups[row] for row in rows], batch, [group])
-                for layer in knockout.layers:
-                    block, mean = arch.blocks[layer], getattr(means, knockout.kind)[group][layer]
-                    if knockout.kind == "ffn":
-                        edits.append((block.ffn_result, "output", _replace(where, mean)))
-                    else:
-                        edits.append((block.get(block.family.value), "output", _replace(where, mean, block.value_part)))
-        with hooks(*edits):
-            log_probs = next_log_probs(model, batch)  # [B, V]
-        ids = torch.tensor([answer_ids[row] for row in rows], device=model.device)
-        result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
-    return result
+            if knockout.kind not in ("ffn", "attention"):
+                raise ValueError(f'Cannot knock out {knockout.kind!r}; choose "ffn" or "attention".')
+        result, touched = (
+            torch.empty(len(self.answer_ids)),
+            {group for k in knockouts if k.layers for group in k.groups},
+        )
+        for rows, batch, cache in self._batches:
+            labels, same = [self.groups[row] for row in rows], 0
+            if cache is not None:  # begin at the first position that is knocked out in some prompt
+                reached = _where(labels, batch, touched).any(0).int()
+                same = int(reached.argmax()) if reached.any() else batch.ids.shape[1] - 1
+            edits = []
+            for knockout in knockouts:
+                for group in knockout.groups:
+                    where = _where(labels, batch, [group])[:, same:]
+                    for layer in knockout.layers:
+                        block, mean = self.arch.blocks[layer], getattr(self.means, knockout.kind)[group][layer]
+                        if knockout.kind == "ffn":
+                            edits.append((block.ffn_result, "output", _replace(where, mean)))
+                        else:
+                            value = block.get(block.family.value)
+                            edits.append((value, "output", _replace(where, mean, block.value_part)))
+            with hooks(*edits):
+                log_probs = next_log_probs(self.arch.model, batch, cache=cache and beginning(cache, same))  # [B, V]
+            ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
+            result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
+        return result
 
 
 def _replace(where: Tensor, mean: Tensor, part: Callable[[Tensor], Tensor] = lambda x: x) -> Callable:
@@ -176,12 +197,11 @@ class Patched:
     """Result of `back_patch`: what the model says after each patch.
 
     said: [n, targets, sources] token ids, -1 where the source does not lie above the target; log_probs: [n, targets,
-    sources, K] of the wanted tokens; base: [n] the unpatched next tokens.
+    sources, K] of the wanted tokens.
     """
 
     said: Tensor
     log_probs: Tensor
-    base: Tensor
 
 
 class _Past:
@@ -222,7 +242,6 @@ def back_patch(
     wanted = len(tokens[0])
     said = torch.full((len(prompts), last, last + 1), -1)
     log_probs = torch.full((len(prompts), last, last + 1, wanted), float("nan"))
-    base = torch.empty(len(prompts), dtype=torch.long)
     for index in progress(range(len(prompts)), "back-patching", unit="prompt"):
         position, donor = positions[index], donors[index] if donors else (prompts[index], positions[index])
         hidden = capture(model, _one(model, tokenizer, prompts[index], position), detail=False).hidden[
@@ -243,13 +262,11 @@ def back_patch(
                 args, kwargs = settings[layer]
                 parts = [block.module(part, *args, **kwargs) for part in active.split(rows)]
                 active = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
-            ends = torch.cat([here[-1:, -1], active[:, -1]])  # the unpatched state first
-            logs = _read(arch, ends)
+            logs = _read(arch, active[:, -1])  # [pairs, V]
         target, source = torch.triu_indices(last, last + 1, 1)  # the order in which the pairs joined
-        said[index, target, source] = logs[1:].argmax(-1).cpu()
-        log_probs[index, target, source] = logs[1:, list(tokens[index])].cpu()
-        base[index] = logs[0].argmax()
-    return Patched(said, log_probs, base)
+        said[index, target, source] = logs.argmax(-1).cpu()
+        log_probs[index, target, source] = logs[:, list(tokens[index])].cpu()
+    return Patched(said, log_probs)
 
 
 def _one(model, tokenizer, prompt: str, position: int) -> Batch:

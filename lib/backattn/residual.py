@@ -6,12 +6,14 @@ made of (heads, source positions, neurons), without changing the model.
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .arch import Arch, UnsupportedModelError, describe, in_one_place
 
@@ -280,17 +282,28 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     return stream
 
 
-def next_log_probs(model, batch: Batch, share: bool = False) -> Tensor:
+def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None = None) -> Tensor:
     """Log-probabilities of the next token after each prompt, in fp32: [B, V]. The batch must be padded on the left.
 
     share: run the tokens with which all prompts begin (worked examples, say) once instead of once per prompt. The
     layers then see only the rest of each prompt, so hooks that count positions need share=False.
+    cache: of the batch's first columns (`beginning`), which are then left out.
     """
+    if cache is not None:
+        known = cache.get_seq_length()
+        with torch.no_grad():
+            output = model(
+                input_ids=batch.ids[:, known:],
+                attention_mask=batch.mask,
+                position_ids=batch.position_ids[:, known:],
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float().log_softmax(-1)
     common = _common_start(batch) if share else 0
     window = getattr(model.config, "sliding_window", None)
     if window and batch.ids.shape[1] > window:  # padding between the shared start and the rest would shift the window
         common = 0
-    cache = None
     with torch.no_grad():
         if common:
             first = batch.ids[:1, batch.start[0] : batch.start[0] + common]
@@ -309,6 +322,33 @@ def next_log_probs(model, batch: Batch, share: bool = False) -> Tensor:
             logits_to_keep=1,
         )
     return output.logits[:, -1].float().log_softmax(-1)
+
+
+def whole_cache(model, batch: Batch) -> Cache | None:
+    """Keys and values of whole prompts, of which `beginning` takes a part; None where a sliding window is shorter."""
+    window = getattr(model.config, "sliding_window", None)
+    if window and batch.ids.shape[1] >= window:
+        return None
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.position_ids}
+    with torch.no_grad():
+        return model(**given, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def beginning(cache: Cache, length: int) -> Cache:
+    """What a cache holds of the first `length` tokens; the cache itself stays as it is.
+
+    Raises ValueError where it has dropped what was before a sliding window.
+    """
+    windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if windows and cache.get_seq_length() >= min(windows):
+        raise ValueError(
+            f"The texts in this cache are longer than the sliding window of {min(windows)} tokens, before which it "
+            "keeps nothing: leave past_key_values out."
+        )
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced when they grow, not changed
+    own.crop(length - own.get_seq_length())
+    return own
 
 
 def _common_start(batch: Batch) -> int:

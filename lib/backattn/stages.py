@@ -11,17 +11,15 @@ D  relation attribute extraction  flow through attention that reads relation or 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .arch import describe
 from .flow_back import FlowBack
 from .intervals import bootstrap, mean_interval
 from .lens import read_states
-from .patching import Knockout, Means, knocked_out_log_probs
+from .patching import Knockout, Trial
 from .runtime import progress
 from .tasks import ends
 
@@ -299,34 +297,17 @@ def table_by(labels: Sequence, profiles: dict[str, np.ndarray], clusters: Sequen
     return pd.concat(parts, ignore_index=True)
 
 
-@dataclass
-class Tested:
-    """The prompts on which knock-outs are tried, with the means that replace what is knocked out."""
+def against_random(trial: Trial, cores: dict[str, list[int]], draws: int, seed: int) -> dict[str, tuple]:
+    """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
 
-    model: object
-    tokenizer: object
-    frame: pd.DataFrame
-    groups: Sequence
-    means: Means
-
-    def log_probs(self, knockouts: Sequence[Knockout] = ()) -> np.ndarray:
-        """Answer's log-probability per prompt under `knockouts`."""
-        prompts, ids = self.frame["prompt"].tolist(), self.frame["answer_id"].tolist()
-        return knocked_out_log_probs(
-            self.model, self.tokenizer, prompts, ids, self.groups, knockouts, self.means
-        ).numpy()
-
-    def against_random(self, cores: dict[str, list[int]], draws: int, seed: int) -> dict[str, tuple]:
-        """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
-
-        cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as part of the embedding.
-        """
-        total, base, drops = len(describe(self.model).blocks), self.log_probs(), {}
-        with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
-            for stage, layers in cores.items():
-                lost = []
-                for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
-                    lost.append(base - self.log_probs(stage_knockouts(stage[0], chosen)))
-                    bar.update()
-                drops[stage] = (layers, lost[0], np.stack(lost[1:]))
-        return drops
+    cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as part of the embedding.
+    """
+    total, base, drops = len(trial.arch.blocks), trial.log_probs().numpy(), {}
+    with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
+        for stage, layers in cores.items():
+            lost = []
+            for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
+                lost.append(base - trial.log_probs(stage_knockouts(stage[0], chosen)).numpy())
+                bar.update()
+            drops[stage] = (layers, lost[0], np.stack(lost[1:]))
+    return drops
