@@ -42,18 +42,24 @@ def test_a_position_outside_the_prompt_is_named(llama):
         patching.back_patch(*llama, PROMPTS[:1], [99], [[5]])
 
 
-def test_hiding_a_position_from_the_last_one(tiny):
+def blocked(model_and_tokenizer, prompts, sources, layers):
+    return patching.blocked_log_probs(patching.Prompts(*model_and_tokenizer, prompts), sources, layers)
+
+
+def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
     """Hidden in every layer, a position reaches the last one only through others; hidden nowhere, nothing changes."""
     model, tokenizer = tiny
     layers = range(model.config.num_hidden_layers)
     base = next_log_probs(model, encode(tokenizer, PROMPTS, side="left"))
-    none = patching.blocked_log_probs(model, tokenizer, PROMPTS, [[], []], layers)
+    none = blocked(tiny, PROMPTS, [[], []], layers)
     assert torch.allclose(none, base, atol=1e-4)
-    hidden = patching.blocked_log_probs(model, tokenizer, PROMPTS, [[1], [1]], layers)
+    hidden = blocked(tiny, PROMPTS, [[1], [1]], layers)
     assert not torch.allclose(hidden, base, atol=1e-4)
     assert np.isfinite(hidden.numpy()).all()
-    alone = [patching.blocked_log_probs(model, tokenizer, [p], [[1]], layers)[0] for p in PROMPTS]
+    alone = [blocked(tiny, [p], [[1]], layers)[0] for p in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
+    monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
+    assert torch.allclose(hidden, blocked(tiny, PROMPTS, [[1], [1]], layers), atol=1e-4)
 
 
 def test_all_but_the_last_hidden_is_as_if_the_last_stood_alone(llama):
@@ -61,9 +67,7 @@ def test_all_but_the_last_hidden_is_as_if_the_last_stood_alone(llama):
     model, tokenizer = llama
     batch = encode(tokenizer, PROMPTS[:1])
     time = batch.ids.shape[1]
-    hidden = patching.blocked_log_probs(
-        model, tokenizer, PROMPTS[:1], [list(range(time - 1))], range(model.config.num_hidden_layers)
-    )
+    hidden = blocked(llama, PROMPTS[:1], [list(range(time - 1))], range(model.config.num_hidden_layers))
     with torch.no_grad():
         alone = (
             model(input_ids=batch.ids[:, -1:], position_ids=torch.tensor([[time - 1]])).logits[0, -1].log_softmax(-1)

@@ -21,7 +21,7 @@ from .flow_back import flow_back
 from .intervals import bootstrap, mean_interval, paired, wilson
 from .lens import read_states
 from .logit_flow import continuation_ids, logit_flow
-from .patching import back_patch, back_patch_one, blocked_log_probs
+from .patching import Prompts, back_patch, back_patch_one, blocked_log_probs
 from .residual import capture, encode
 from .runtime import atomic_file, progress
 from .stages import grouped_flow
@@ -323,8 +323,10 @@ def hide_windows(
         for row, places in zip(labels, own, strict=True)
     ]
 
+    asked_again = Prompts(model, tokenizer, prompts)
+
     def log_probs(sources: Sequence, layers: Sequence[int]) -> np.ndarray:
-        logs = blocked_log_probs(model, tokenizer, prompts, sources, layers)
+        logs = blocked_log_probs(asked_again, sources, layers)
         return logs.gather(1, torch.tensor(ids)).numpy()  # [n, (e3, e2)]
 
     layers = len(describe(model).blocks)

@@ -8,6 +8,7 @@ positions from the last one. Back-patching puts a high layer's state into a lowe
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -69,8 +70,24 @@ def group_means(model, tokenizer, prompts: Sequence[str], groups: Sequence, batc
     return Means(*({name: totals[kind, name] / counts[name] for name in names} for kind in ("ffn", "attention")))
 
 
-class Trial:
-    """Prompts to ask again and again with something knocked out: what stands before it is computed once.
+class Prompts:
+    """Prompts to ask again and again with something changed inside: what stands before the change is computed once.
+
+    batches: (rows, the batch padded on the left, keys and values of it unchanged or None); similar lengths together.
+    """
+
+    def __init__(self, model, tokenizer, prompts: Sequence[str], batch_size: int = 16):
+        self.arch = describe(model)
+        self.batches: list[tuple[list[int], Batch, Cache | None]] = []
+        order = np.argsort([len(tokenizer(prompt)["input_ids"]) for prompt in prompts], kind="stable").tolist()
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
+            self.batches.append((rows, batch, whole_cache(model, batch)))
+
+
+class Trial(Prompts):
+    """Prompts with an answer each, to knock something out.
 
     groups: one array of labels per prompt, one label per token (see `tasks.position_groups`).
     """
@@ -85,13 +102,8 @@ class Trial:
         means: Means,
         batch_size: int = 16,
     ):
-        self.arch, self.answer_ids, self.groups, self.means = describe(model), list(answer_ids), groups, means
-        by_length = sorted(range(len(prompts)), key=lambda index: len(groups[index]))  # little padding in a batch
-        self._batches: list[tuple[list[int], Batch, Cache | None]] = []
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
-            self._batches.append((rows, batch, whole_cache(model, batch)))
+        super().__init__(model, tokenizer, prompts, batch_size)
+        self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
 
     def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
         """Answer's log-probability at the last position with `knockouts` in force (none: the model's own): [prompts].
@@ -105,7 +117,7 @@ class Trial:
             torch.empty(len(self.answer_ids)),
             {group for k in knockouts if k.layers for group in k.groups},
         )
-        for rows, batch, cache in self._batches:
+        for rows, batch, cache in self.batches:
             labels, same = [self.groups[row] for row in rows], 0
             if cache is not None:  # begin at the first position that is knocked out in some prompt
                 reached = _where(labels, batch, touched).any(0).int()
@@ -140,34 +152,30 @@ def _replace(where: Tensor, mean: Tensor, part: Callable[[Tensor], Tensor] = lam
 # ---------------------------------------------------------------- attention knock-out
 
 
-def blocked_log_probs(
-    model,
-    tokenizer,
-    prompts: Sequence[str],
-    sources: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    batch_size: int = 32,
-) -> Tensor:
+def blocked_log_probs(prompts: Prompts, sources: Sequence[Sequence[int]], layers: Sequence[int]) -> Tensor:
     """Next-token log-probabilities while the last position cannot attend to some positions in some layers: [n, V].
 
     sources: per prompt the positions, counted from its first token, that are hidden from the last one.
     """
-    arch, result = describe(model), []
-    for start in range(0, len(prompts), batch_size):
-        batch = encode(tokenizer, list(prompts[start : start + batch_size]), side="left", device=model.device)
+    result: list[Tensor] = [torch.empty(0)] * len(sources)
+    for rows, batch, cache in prompts.batches:
         hidden = torch.zeros_like(batch.mask, dtype=torch.bool)  # [B, T]
-        for row, places in enumerate(sources[start : start + batch_size]):
-            hidden[row, [int(batch.start[row]) + int(place) for place in places]] = True
+        for place, row in enumerate(rows):
+            hidden[place, [int(batch.start[place]) + int(source) for source in sources[row]]] = True
         handles = [
-            arch.blocks[layer].attention.register_forward_pre_hook(_hide(batch, hidden), with_kwargs=True)
+            prompts.arch.blocks[layer].attention.register_forward_pre_hook(_hide(batch, hidden), with_kwargs=True)
             for layer in layers
         ]
+        if cache is not None:  # only the last position changes
+            cache = beginning(cache, batch.ids.shape[1] - 1)
         try:
-            result.append(next_log_probs(model, batch).cpu())
+            log_probs = next_log_probs(prompts.arch.model, batch, cache=cache).cpu()
         finally:
             for handle in handles:
                 handle.remove()
-    return torch.cat(result)
+        for row, own in zip(rows, log_probs, strict=True):
+            result[row] = own
+    return torch.stack(result)
 
 
 def _hide(batch: Batch, hidden: Tensor) -> Callable:
@@ -175,10 +183,11 @@ def _hide(batch: Batch, hidden: Tensor) -> Callable:
 
     def hook(module, args, kwargs):
         mask = kwargs.get("attention_mask")
-        time = batch.ids.shape[1]
         if mask is None:  # the implementation would have masked causally by itself
+            queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+            time = batch.ids.shape[1]
             causal = torch.ones(time, time, dtype=torch.bool, device=hidden.device).tril()
-            mask = (causal & batch.mask.bool()[:, None]).unsqueeze(1)  # [B, 1, T, T]
+            mask = (causal & batch.mask.bool()[:, None]).unsqueeze(1)[:, :, -queries:]  # [B, 1, queries, T]
         mask = mask.expand(len(hidden), -1, -1, -1).clone()
         last = mask[:, :, -1]
         mask[:, :, -1] = last.masked_fill(
