@@ -113,15 +113,14 @@ class Trial(Prompts):
         for knockout in knockouts:
             if knockout.kind not in ("ffn", "attention"):
                 raise ValueError(f'Cannot knock out {knockout.kind!r}; choose "ffn" or "attention".')
-        result, touched = (
-            torch.empty(len(self.answer_ids)),
-            {group for k in knockouts if k.layers for group in k.groups},
-        )
+        touched = {group for knockout in knockouts if knockout.layers for group in knockout.groups}
+        result = torch.empty(len(self.answer_ids))
         for rows, batch, cache in self.batches:
             labels, same = [self.groups[row] for row in rows], 0
             if cache is not None:  # begin at the first position that is knocked out in some prompt
                 reached = _where(labels, batch, touched).any(0).int()
                 same = int(reached.argmax()) if reached.any() else batch.ids.shape[1] - 1
+                cache = beginning(cache, same)
             edits = []
             for knockout in knockouts:
                 for group in knockout.groups:
@@ -134,7 +133,7 @@ class Trial(Prompts):
                             value = block.get(block.family.value)
                             edits.append((value, "output", _replace(where, mean, block.value_part)))
             with hooks(*edits):
-                log_probs = next_log_probs(self.arch.model, batch, cache=cache and beginning(cache, same))  # [B, V]
+                log_probs = next_log_probs(self.arch.model, batch, cache=cache)  # [B, V]
             ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
             result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
         return result
