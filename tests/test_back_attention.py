@@ -406,8 +406,8 @@ def test_last_tokens_alone_are_asked_again_with_a_cache(fresh, config):
         for _ in range(2):  # it leaves the cache as it is
             with wrapped.edited(cells[:, -2:]):
                 given = {"first_pass": states[:, :, -2:], "past_key_values": cache}
-                last = wrapped(batch.ids[:, -2:], batch.mask, position_ids=batch.position_ids[:, -2:], **given).logits
-            assert torch.allclose(last, whole[:, -2:], atol=1e-5)
+                last = wrapped(batch.ids[:, -2:], batch.mask, position_ids=batch.position_ids[:, -2:], **given)
+            assert torch.allclose(last.logits, whole[:, -2:], atol=1e-5) and last.past_key_values is None
     assert (whole[:, -2:] - logits(wrapped, batch)[:, -2:]).abs().max() > 1e-4
     assert all(
         torch.equal(layer.keys, k) and torch.equal(layer.values, v)
@@ -424,6 +424,19 @@ def test_what_a_sliding_window_has_dropped_is_not_made_up():
     cache = wrapped(batch.ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sliding window"):
         wrapped(batch.ids[:, -1:], batch.mask, first_pass=states[:, :, -1:], past_key_values=cache)
+
+
+def test_a_cache_of_other_texts_is_refused(llama):
+    model, tok = llama
+    wrapped = get_back_attention_model(model, CONFIGS["one source"])
+    batch = encode(tok, PROMPTS[:1])
+    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)[:, :, -1:]
+    given = {"first_pass": states, "past_key_values": wrapped(batch.ids[:, :2], use_cache=True).past_key_values}
+    with pytest.raises(ValueError, match="attention_mask"):
+        wrapped(batch.ids[:, -1:], **given)
+    with pytest.raises(ValueError, match="holds 2 tokens"):
+        wrapped(batch.ids[:, -1:], batch.mask, **given)
+    wrapped.unload()
 
 
 def test_cells_of_another_shape_are_refused(llama):

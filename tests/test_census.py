@@ -429,7 +429,7 @@ def test_c4_by_rule(means, ps, verdict):
 def patched(net, honest, oracle):
     row = {"oracle": 0.5, "oracle_low": 0.4, "oracle_high": 0.6, "honest": 0.1, "honest_low": 0.05, "honest_high": 0.2}
     row |= {"net": net, "net_low": net - 0.1, "net_high": net + 0.1, "wrong": 50}
-    mending = pd.DataFrame([{"arm": arm, **row} for arm in failures.PATCHED])
+    mending = pd.DataFrame([{"arm": arm, **row} for arm in failures.PATCH_ARMS])
     rows = [
         {"place": "r1", "how": how, "low": x - 0.1, "high": x + 0.1}
         for how, x in (("honest", honest), ("oracle", oracle))
@@ -544,7 +544,7 @@ def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     keys = failures.grid_keys(written)
     merged, compared = failures.merge_grids(fresh, shipped, keys)
     assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
-    for arm in failures.PATCHED:
+    for arm in failures.PATCH_ARMS:
         assert (merged.said[arm] == whole.said[arm]).all()
     shipped.said["r1"][1] += 1
     assert failures.merge_grids(fresh, shipped, keys)[1]["said"] < 1.0  # a changed result is seen

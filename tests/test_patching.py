@@ -49,6 +49,8 @@ def blocked(model_and_tokenizer, prompts, sources, layers):
 def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
     """Hidden in every layer, a position reaches the last one only through others; hidden nowhere, nothing changes."""
     model, tokenizer = tiny
+    if getattr(model.config, "sliding_window", None):
+        monkeypatch.setattr(model.config, "sliding_window", 64)  # longer than the prompts
     layers = range(model.config.num_hidden_layers)
     base = next_log_probs(model, encode(tokenizer, PROMPTS, side="left"))
     none = blocked(tiny, PROMPTS, [[], []], layers)
@@ -58,6 +60,7 @@ def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
     assert np.isfinite(hidden.numpy()).all()
     alone = [blocked(tiny, [p], [[1]], layers)[0] for p in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
+    assert all(cache is not None for *_, cache in patching.Prompts(model, tokenizer, PROMPTS).batches)
     monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
     assert torch.allclose(hidden, blocked(tiny, PROMPTS, [[1], [1]], layers), atol=1e-4)
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, flow_back, logit_flow, patching, stages, tasks
+from backattn import claims, flow_back, intervals, logit_flow, patching, stages, tasks
 from backattn.residual import capture, encode
 
 
@@ -74,7 +74,7 @@ def test_no_difference_has_an_interval_around_zero():
 def test_bootstrap_interval_covers():
     generator, hits = np.random.default_rng(1), 0
     for _ in range(60):
-        _, low, high = stages.mean_interval(generator.standard_normal(80), range(80))
+        _, low, high = intervals.mean_interval(generator.standard_normal(80), range(80))
         hits += low <= 0 <= high
     assert 50 <= hits <= 60
 
@@ -100,10 +100,10 @@ def test_boundaries_lie_where_the_flow_is():
 
 
 def test_bootstrap_keeps_clusters_together():
-    weights = stages.bootstrap(["a", "a", "b", "c"], resamples=50)
+    weights = intervals.bootstrap(["a", "a", "b", "c"], resamples=50)
     assert np.allclose(weights.sum(1), 1) and np.allclose(weights[:, 0], weights[:, 1])
     values = np.array([1.0, -1.0] * 40)  # pairs that cancel: no spread between clusters
-    _, low, high = stages.mean_interval(values, np.arange(80) // 2)
+    _, low, high = intervals.mean_interval(values, np.arange(80) // 2)
     assert low == pytest.approx(0) and high == pytest.approx(0)
 
 
@@ -165,6 +165,8 @@ def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
     """Beginning at the first position that is knocked out gives what whole prompts give."""
     frame = tasks.single_hop(tasks.facts(), shots=0, per_relation=2)
     model, tokenizer = tiny
+    if getattr(model.config, "sliding_window", None):
+        monkeypatch.setattr(model.config, "sliding_window", 64)  # longer than the prompts
     labels = tasks.position_groups(tokenizer, frame)
     means = patching.group_means(model, tokenizer, frame["prompt"].tolist(), labels)
     some = [patching.Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
@@ -174,8 +176,7 @@ def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
     assert len(seen) == 1  # a batch
     monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
     whole = log_probs(tiny, frame, labels, some, means)
-    begun = seen[0] is not None and seen[0].get_seq_length() > 0
-    assert begun == (getattr(model.config, "sliding_window", None) is None)
+    assert seen[0].get_seq_length() > 0 and seen[-1] is None
     assert torch.allclose(quick, whole, atol=1e-4)
     assert (whole - log_probs(tiny, frame, labels, (), means)).abs().max() > 1e-3
 

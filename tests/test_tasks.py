@@ -91,6 +91,13 @@ def test_an_entity_that_is_not_in_the_prompt_is_named():
         tasks.span("France's capital is", "Paris")
 
 
+def test_a_prompt_without_a_place_is_an_error():
+    labels = [np.array(["entity", "relation", "last"]), np.array(["entity", "entity", "last"])]
+    assert tasks.ends(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
+    with pytest.raises(ValueError, match="'relation'"):
+        tasks.ends(labels, ["entity", "relation"])
+
+
 def test_score_agrees_with_asking_one_by_one(llama, facts):
     model, tokenizer = llama
     prompts = tasks.single_hop(facts, per_relation=4)

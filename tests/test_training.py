@@ -115,7 +115,7 @@ def test_the_most_frequent_answer_is_guessed(monkeypatch):
 def test_compositions_hold_out_what_they_say():
     frame = datasets.compositions()
     facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
-    assert len(facts) == datasets.COMPOSED * datasets.RELATIONS / 2
+    assert len(facts) == datasets.INVENTED * datasets.RELATIONS / 2
     seen = {"ID": set(), "OOD": set()}
     trained, held = set(), set()
     for row in frame[frame["kind"] != "fact"].itertuples():
@@ -568,14 +568,19 @@ def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
     assert Later(**asdict(tiny_run)).key == tiny_run.key != Later(**asdict(tiny_run), more=2).key
 
 
+def test_a_plan_without_core_arms_comes_to_an_end():
+    store = Store()
+    every, none = (experiments.main_runs(store, core_arms_on=core) for core in (["1DC"], []))
+    assert none[1] and {run.dataset for run in none[1]} == {"two-hop"} and len(none[1]) < len(every[1])
+
+
 def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
     """A renamed field or another default would orphan them, and the notebook would train for hours."""
     store, text = Store(tmp_path), NOTEBOOK_03.read_text().replace('\\"', '"')
     every, core = (json.loads(re.search(rf"{name}_on = (\[.*?\])", text)[1]) for name in ("every_arm", "core_arms"))
     plans = [
         experiments.scratch_runs,
-        partial(experiments.adapter_runs, names=every),
-        partial(experiments.adapter_runs, names=core, arms=experiments.CORE_ARMS),
+        partial(experiments.main_runs, every_arm_on=every, core_arms_on=core),
         partial(experiments.adapter_runs, model="gemma3-270m", names=("two-hop",), arms=experiments.CORE_ARMS),
     ]
     for plan in plans:

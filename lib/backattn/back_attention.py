@@ -436,7 +436,8 @@ class TwoPassModel(nn.Module):
 
         first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is then left out. With a
         cache (past_key_values) input_ids are the last T tokens of the texts in it: what it holds of those before is
-        used, and it stays as it is. attention_mask is then of the whole texts, which must fit into a sliding window.
+        used, and it stays as it is; no cache is returned. attention_mask is then of the whole texts, which must fit
+        into a sliding window. Raises ValueError where states, mask or cache do not fit.
         """
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if labels is not None:
@@ -449,11 +450,16 @@ class TwoPassModel(nn.Module):
             )
         cache = kwargs.get("past_key_values")
         if cache is not None:
+            if attention_mask is None:
+                raise ValueError("With first_pass and a cache pass attention_mask too, of the whole texts.")
             kwargs["past_key_values"] = beginning(cache, attention_mask.shape[1] - input_ids.shape[1])
         self._given = first_pass
         self._skip(self._arch.blocks)  # only the arguments that each layer would get are wanted
         try:
-            return self.base_model(**{**kwargs, "use_cache": cache is not None})
+            out = self.base_model(**{**kwargs, "use_cache": cache is not None})
+            if cache is not None and not isinstance(out, tuple):
+                out["past_key_values"] = None  # the layers of the first pass have not grown
+            return out
         finally:
             self._given = None
             self._wake()

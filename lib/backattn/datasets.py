@@ -27,7 +27,7 @@ FOLDS, VALIDATION = 3, 0.15
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
 TWINS = 0.8  # word problems that share this part of their words are one group
 
-COMPOSED, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}  # of `compositions`
+INVENTED, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}  # of `compositions`
 NAMES = (  # of people about whom facts are invented, a token each for SmolLM2
     "Adam Alan Alice Amy Ann Anthony Arthur Barbara Ben Bill Bob Brian Bruce Carol Charles Charlie Chris Claire Dan "
     "Daniel Dave Diana Donald Edward Ellen Emily Emma Eric Frank Fred George Grace Greg Hannah Harry Helen Henry "
@@ -185,9 +185,9 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
     Raises ValueError for a draw_seed with too few questions of a kind.
     """
     draw, facts = np.random.default_rng(draw_seed), {}
-    for entity in range(COMPOSED):
+    for entity in range(INVENTED):
         for relation in draw.permutation(RELATIONS)[: RELATIONS // 2]:
-            facts[entity, int(relation)] = int(draw.integers(COMPOSED))
+            facts[entity, int(relation)] = int(draw.integers(INVENTED))
     apart = {fact: ("ID", "OOD")[int(draw.random() < 0.2)] for fact in facts}
     rows = [(f"e{e} r{r}", f" e{to}", f"e{to}", "fact", "train") for (e, r), to in facts.items()]
     two: dict[str, list[tuple]] = {}

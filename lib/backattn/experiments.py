@@ -209,7 +209,7 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
         raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(arms)}.")
     words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
     if composing:
-        named = (("e", datasets.COMPOSED), ("r", datasets.RELATIONS))
+        named = (("e", datasets.INVENTED), ("r", datasets.RELATIONS))
         words, split = ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))], pre_tokenizers.WhitespaceSplit()
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = split
@@ -571,8 +571,8 @@ def main_runs(
     **sizes,
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others; see `adapter_runs`."""
-    parts = [adapter_runs(store, model, every_arm_on, **sizes)]
-    parts.append(adapter_runs(store, model, core_arms_on, CORE_ARMS, **sizes))
+    asked = [(names, arms) for names, arms in ((every_arm_on, tuple(ARMS)), (core_arms_on, CORE_ARMS)) if names]
+    parts = [adapter_runs(store, model, names, arms, **sizes) for names, arms in asked]
     tried, final = ([run for part in lists for run in part] for lists in zip(*parts, strict=True))
     return tried, final if all(part for _, part in parts) else []
 

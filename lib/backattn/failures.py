@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from .arch import describe
 from .datasets import place_of
 from .flow_back import flow_back
-from .intervals import bootstrap, mean_interval, paired, wilson
+from .intervals import bootstrap, mean_interval, mean_row, wilson
 from .lens import read_states
 from .logit_flow import continuation_ids, logit_flow
 from .patching import Prompts, back_patch, back_patch_one, blocked_log_probs
@@ -48,11 +48,13 @@ def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
 class Reading:
     """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
 
-    All are [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity -> whether its first token is
-    among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity -> whether its
-    logit is above that of the shuffled one (½ where both are the same token, as expected without information).
+    places: their names. All else is [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity ->
+    whether its first token is among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts.
+    wins: entity -> whether its logit is above that of the shuffled one (½ where both are the same token, as expected
+    without information).
     """
 
+    places: tuple[str, ...]
     difference: np.ndarray
     readable: dict[str, np.ndarray]
     wins: dict[str, np.ndarray]
@@ -74,7 +76,7 @@ def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: 
     for k, name in enumerate(("e3", "e2")):
         same = (tokens[:, k] == tokens[:, k + 2])[:, None, None]  # continents: another prompt's e3 may be the same
         wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
-    return Reading(logits[..., 0] - logits[..., 1], readable, wins)
+    return Reading(tuple(places), logits[..., 0] - logits[..., 1], readable, wins)
 
 
 def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.ndarray:
@@ -161,7 +163,7 @@ def conflict_table(
     test = contrast(reading.difference, right, strata, clusters, permutations)
     for case, mask in (("right", right), ("wrong", ~right)):
         mean, low, high = mean_interval(reading.difference[mask], clusters[mask])
-        for place, name in enumerate(PLACES):
+        for place, name in enumerate(reading.places):
             part = {"layer": range(mean.shape[1]), "mean": mean[place], "low": low[place], "high": high[place]}
             part |= {"contrast": test["difference"][place], "p": test["p"][place]}
             rows.append(pd.DataFrame(part).assign(place=name, case=case, n=int(mask.sum())))
@@ -173,7 +175,7 @@ def readable_table(reading: Reading) -> pd.DataFrame:
     rows = []
     for entity in ("e2", "e3"):
         own, other = (reading.readable[name].mean(0) for name in (entity, f"{entity} shuffled"))  # [places, L+1]
-        for place, name in enumerate(PLACES):
+        for place, name in enumerate(reading.places):
             wins = reading.wins[entity].mean(0)[place]
             part = {"layer": range(own.shape[1]), "share": own[place], "shuffled": other[place], "wins": wins}
             rows.append(pd.DataFrame(part).assign(place=name, entity=entity))
@@ -189,7 +191,7 @@ def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) 
     there is none; wins: the share in which it does in the state that enters the last layer; n.
     """
     rows, weights = [], bootstrap(clusters, resamples)
-    for place, name in enumerate(PLACES):
+    for place, name in enumerate(reading.places):
         for entity in ("e2", "e3"):
             own, other = (reading.readable[key][:, place] for key in (entity, f"{entity} shuffled"))  # [n, L+1]
             wins = reading.wins[entity][:, place, :-1]
@@ -299,7 +301,7 @@ def flow_tests(
     resampled = bootstrap(clusters[~right], permutations) @ ahead
     p = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean()) + 1 / permutations
     question = "late flow from r1 in wrong cases, into e2 less into e3 (logits)"
-    rows.append({"question": question, **paired(ahead, clusters[~right]), "p": p})
+    rows.append({"question": question, **mean_row(ahead, clusters[~right]), "p": p})
     table = pd.DataFrame(rows)[["question", "mean", "low", "high", "p", "n"]]
     return table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / len(table)))
 
@@ -323,10 +325,10 @@ def hide_windows(
         for row, places in zip(labels, own, strict=True)
     ]
 
-    asked_again = Prompts(model, tokenizer, prompts)
+    again = Prompts(model, tokenizer, prompts)
 
     def log_probs(sources: Sequence, layers: Sequence[int]) -> np.ndarray:
-        logs = blocked_log_probs(asked_again, sources, layers)
+        logs = blocked_log_probs(again, sources, layers)
         return logs.gather(1, torch.tensor(ids)).numpy()  # [n, (e3, e2)]
 
     layers = len(describe(model).blocks)
@@ -337,7 +339,7 @@ def hide_windows(
             for case, mask in (("right", right), ("wrong", ~right)):
                 for k, entity in enumerate(("e3", "e2")):
                     row = {"window": first, "hidden": hidden, "entity": entity, "case": case}
-                    rows.append({**row, **paired(change[mask, k], bridge[mask])})
+                    rows.append({**row, **mean_row(change[mask, k], bridge[mask])})
     return pd.DataFrame(rows)
 
 
@@ -354,7 +356,7 @@ class Grid:
     log_prob: dict[str, np.ndarray]
 
 
-PATCHED = ("r1", "r1 donor", "last", "last donor")
+PATCH_ARMS = ("r1", "r1 donor", "last", "last donor")
 
 
 def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0) -> Grid:
@@ -377,7 +379,7 @@ def _patches(
     """Per arm what `back_patch` takes for some rows: (arm, (prompts, positions, tokens), donors)."""
     prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
     labels = groups(tokenizer, frame)
-    for arm in PATCHED:
+    for arm in PATCH_ARMS:
         places = [end for (end,) in ends(labels, [arm.split()[0]])]
         given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
         yield (
@@ -443,7 +445,7 @@ def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
         defined = np.triu_indices(table.shape[1], 1, table.shape[2])
         row |= {"any_pair": table[wrong][:, defined[0], defined[1]].mean(), "right": int(right.sum())}
         row |= {"broken": 1 - chosen[right].mean() if right.any() else np.nan}
-        net = paired(chosen.astype(float) - right, bridges)
+        net = mean_row(chosen.astype(float) - right, bridges)
         row |= {"net": net["mean"], "net_low": net["low"], "net_high": net["high"]}
         rows.append({**row, "pairs": ", ".join(f"{t} ← {s}" for t, s in pairs)})
     return pd.DataFrame(rows)
@@ -456,7 +458,7 @@ def against_donor(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
         own, donor = success[place], success[f"{place} donor"]
         pairs = (honest_choice(x, first)[0] for x in (own, donor))
         for how, (a, b) in (("honest", pairs), ("oracle", (own.any((1, 2)), donor.any((1, 2))))):
-            rows.append({"place": place, "how": how, **paired(a[wrong].astype(float) - b[wrong], bridges[wrong])})
+            rows.append({"place": place, "how": how, **mean_row(a[wrong].astype(float) - b[wrong], bridges[wrong])})
     return pd.DataFrame(rows)
 
 
@@ -507,7 +509,7 @@ def load_grid(path: Path, model_name: str) -> Grid | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in PATCHED} for kind in ("said", "log_prob"))
+        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in PATCH_ARMS} for kind in ("said", "log_prob"))
         grid = Grid(json.loads(about["prompts"]), said, log_prob)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -529,7 +531,7 @@ def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple
     def pick(name: str, arm: str) -> np.ndarray:
         return np.stack([getattr(grids[g], name)[arm][row] for g, row in chosen])
 
-    said, log_prob = ({arm: pick(name, arm) for arm in PATCHED} for name in ("said", "log_prob"))
+    said, log_prob = ({arm: pick(name, arm) for arm in PATCH_ARMS} for name in ("said", "log_prob"))
     merged = Grid([key for key in keys if key in place], said, log_prob)
     both = [key for key in fresh.keys if shipped and key in shipped.keys]
     compared: dict[str, float] = {"prompts": len(both), "said": float("nan"), "log_prob": float("nan")}
@@ -537,10 +539,10 @@ def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple
         mine, theirs = ([grid.keys.index(key) for key in both] for grid in (fresh, shipped))
         defined = fresh.said["r1"][0] >= 0
         compared["said"] = float(
-            np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in PATCHED])
+            np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in PATCH_ARMS])
         )
         compared["log_prob"] = max(
             float(np.abs(fresh.log_prob[a][mine].astype(float) - shipped.log_prob[a][theirs])[:, defined].max())
-            for a in PATCHED
+            for a in PATCH_ARMS
         )
     return merged, compared

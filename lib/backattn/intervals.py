@@ -59,8 +59,8 @@ def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, n
     return values.mean(0), low, high
 
 
-def paired(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
-    """Mean of per-prompt values with its 95 % bootstrap interval over clusters: mean, low, high, n."""
+def mean_row(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
+    """`mean_interval` of one value per prompt as columns of a table: mean, low, high, n."""
     mean, low, high = mean_interval(values, clusters)
     return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
 

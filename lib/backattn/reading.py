@@ -21,6 +21,7 @@ from .arch import input_device
 from .back_attention import BackAttentionModel
 from .experiments import Run, Store
 from .intervals import mean_interval
+from .residual import in_window
 from .runtime import progress
 from .training import FirstPasses, Items, Questions, answer_logits, collate, right_answers
 
@@ -47,7 +48,7 @@ def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
 class Reader:
     """Questions put to a model with trained back attention, as they are, with cells hidden or with another memory.
 
-    The first pass is computed once, and after `read` what is hidden costs only positions from the first one it changes.
+    The first pass is kept for `ask`, and after `read` hidden cells cost only positions from the first one they change.
     frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2; labels: the place of each token, an
     array per question; places: those that occur; memory_layers: what is read.
     """
@@ -71,15 +72,14 @@ class Reader:
     def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """What each query reads, over cells (the mean over heads), an array [T, M, T] per question; and what `ask`
         returns."""
-        weights, window = [np.empty(0)] * len(self.items), getattr(self.wrapped.config, "sliding_window", None)
+        weights = [np.empty(0)] * len(self.items)
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
         for rows, batch in self._batches():
-            width = batch.ids.shape[1]
-            last = torch.tensor([width - 1], device=batch.ids.device)
+            last = torch.tensor([batch.ids.shape[1] - 1], device=batch.ids.device)
             known = {"position_ids": batch.position_ids, "logits_to_keep": last}
             with self.wrapped.attention_maps() as recorded:
                 out = self.wrapped(batch.ids, batch.mask, **known, use_cache=True)
-            if window is None or width < window:
+            if in_window(self.wrapped, batch):
                 self._caches[rows[0]] = out.past_key_values
             log_probs[rows], right[rows] = self._said(rows, batch, out.logits.float())
             maps = recorded[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]

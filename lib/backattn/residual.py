@@ -287,7 +287,7 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
 
     share: run the tokens with which all prompts begin (worked examples, say) once instead of once per prompt. The
     layers then see only the rest of each prompt, so hooks that count positions need share=False.
-    cache: of the batch's first columns (`beginning`), which are then left out.
+    cache: a `beginning` of the batch, which grows; its columns are then left out, and share says nothing.
     """
     if cache is not None:
         known = cache.get_seq_length()
@@ -324,10 +324,15 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
     return output.logits[:, -1].float().log_softmax(-1)
 
 
+def in_window(model, batch: Batch) -> bool:
+    """Whether a cache holds all of a batch's prompts, since no sliding window is shorter."""
+    window = getattr(model.config, "sliding_window", None)
+    return window is None or batch.ids.shape[1] < window
+
+
 def whole_cache(model, batch: Batch) -> Cache | None:
     """Keys and values of whole prompts, of which `beginning` takes a part; None where a sliding window is shorter."""
-    window = getattr(model.config, "sliding_window", None)
-    if window and batch.ids.shape[1] >= window:
+    if not in_window(model, batch):
         return None
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.position_ids}
     with torch.no_grad():
@@ -337,7 +342,7 @@ def whole_cache(model, batch: Batch) -> Cache | None:
 def beginning(cache: Cache, length: int) -> Cache:
     """What a cache holds of the first `length` tokens; the cache itself stays as it is.
 
-    Raises ValueError where it has dropped what was before a sliding window.
+    Raises ValueError where it holds fewer, or has dropped what was before a sliding window.
     """
     windows = [layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     if windows and cache.get_seq_length() >= min(windows):
@@ -347,7 +352,11 @@ def beginning(cache: Cache, length: int) -> Cache:
         )
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced when they grow, not changed
-    own.crop(length - own.get_seq_length())
+    spare = own.get_seq_length() - length
+    if spare < 0:
+        raise ValueError(f"The cache holds {length + spare} tokens of each text, not {length}.")
+    if spare:
+        own.crop(-spare)  # nothing but a negative number means the same in all versions of transformers 5
     return own
 
 

@@ -172,7 +172,8 @@ def answer_logits(
 ) -> Tensor:
     """The model's logits where the answers' tokens are predicted: [B, K, V], fp32.
 
-    first_pass: see `TwoPassModel.forward`; cache: of these questions, first_pass is then of their last tokens only.
+    first_pass, cache: see `TwoPassModel.forward`; with a cache of these questions first_pass is of their last tokens
+    only, K or more of them.
     """
     given = {} if first_pass is None else {"first_pass": first_pass}
     given |= {} if cache is None else {"past_key_values": cache}
