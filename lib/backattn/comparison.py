@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from .experiments import Run, Store, asked, right_of, test_groups
-from .intervals import RESAMPLES, group_weights, interval, two_sided
+from .intervals import RESAMPLES, drawn, group_weights, interval, two_sided
 
 
 @dataclass
@@ -61,7 +61,7 @@ def resampled(answered: Answers, seed: int = 0, seeds_seed: int = 1) -> np.ndarr
     count = by_seed.shape[1]
     if count == 1:
         return by_seed[:, 0]
-    shares = np.random.default_rng(seeds_seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
+    shares = drawn(count, RESAMPLES, seeds_seed) / count
     middle = by_seed.mean(1)
     return middle + ((by_seed - middle[:, None]) * shares).sum(1) * np.sqrt(count / (count - 1))
 

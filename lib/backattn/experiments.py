@@ -571,8 +571,8 @@ def main_runs(
     **sizes,
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others; see `adapter_runs`."""
-    asked = [(names, arms) for names, arms in ((every_arm_on, tuple(ARMS)), (core_arms_on, CORE_ARMS)) if names]
-    parts = [adapter_runs(store, model, names, arms, **sizes) for names, arms in asked]
+    wanted = [(names, arms) for names, arms in ((every_arm_on, tuple(ARMS)), (core_arms_on, CORE_ARMS)) if names]
+    parts = [adapter_runs(store, model, names, arms, **sizes) for names, arms in wanted]
     tried, final = ([run for part in lists for run in part] for lists in zip(*parts, strict=True))
     return tried, final if all(part for _, part in parts) else []
 

@@ -12,6 +12,11 @@ from scipy import stats
 RESAMPLES = 2000
 
 
+def drawn(things: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of some things is drawn in samples of as many, with replacement: [resamples, things]."""
+    return np.random.default_rng(seed).multinomial(things, np.full(things, 1 / things), size=resamples)
+
+
 def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Weights [resamples, prompts] of bootstrap resamples; each row sums to 1.
 
@@ -19,8 +24,7 @@ def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> 
     all its prompts.
     """
     labels, member = np.unique(np.asarray(clusters), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=resamples)
-    weights = draws[:, member].astype(float)
+    weights = drawn(len(labels), resamples, seed)[:, member].astype(float)
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -32,8 +36,7 @@ def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
     """
     parts = [str(group).split("|") for group in groups]
     names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
-    draw = np.random.default_rng(seed)
-    counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)  # [RESAMPLES, names]
+    counts = drawn(len(names), RESAMPLES, seed)  # [RESAMPLES, names]
     weights = np.stack([counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1).astype(float)
     total = weights.sum(1, keepdims=True)
     return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)

@@ -17,6 +17,8 @@ from .arch import describe
 from .residual import Batch, beginning, capture, encode, hooks, next_log_probs, whole_cache
 from .runtime import progress
 
+BATCH = 16
+
 
 @dataclass(frozen=True)
 class Knockout:
@@ -77,12 +79,12 @@ class Prompts:
     Keys and values of all prompts are held: 46 kB a token for SmolLM2.
     """
 
-    def __init__(self, model, tokenizer, prompts: Sequence[str], batch_size: int = 16):
+    def __init__(self, model, tokenizer, prompts: Sequence[str]):
         self.arch = describe(model)
         self.batches: list[tuple[list[int], Batch, Cache | None]] = []
         order = np.argsort([len(tokenizer(prompt)["input_ids"]) for prompt in prompts], kind="stable").tolist()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
             batch = encode(tokenizer, [prompts[row] for row in rows], side="left", device=model.device)
             self.batches.append((rows, batch, whole_cache(model, batch)))
 
@@ -94,16 +96,9 @@ class Trial(Prompts):
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        prompts: Sequence[str],
-        answer_ids: Sequence[int],
-        groups: Sequence,
-        means: Means,
-        batch_size: int = 16,
+        self, model, tokenizer, prompts: Sequence[str], answer_ids: Sequence[int], groups: Sequence, means: Means
     ):
-        super().__init__(model, tokenizer, prompts, batch_size)
+        super().__init__(model, tokenizer, prompts)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
 
     def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
