@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The one command: makes .venv from environment.yml where no suitable environment is active, then runs
-# backattn.cli with the same arguments. See ./run_all.sh --help.
+# companion.runner.cli with the same arguments. See ./run_all.sh --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -55,4 +55,4 @@ else
   if ! suitable .venv/bin/python || ! cmp -s environment.yml .venv/made-from.yml; then make_environment; fi
   python=.venv/bin/python
 fi
-exec "$python" -m backattn.cli "$@"
+exec "$python" -m companion.runner.cli "$@"

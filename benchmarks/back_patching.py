@@ -14,7 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backattn import census, failures, load_model, patching, runtime, tasks
+from backattn import load_model, runtime
+from backattn.analysis.back_patching import back_patch, back_patch_one
+from companion.measures import two_hop
+from companion.measures.two_hop import pair_ids
+from companion.questions.asking import candidates
+from companion.questions.facts import two_hop_facts
+from companion.questions.prompts import two_hop_prompts
 
 GOAL_SPEED, GOAL_ERROR = 8.0, 1e-3
 
@@ -27,17 +33,17 @@ def main() -> int:
     options = parser.parse_args()
     runtime.use_threads()
     model, tokenizer = load_model(options.model)
-    written = tasks.two_hop_prompts(tasks.two_hop_facts(), per_pair=2).sample(options.prompts, random_state=0)
-    asked = census.candidates(tokenizer, written)
-    groups = failures.groups(tokenizer, asked)
-    ids = failures.pair_ids(tokenizer, asked)
+    written = two_hop_prompts(two_hop_facts(), per_pair=2).sample(options.prompts, random_state=0)
+    asked = candidates(tokenizer, written)
+    groups = two_hop.groups(tokenizer, asked)
+    ids = pair_ids(tokenizer, asked)
     rows = []
     for name in ("r1", "last"):
         positions = [int(np.flatnonzero(labels == name)[-1]) for labels in groups]
         prompts = asked["two_hop"].tolist()
-        patching.back_patch(model, tokenizer, prompts[:1], positions[:1], ids[:1])  # warm up
+        back_patch(model, tokenizer, prompts[:1], positions[:1], ids[:1])  # warm up
         begin = time.perf_counter()
-        fast = patching.back_patch(model, tokenizer, prompts, positions, ids)
+        fast = back_patch(model, tokenizer, prompts, positions, ids)
         staircase = (time.perf_counter() - begin) / len(prompts)
         target, source = torch.triu_indices(fast.said.shape[1], fast.said.shape[2], 1)
         drawn = np.random.default_rng(0).choice(len(target), size=(len(prompts), options.pairs))
@@ -45,7 +51,7 @@ def main() -> int:
         for index, (prompt, position) in enumerate(zip(prompts, positions, strict=True)):
             for pair in drawn[index]:
                 t, s = int(target[pair]), int(source[pair])
-                plain = patching.back_patch_one(model, tokenizer, prompt, position, s, t)
+                plain = back_patch_one(model, tokenizer, prompt, position, s, t)
                 difference = (plain[list(ids[index])] - fast.log_probs[index, t, s]).abs().max().item()
                 errors.append(difference)
                 same &= plain[fast.said[index, t, s]].item() > plain.max().item() - GOAL_ERROR

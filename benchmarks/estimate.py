@@ -15,8 +15,11 @@ import time
 
 import pandas as pd
 
-from backattn import experiments, runtime
-from backattn.estimates import estimate
+from backattn import runtime
+from companion.runs.estimate import estimate
+from companion.runs.perform import perform
+from companion.runs.plans import main_runs
+from companion.runs.store import Store
 
 GOAL = 2.0
 CHOSEN = (("two-hop", "back attention"), ("two-hop", "LoRA q,v"), ("1DC", "residual LoRA"))
@@ -25,8 +28,8 @@ CHOSEN = (("two-hop", "back attention"), ("two-hop", "LoRA q,v"), ("1DC", "resid
 def main() -> int:
     runtime.use_threads()
     with tempfile.TemporaryDirectory() as folder:
-        store = experiments.Store(folder)
-        final = experiments.main_runs(store)[1]
+        store = Store(folder)
+        final = main_runs(store)[1]
         runs = [run for run in final if (run.dataset, run.arm) in CHOSEN and run.seed == 0]
         for run in runs:
             del store.shipped[run.key]
@@ -35,7 +38,7 @@ def main() -> int:
         rows = []
         for run in runs:
             begin = time.perf_counter()
-            experiments.perform(run, store)
+            perform(run, store)
             rows.append({"dataset": run.dataset, "arm": run.arm, "seconds": time.perf_counter() - begin})
     print(pd.DataFrame(rows).round(1).to_string(index=False))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes

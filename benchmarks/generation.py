@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from backattn import BackAttentionConfig, get_back_attention_model, load_model, runtime
-from backattn.experiments import forward_flops
+from companion.runs.perform import forward_flops
 
 GOAL_TIME, GOAL_ERROR = 2.2, 1e-4
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from backattn import paths
+from companion import paths
 
 TIMES = ("timed", "seconds")  # columns that are measured begin with these
 

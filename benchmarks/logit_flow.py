@@ -19,10 +19,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backattn import load_model, logit_flow, tasks
-from backattn.lens import Lens
-from backattn.residual import capture, encode
+from backattn import load_model, logit_flow
+from backattn.models.activations import capture
+from backattn.models.lens import Lens
+from backattn.models.tokens import encode
 from backattn.runtime import use_threads
+from companion.questions import asking
+from companion.questions.asking import score
+from companion.questions.facts import facts
+from companion.questions.prompts import single_hop
 
 KEYS = ["layer", "kind", "head", "neuron", "position"]
 TOP = 30
@@ -74,8 +79,8 @@ def main() -> int:
     use_threads(chosen.threads)
 
     model, tokenizer = load_model("smollm2")
-    asked = tasks.single_hop(tasks.facts(), per_relation=30)
-    known = tasks.known(tasks.score(model, tokenizer, asked))
+    asked = single_hop(facts(), per_relation=30)
+    known = asking.known(score(model, tokenizer, asked))
     known = known.sample(len(known), random_state=0)  # all relations in every batch
     count = max(chosen.prompts, 16 if chosen.quick else chosen.recall_prompts)
     prompts, answers = known["prompt"].tolist()[:count], known["answer"].tolist()[:count]

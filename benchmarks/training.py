@@ -18,8 +18,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from backattn import baselines, datasets, load_model, runtime, training
-from backattn.residual import hooks
+from backattn import load_model, runtime
+from backattn.adapters.arms import make_arm
+from backattn.models.hooks import hooks
+from backattn.training.batches import IGNORED, collate, numbers
+from backattn.training.evaluation import FirstPasses, answer_logits
+from companion.questions.datasets import one_digit_composite
+from companion.questions.splits import draw, split
 
 GOAL_PLAIN, GOAL_LORA, GOAL_ERROR = 1.6, 1.0, 1e-3
 
@@ -49,18 +54,18 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=64)
     options = parser.parse_args()
     runtime.use_threads()
-    frame = datasets.draw(datasets.split(datasets.one_digit_composite(), 0), "train", options.batch)
+    frame = draw(split(one_digit_composite(), 0), "train", options.batch)
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "LoRA": []}
     models = {}
     for name, arm in (("ours", "back attention"), ("LoRA", "LoRA q,v")):
         model, tokenizer = load_model(options.model)
         torch.manual_seed(0)
-        models[name] = baselines.make_arm(arm, model, options.source_layer, options.dim)
+        models[name] = make_arm(arm, model, options.source_layer, options.dim)
     models["plain"] = models["ours"]
-    items = training.numbers(tokenizer, frame)
+    items = numbers(tokenizer, frame)
     rows = list(range(len(items)))
-    batch = training.collate(items, rows)
-    kept = training.FirstPasses(models["ours"], items)
+    batch = collate(items, rows)
+    kept = FirstPasses(models["ours"], items)
     begin = time.perf_counter()
     kept(rows, batch)
     once = time.perf_counter() - begin
@@ -71,8 +76,8 @@ def main() -> int:
             if name == "plain":
                 logits = plain_two_passes(model, batch)
             else:
-                logits = training.answer_logits(model, batch, kept(rows, batch) if name == "ours" else None)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=training.IGNORED)
+                logits = answer_logits(model, batch, kept(rows, batch) if name == "ours" else None)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
             loss.backward()
             if turn:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - begin)

@@ -5,16 +5,19 @@ About four minutes on one core. The examples in front and the first-token rule a
 
 import sys
 
-from backattn import census, load_model, paths, runtime, tasks
-from backattn.datasets import TWO_HOP_KEYS
+from backattn import load_model, runtime
+from companion import paths
+from companion.questions.asking import candidates
+from companion.questions.datasets import TWO_HOP_KEYS
+from companion.questions.facts import two_hop_facts
+from companion.questions.prompts import two_hop_prompts
+from companion.studies.failure_analysis.census import hops
 
 
 def main() -> None:
     runtime.use_threads()
     model, tokenizer = load_model("smollm2")
-    asked = census.hops(
-        model, tokenizer, census.candidates(tokenizer, tasks.two_hop_prompts(tasks.two_hop_facts(), "possessive"))
-    )
+    asked = hops(model, tokenizer, candidates(tokenizer, two_hop_prompts(two_hop_facts(), "possessive")))
     known = asked[asked["known"]].assign(shortcut_right=lambda frame: ~frame["kept"]).sort_values(TWO_HOP_KEYS)
     known[[*TWO_HOP_KEYS, "shortcut_right"]].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
     print(f"{len(known)} of {len(asked)} facts are known", file=sys.stderr)

@@ -4,9 +4,15 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import datasets, experiments, load_model, runtime, training
-from backattn.experiments import Run, Store
-from backattn.models import tiny_names
+from backattn import load_model, runtime
+from backattn.models.tiny import tiny_names
+from backattn.training.batches import first_tokens
+from companion.questions.datasets import DATASETS
+from companion.runs import as_asked
+from companion.runs.as_asked import _folded
+from companion.runs.perform import armed, trained_weights
+from companion.runs.run import Run, data_hash
+from companion.runs.store import Store
 
 runtime.use_threads()
 PROMPTS = ["France's capital is", "The mother of Anna was born in Tokyo and lives in the", "Mozart's mother is"]
@@ -27,8 +33,8 @@ def llama():
 def _alone():
     """No test knows what another drew or called a dataset."""
     torch.manual_seed(0)
-    experiments.data_hash.cache_clear()
-    experiments._folded.cache_clear()
+    data_hash.cache_clear()
+    _folded.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -49,18 +55,18 @@ def kept(tmp_path, monkeypatch):
     frame = frame.assign(
         prompt=prompt, answer=" " + frame["e3"], group=frame["e2"], e2_aliases="", e3_aliases="", shortcut=""
     )
-    monkeypatch.setitem(datasets.DATASETS, "facts", lambda: frame)
-    monkeypatch.setattr(
-        experiments,
-        "questions",
-        lambda run, tok, split: training.first_tokens(
-            tok, asked := experiments.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
-        ),
-    )
+    monkeypatch.setitem(DATASETS, "facts", lambda: frame)
+    for user in ("as_asked", "perform"):
+        monkeypatch.setattr(
+            f"companion.runs.{user}.questions",
+            lambda run, tok, split: first_tokens(
+                tok, asked := as_asked.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
+            ),
+        )
     run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
     store = Store(tmp_path, shipped=None)
-    with experiments.armed(run, "float32") as (model, _):
+    with armed(run, "float32") as (model, _):
         for name, p in model.updates.named_parameters():
             torch.nn.init.normal_(p, std=0.2 if name[2] in "qk" else 0.5)
-        store.keep(run, {"run": {}}, experiments.trained_weights(model))
+        store.keep(run, {"run": {}}, trained_weights(model))
     return run, store

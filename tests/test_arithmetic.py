@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import arithmetic, claims, experiments
-from backattn.experiments import Run
+from companion.runs.perform import armed
+from companion.runs.run import SCRATCH, Run
+from companion.studies.other_reasoning_and_cost import arithmetic
+from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
 
 
 def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
@@ -29,8 +31,8 @@ def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
 
 
 def test_long_sums_are_continued_digit_by_digit():
-    run = Run("2-digit", "2 layers", 0, 1e-3, 2, experiments.SCRATCH, 0, 8, 16, 64, 8, 8, "float32", width=40)
-    with experiments.armed(run, "float32") as (model, tokenizer):
+    run = Run("2-digit", "2 layers", 0, 1e-3, 2, SCRATCH, 0, 8, 16, 64, 8, 8, "float32", width=40)
+    with armed(run, "float32") as (model, tokenizer):
         frames = [arithmetic.long_sums(run, tokenizer, digit) for digit in (2, 3)]
         for tens, ones in zip(*(frame.to_dict("records") for frame in frames), strict=True):
             assert ones["prompt"] == tens["prompt"] + tens["answer"] and len(tens["prompt"]) == 6 + 2
@@ -75,10 +77,10 @@ def knockouts(*needed, behind=False):
     ],
 )
 def test_q2_follows_its_rule(ends, needed, behind, verdict):
-    claim = claims.arithmetic_has_stages({"one": (steps(*ends), 9)}, knockouts(*needed, behind=behind))
+    claim = arithmetic_has_stages({"one": (steps(*ends), 9)}, knockouts(*needed, behind=behind))
     assert claim.verdict == verdict and "n = 9" in claim.ours and "9 random sets" in claim.ours
 
 
 def test_q2_wants_four_stages():
     with pytest.raises(ValueError, match="stages A to D"):
-        claims.arithmetic_has_stages({"one": (steps((1, 2), (1, 2), (1, 2)), 9)}, knockouts(*[True] * 4).head(3))
+        arithmetic_has_stages({"one": (steps((1, 2), (1, 2), (1, 2)), 9)}, knockouts(*[True] * 4).head(3))

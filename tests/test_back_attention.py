@@ -8,11 +8,12 @@ from conftest import PROMPTS
 from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
 
 from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model
-from backattn.back_attention import CONFIG_FILE, WEIGHTS_FILE, AdapterError
-from backattn.baselines import make_arm
-from backattn.lens import Lens
-from backattn.models import tiny_names
-from backattn.residual import Batch, capture, encode
+from backattn.adapters.arms import make_arm
+from backattn.adapters.saving import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from backattn.models.activations import capture
+from backattn.models.lens import Lens
+from backattn.models.tiny import tiny_names
+from backattn.models.tokens import Batch, encode
 
 CONFIGS = {
     "one source": BackAttentionConfig(source_layer=1, dim=8),

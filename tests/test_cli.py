@@ -11,7 +11,11 @@ import nbformat
 import pandas as pd
 import pytest
 
-from backattn import cli, paths, tables
+from companion import paths
+from companion.report import tables
+from companion.runner import cli
+from companion.runner.check import check, notebooks
+from companion.runner.cli import PROFILES, _join_lines, main, parser, select
 
 GOOD = ["n = 3", "import pathlib\nprint('n is', n)", "(FOLDER / 'made.txt').write_text(str(n))"]
 
@@ -31,7 +35,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(paths, "BUILD", tmp_path / "build")
     monkeypatch.setattr(cli, "notebooks", lambda: sorted((tmp_path / "notebooks").glob("*.ipynb")))
-    monkeypatch.setitem(cli.PROFILES, "smoke", {})
+    monkeypatch.setitem(PROFILES, "smoke", {})
     return tmp_path
 
 
@@ -40,7 +44,7 @@ def good_cells(place, profile="smoke"):
 
 
 def run(*options):
-    return cli.run(cli.parser().parse_args(["--profile", "smoke", *options]))
+    return cli.run(parser().parse_args(["--profile", "smoke", *options]))
 
 
 def test_a_good_notebook_is_run_noted_and_then_skipped(place, capsys):
@@ -67,7 +71,7 @@ def test_what_changed_is_run_again(place, capsys, monkeypatch, change):
     elif change == "product":
         (place / "build/smoke/made.txt").unlink()
     elif change == "parameter":
-        monkeypatch.setitem(cli.PROFILES, "smoke", {path.stem: {"n": 5}})
+        monkeypatch.setitem(PROFILES, "smoke", {path.stem: {"n": 5}})
     capsys.readouterr()
     assert run(*(["--force"] if change == "force" else [])) == 0
     assert "skipped" not in capsys.readouterr().out
@@ -114,10 +118,10 @@ def test_finished_work_survives_a_later_failure(place, capsys):
 def test_selection(place):
     for name in ("00_a", "01_b", "03_c"):
         write(place / "notebooks", name, ["n = 1"])
-    found = cli.notebooks()
+    found = notebooks()
 
     def names(*options):
-        return [p.stem for p in cli.select(found, *options)]
+        return [p.stem for p in select(found, *options)]
 
     assert names("01,03", None, None) == ["01_b", "03_c"]
     assert names(None, "01", None) == ["01_b", "03_c"]
@@ -133,11 +137,11 @@ def test_update_after_a_finished_run_still_updates(place, monkeypatch):
     path = write(place / "notebooks", "01_good", good_cells(place, "paper"))
     monkeypatch.setattr(paths, "FIGURES", place / "figures")
     monkeypatch.setattr(paths, "DATA", place / "data")
-    assert cli.main([]) == 0
+    assert main([]) == 0
     assert nbformat.read(path, as_version=4).cells[1].execution_count is None
     (place / "figures/tables").mkdir(parents=True, exist_ok=True)
     (place / "figures/tables/claims.csv").write_text("id,notebook,figure\nC1,01_good,01_x\n")
-    assert cli.main(["--update"]) == 0
+    assert main(["--update"]) == 0
     assert nbformat.read(path, as_version=4).cells[1].execution_count == 1
     assert "01_good" in json.loads((place / "data/MANIFEST.json").read_text())["runs"]["paper"]
 
@@ -151,7 +155,7 @@ def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(pl
     path = write(place / "notebooks", "01_good", ["n = 3", f"import pathlib\n{made}"])
     monkeypatch.setattr(paths, "FIGURES", place / "figures")
     monkeypatch.setattr(paths, "DATA", place / "data")
-    assert cli.main(["--profile", "full", "--update"]) == 0
+    assert main(["--profile", "full", "--update"]) == 0
     assert (place / "data/made.safetensors").read_text() == "new"
     noted = json.loads((place / "data/MANIFEST.json").read_text())["results"]["made.safetensors"]
     assert noted["sha256"] == hashlib.sha256(b"new").hexdigest() and noted["hardware"]
@@ -165,7 +169,7 @@ def test_runs_of_several_notebooks_are_joined(tmp_path):
     new, goal = tmp_path / "new.jsonl", tmp_path / "runs.jsonl"
     goal.write_text('{"key": "b", "n": 1}\n{"key": "c", "n": 1}\n')
     new.write_text('{"key": "b", "n": 2}\n{"key": "a", "n": 2}\n')
-    cli._join_lines(new, goal)
+    _join_lines(new, goal)
     assert goal.read_text() == '{"key": "a", "n": 2}\n{"key": "b", "n": 2}\n{"key": "c", "n": 1}\n'
 
 
@@ -180,11 +184,11 @@ def test_update_is_refused_for_other_profiles_and_models(monkeypatch):
     monkeypatch.setenv("BACKATTN_DTYPE", "float32")  # as it was afterwards
     for options in (["--profile", "smoke"], ["--model", "tiny-llama"], ["--dtype", "bfloat16"]):
         with pytest.raises(SystemExit, match="--update replaces committed results"):
-            cli.main(["--update", *options])
+            main(["--update", *options])
 
 
 def test_every_option_of_the_design_is_there():
-    text = cli.parser().format_help()
+    text = parser().format_help()
     named = (
         "check",
         "html",
@@ -200,8 +204,8 @@ def test_every_option_of_the_design_is_there():
         "device",
     )
     assert all(f"--{name}" in text for name in named)
-    assert set(cli.PROFILES) == {"smoke", "paper", "full"}
-    assert isinstance(cli.parser().parse_args([]), argparse.Namespace)
+    assert set(PROFILES) == {"smoke", "paper", "full"}
+    assert isinstance(parser().parse_args([]), argparse.Namespace)
 
 
 # ---------------------------------------------------------------- committed numbers
@@ -271,7 +275,7 @@ def test_check_reports_each_step_and_fails_when_one_does(monkeypatch, tmp_path, 
 
     monkeypatch.setattr(cli.subprocess, "run", pretend)
     monkeypatch.setattr(cli.tables, "compare", lambda *_: ["t.csv, column x: 1 in row 2, the committed file says 2"])
-    assert cli.check() == 1
+    assert check() == 1
     shown = capsys.readouterr().out
     assert "passed  unit tests" in shown and "FAILED  committed notebooks" in shown and "FAILED  numbers" in shown
     assert "changed: t.csv" in shown
@@ -291,6 +295,6 @@ def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
         raise OSError(28, "Cannot write it: the disk is full")
 
     monkeypatch.setattr(cli, "execute", full)
-    assert cli.main(["--profile", "smoke"]) == 1
+    assert main(["--profile", "smoke"]) == 1
     said = capsys.readouterr().err
     assert "the disk is full" in said and "run the same command again" in said and "Traceback" not in said

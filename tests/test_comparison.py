@@ -6,16 +6,27 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import claims, comparison, datasets, experiments, intervals
-from backattn.experiments import Run, Store
+from companion.measures.settings import by_setting, choose, end_table, over_settings, setting_differences
+from companion.questions.datasets import DATASETS, one_digit_composite, two_digit
+from companion.report import intervals
+from companion.runs import as_asked
+from companion.runs.results import Answers, accuracy_table, answers, difference_table, learning_curves, resampled
+from companion.runs.run import Run
+from companion.runs.store import Store
+from companion.studies import layer_ablation
+from companion.studies.back_attention_training import names_needed, one_layer_matches_two, raises_accuracy, small
+from companion.studies.capacity import doubling_table, kept_share, small_keeps_its_gain
+from companion.studies.composition import by_kind, kind_curves
+from companion.studies.layer_ablation import low_layers_are_best
+from companion.studies.other_reasoning_and_cost.prompts import other_prompts_too, pooled_table
 
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """Two arms with three seeds, each with its fold, one better by a fifth; 300 groups of some 20 questions."""
-    frame = datasets.one_digit_composite()
+    frame = one_digit_composite()
     frame["group"] = [f"g{i % 300}" for i in range(len(frame))]
-    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
+    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
     kept, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
     runs = []
     for arm, chance in (("back attention", 0.7), ("bias", 0.5), ("few-shot", 0.5)):
@@ -31,7 +42,7 @@ def store(tmp_path, monkeypatch):
 
 def test_accuracy_has_its_interval(store):
     runs, kept = store
-    table = comparison.accuracy_table(runs, kept).set_index("arm")
+    table = accuracy_table(runs, kept).set_index("arm")
     for arm, chance in (("back attention", 0.7), ("bias", 0.5)):
         row = table.loc[arm]
         assert row["low"] < chance < row["high"] and row["low"] < row["accuracy"] < row["high"]
@@ -41,11 +52,11 @@ def test_accuracy_has_its_interval(store):
 
 def test_the_mean_over_datasets_is_a_row_of_its_own(store, monkeypatch):
     runs, kept = store
-    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    monkeypatch.setitem(DATASETS, "other", DATASETS["made up"])
     more = [Run("other", run.arm, run.seed, test_items=300) for run in runs]
     for run, twin in zip(more, reversed(runs), strict=True):
         kept.keep(run, {**kept.result(twin), "flops": 30}, {})
-    table = comparison.accuracy_table(runs + more, kept)
+    table = accuracy_table(runs + more, kept)
     alone = table[table["dataset"] != "all"].groupby("arm")["accuracy"].mean()
     rows = table[table["dataset"] == "all"].set_index("arm")
     assert rows["accuracy"].to_dict() == pytest.approx(alone.to_dict())
@@ -56,14 +67,14 @@ def test_the_mean_over_datasets_is_a_row_of_its_own(store, monkeypatch):
 
 def test_names_needed_follow_the_square_root():
     table = pd.DataFrame({"dataset": ["a", "all"], "other": "bias", "low": -0.04, "high": 0.04, "n": [900, 15]})
-    needed = comparison.names_needed(table.assign(names=[100, 5]), points=2)
+    needed = names_needed(table.assign(names=[100, 5]), points=2)
     assert needed["needed"].tolist() == [400, 60] and needed["has"].tolist() == [100, 15]
 
 
 def test_the_interval_over_datasets_holds_what_another_training_changes(store, monkeypatch):
     """Runs that scatter far more than their questions do: only the interval over runs is wide."""
     runs, kept = store
-    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    monkeypatch.setitem(DATASETS, "other", DATASETS["made up"])
     draw, mine = np.random.default_rng(0), []
     for dataset in ("made up", "other"):
         for arm, chances in (("back attention", (0.9, 0.5, 0.5)), ("bias", (0.5, 0.5, 0.5))):
@@ -72,20 +83,18 @@ def test_the_interval_over_datasets_holds_what_another_training_changes(store, m
                 right = "".join(map(str, (draw.random(300) < chance).astype(int)))
                 kept.keep(run, {**kept.result(runs[0]), "right": right}, {})
                 mine.append(run)
-    rows = comparison.difference_table(mine, kept, "back attention", ["bias"]).set_index("dataset")
+    rows = difference_table(mine, kept, "back attention", ["bias"]).set_index("dataset")
     assert rows.loc["made up", "low"] > 0 and rows.loc["all", "low"] < 0 < rows.loc["all", "high"]
     assert rows.loc["all", "p"] > 0.05 > rows.loc["made up", "p"] and rows.loc["all", "n"] == 6
 
 
 def test_the_same_questions_in_other_words_do_not_narrow_the_interval(store, monkeypatch):
     runs, kept = store
-    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    monkeypatch.setitem(DATASETS, "other", DATASETS["made up"])
     twins = [replace(run, dataset="other") for run in runs]
     for run, twin in zip(runs, twins, strict=True):
         kept.keep(twin, kept.result(run), {})
-    alone, both = (
-        comparison.pooled_table(own, kept, "back attention", ["bias"]).iloc[0] for own in (runs, runs + twins)
-    )
+    alone, both = (pooled_table(own, kept, "back attention", ["bias"]).iloc[0] for own in (runs, runs + twins))
     assert both["n"] == 2 * alone["n"] and both["names"] == alone["names"]
     for name in ("difference", "low", "high", "worst", "best"):
         assert both[name] == pytest.approx(alone[name])
@@ -98,14 +107,14 @@ def test_kinds_of_questions_are_told_apart(tmp_path):
     arms, draw = {"2 layers + back attention": 1, "2 layers": 0}, np.random.default_rng(0)
     shape = dict(model="scratch", train_items=None, validation_items=None, test_items=None)
     runs = [Run("compositions", arm, seed, 1e-3, 4, **shape) for arm in arms for seed in range(3)]
-    asked = experiments.asked(runs[0], "test")
+    asked = as_asked.asked(runs[0], "test")
     for run in runs:
         right = np.where(asked["kind"] == "ID/ID", arms[run.arm], draw.integers(2, size=len(asked)))
         point = {"loss": 1.0, "train": 0.1, "validation": 0.5}
         curve = [{**point, "step": k, "kinds": dict.fromkeys(kinds, k / 4 + run.seed / 10)} for k in (2, 4)]
         result = {"run": {}, "right": "".join(map(str, right)), "curve": curve, "trained": 4, "flops": 8}
         kept.keep(run, result, {})
-    accuracy, less = comparison.by_kind(runs, kept, "2 layers + back attention", ["2 layers"])
+    accuracy, less = by_kind(runs, kept, "2 layers + back attention", ["2 layers"])
     whole = accuracy.set_index(["kind", "arm"])
     assert (
         whole.loc["ID/ID", "accuracy"].to_dict() == arms and (whole["n"] == 200).all() and (whole["seeds"] == 3).all()
@@ -115,7 +124,7 @@ def test_kinds_of_questions_are_told_apart(tmp_path):
     rows = less.set_index("kind")
     assert rows.loc["ID/ID", ["difference", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
     assert (rows["low"] <= 0).sum() == 3
-    curves = comparison.kind_curves(runs, kept)
+    curves = kind_curves(runs, kept)
     assert len(curves) == len(arms) * len(kinds) * 2
     assert curves.loc[curves["step"] == 4, ["validation", "low", "high"]].round(
         9
@@ -123,8 +132,8 @@ def test_kinds_of_questions_are_told_apart(tmp_path):
 
 
 def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
-    frame = datasets.two_digit()
-    monkeypatch.setitem(datasets.DATASETS, "sums", lambda: frame)
+    frame = two_digit()
+    monkeypatch.setitem(DATASETS, "sums", lambda: frame)
     kept, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
     questions, runs = draw.random(500), []  # how hard each is
     for arm, level in (("1 layer", 0.5), ("2 layers", 0.6)):
@@ -134,18 +143,18 @@ def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch)
             text = "".join(map(str, right.astype(int)))
             kept.keep(run, {"run": {}, "right": text, "trained": 1, "seconds": 1, "flops": 1}, {})
             runs.append(run)
-    answered = comparison.answers(runs[:5], kept)
+    answered = answers(runs[:5], kept)
     assert answered.right.shape == (5, 500) and len(answered.groups) == 500
-    row = comparison.difference_table(runs, kept, "2 layers", ["1 layer"]).iloc[0]
+    row = difference_table(runs, kept, "2 layers", ["1 layer"]).iloc[0]
     assert row["low"] > 0.03 and row["high"] < 0.17 and row["n"] == 500
     kept.keep(runs[0], {"run": {}, "diverged": "the loss is nan"}, {})
     with pytest.raises(ValueError, match=r"1 layer, seed 0\) diverged"):
-        comparison.answers(runs[:5], kept)
+        answers(runs[:5], kept)
 
 
 def width(right, groups):
-    answered = comparison.Answers(np.atleast_2d(right), np.asarray(groups))
-    return np.ptp(np.nanpercentile(comparison.resampled(answered), [2.5, 97.5]))
+    answered = Answers(np.atleast_2d(right), np.asarray(groups))
+    return np.ptp(np.nanpercentile(resampled(answered), [2.5, 97.5]))
 
 
 def test_intervals_are_wider_for_few_groups_and_for_seeds_that_differ():
@@ -168,51 +177,51 @@ def test_intervals_cover_the_truth():
             names = [f"a{i}|a{j}" if kind == "two names" else f"a{i}" for i, j in zip(first, second, strict=True)]
             seeds = draw.normal(0, 0.05, (5, 1)) if kind == "seeds" else np.zeros((1, 1))
             right = (draw.random((len(seeds), 240)) < chance + seeds).astype(float)
-            low, high = np.nanpercentile(comparison.resampled(comparison.Answers(right, np.array(names))), [2.5, 97.5])
+            low, high = np.nanpercentile(resampled(Answers(right, np.array(names))), [2.5, 97.5])
             covered[kind] += low <= 0.5 <= high
     assert min(covered.values()) >= 82, covered
 
 
 def test_differences_are_paired_and_signed(store):
     runs, kept = store
-    row = comparison.difference_table(runs, kept, "back attention", ["bias"]).iloc[0]
+    row = difference_table(runs, kept, "back attention", ["bias"]).iloc[0]
     assert row["low"] > 0.05 and row["p"] < 0.01 and row["difference"] == pytest.approx(0.2, abs=0.06)
-    less = comparison.difference_table(runs, kept, "bias", ["back attention"]).iloc[0]
+    less = difference_table(runs, kept, "bias", ["back attention"]).iloc[0]
     assert less["difference"] == pytest.approx(-row["difference"])
     for run in [run for run in runs if run.arm == "few-shot"]:  # the same answers: no difference, no interval
         twin = Run("made up", "back attention", run.seed, test_items=300)
         kept.keep(run, kept.result(twin), {})
-    none = comparison.difference_table(runs, kept, "back attention", ["few-shot"]).iloc[0]
+    none = difference_table(runs, kept, "back attention", ["few-shot"]).iloc[0]
     assert (none["difference"], none["low"], none["high"], none["p"]) == (0, 0, 0, 1)
 
 
 def test_what_is_missing_is_named(store):
     runs, kept = store
     with pytest.raises(ValueError, match="seed 9"):
-        comparison.answers([Run("made up", "bias", 9, test_items=300)], kept)
+        answers([Run("made up", "bias", 9, test_items=300)], kept)
     with pytest.raises(ValueError, match="no runs of 'loop LoRA' on 'made up'"):
-        comparison.difference_table(runs, kept, "back attention", ["loop LoRA"])
+        difference_table(runs, kept, "back attention", ["loop LoRA"])
 
 
 def test_arms_tried_on_some_datasets_are_compared_there_only(store, monkeypatch):
     runs, kept = store
-    monkeypatch.setitem(datasets.DATASETS, "other", datasets.DATASETS["made up"])
+    monkeypatch.setitem(DATASETS, "other", DATASETS["made up"])
     more = [Run("other", run.arm, run.seed, test_items=300) for run in runs if run.arm != "bias"]
     for run in more:
         kept.keep(run, kept.result(Run("made up", run.arm, run.seed, test_items=300)), {})
-    table = comparison.difference_table(runs + more, kept, "back attention", ["bias", "few-shot"])
+    table = difference_table(runs + more, kept, "back attention", ["bias", "few-shot"])
     assert table[table["other"] == "bias"]["dataset"].tolist() == ["made up"]  # once: no mean
     assert table[table["other"] == "few-shot"]["dataset"].tolist() == ["made up", "other", "all"]
-    accuracy = comparison.accuracy_table(runs + more, kept)
+    accuracy = accuracy_table(runs + more, kept)
     assert set(accuracy[accuracy["dataset"] == "all"]["arm"]) == {"back attention", "few-shot"}
     with pytest.raises(ValueError, match="no runs of 'bias' on 'other'"):
-        comparison.difference_table(runs + more, kept, "bias", ["few-shot"])
+        difference_table(runs + more, kept, "bias", ["few-shot"])
 
 
 def laid_out(tmp_path, monkeypatch):
     """One arm at three source layers with two seeds: layer 1 is best, layer 2 jumps and differs from seed to seed."""
-    frame = datasets.one_digit_composite()
-    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
+    frame = one_digit_composite()
+    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
     kept, runs, rng = Store(tmp_path, shipped=None), [], np.random.default_rng(0)
     for layer, share, apart in ((0, 0.4, 0), (1, 0.8, 0), (2, 0.5, 0.2)):
         for seed in (0, 1):
@@ -230,19 +239,19 @@ def laid_out(tmp_path, monkeypatch):
 
 def test_settings_are_laid_side_by_side(tmp_path, monkeypatch):
     runs, kept = laid_out(tmp_path, monkeypatch)
-    table = comparison.by_setting(runs, "source_layer", lambda part: comparison.accuracy_table(part, kept))
+    table = by_setting(runs, "source_layer", lambda part: accuracy_table(part, kept))
     assert table["source_layer"].tolist() == [0, 1, 2]
     assert table["accuracy"].to_list() == pytest.approx([0.4, 0.8, 0.5])
-    seen = comparison.end_table(runs, kept, "source_layer").set_index("source_layer")
+    seen = end_table(runs, kept, "source_layer").set_index("source_layer")
     assert seen.loc[2, ["validation", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
-    assert comparison.end_table(runs, kept, "source_layer", "train")["train"].tolist() == [0.25, 0.25, 0.25]
-    best = comparison.choose(runs, kept, "source_layer").iloc[0]
+    assert end_table(runs, kept, "source_layer", "train")["train"].tolist() == [0.25, 0.25, 0.25]
+    best = choose(runs, kept, "source_layer").iloc[0]
     assert (best["source_layer"], best["validation"], best["lowest"], best["highest"]) == (1, 0.8, 1, 1)
 
 
 def test_a_setting_is_compared_with_another_question_by_question(tmp_path, monkeypatch):
     runs, kept = laid_out(tmp_path, monkeypatch)
-    table = comparison.setting_differences(runs, kept, "same layer", "source_layer", 0).set_index("source_layer")
+    table = setting_differences(runs, kept, "same layer", "source_layer", 0).set_index("source_layer")
     assert table.loc[0, ["difference", "low", "high"]].tolist() == [0, 0, 0]
     assert table.loc[1, "difference"] == pytest.approx(0.4) and table.loc[1, "low"] > 0
 
@@ -255,20 +264,18 @@ def test_arms_are_compared_over_all_settings(tmp_path, monkeypatch):
         where = [at for at, digit in enumerate(result["right"]) if digit == "1"][:10]
         right = "".join("0" if at in where else digit for at, digit in enumerate(result["right"]))
         kept.keep(other, {**result, "right": right}, {})
-    row = comparison.over_settings(runs + others, kept, "source_layer", "same layer", ["bias"]).iloc[0]
+    row = over_settings(runs + others, kept, "source_layer", "same layer", ["bias"]).iloc[0]
     assert row["difference"] == pytest.approx(0.1) and row["low"] > 0 and row["settings"] == 3
     assert row["worst"] == pytest.approx(0.1) == row["best"] and row["seeds"] == 2
     with pytest.raises(ValueError, match="not finished"):
-        comparison.over_settings(
-            [*runs, *others, replace(runs[0], source_layer=9)], kept, "source_layer", "same layer", ["bias"]
-        )
+        over_settings([*runs, *others, replace(runs[0], source_layer=9)], kept, "source_layer", "same layer", ["bias"])
     with pytest.raises(ValueError, match="no runs"):
-        comparison.over_settings(runs + others[:2], kept, "source_layer", "same layer", ["bias"])
+        over_settings(runs + others[:2], kept, "source_layer", "same layer", ["bias"])
 
 
 def test_unrest_is_measured(tmp_path, monkeypatch):
     runs, kept = laid_out(tmp_path, monkeypatch)
-    table = comparison.unrest(runs, kept).set_index("source_layer")
+    table = layer_ablation.unrest(runs, kept).set_index("source_layer")
     assert table["jump"].tolist() == pytest.approx([0, 0, 2])
     own = np.array([[0.4, 0.4], [0.8, 0.8], [0.4, 0.6]]) * 100  # validation by layer and seed
     assert table["spread"].tolist() == pytest.approx((own - own.mean(0)).std(1, ddof=1))
@@ -276,21 +283,21 @@ def test_unrest_is_measured(tmp_path, monkeypatch):
         result = kept.result(run)
         result["curve"][0]["losses"][10] += 5
         kept.keep(run, result, {})
-    assert comparison.unrest(runs, kept)["jump"].tolist() == pytest.approx([0, 0, 2])
+    assert layer_ablation.unrest(runs, kept)["jump"].tolist() == pytest.approx([0, 0, 2])
     kept.keep(runs[0], {"run": {}, "diverged": "the loss is nan"}, {})
     with pytest.raises(ValueError, match="diverged"):
-        comparison.unrest(runs, kept)
+        layer_ablation.unrest(runs, kept)
 
 
 def test_what_is_compared_must_be_the_same_questions(tmp_path, monkeypatch):
     runs, kept = laid_out(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="same questions"):
-        comparison.setting_differences([*runs[:2], runs[2]], kept, "same layer", "source_layer", 0)
+        setting_differences([*runs[:2], runs[2]], kept, "same layer", "source_layer", 0)
 
 
 def test_learning_curves_give_the_range_over_seeds(store):
     runs, kept = store
-    row = comparison.learning_curves(runs, kept).set_index("arm").loc["bias"]
+    row = learning_curves(runs, kept).set_index("arm").loc["bias"]
     assert (row["low"], row["validation"], row["high"]) == pytest.approx((0.5, 0.51, 0.52))
 
 
@@ -315,11 +322,11 @@ def scratch(ahead, behind, two=0.95):
     ],
 )
 def test_c7_follows_its_rule(ahead, behind, verdict):
-    assert claims.one_layer_matches_two(*scratch(ahead, behind)).verdict == verdict
+    assert one_layer_matches_two(*scratch(ahead, behind)).verdict == verdict
 
 
 def test_c7_needs_two_layers_to_be_better_than_one():
-    claim = claims.one_layer_matches_two(*scratch((0.2, 0.1, 0.3), (0.0, -0.005, 0.005), two=0.81))
+    claim = one_layer_matches_two(*scratch((0.2, 0.1, 0.3), (0.0, -0.005, 0.005), two=0.81))
     assert claim.verdict == "not testable here"
 
 
@@ -342,22 +349,22 @@ def differences(untrained, trained):
 )
 def test_c8_follows_its_rule(untrained, trained, verdict):
     table = differences(untrained, trained)
-    assert claims.raises_accuracy(table, ["bias"]).verdict == verdict
-    claim = claims.other_prompts_too(table.assign(n=50), ["bias"])
+    assert raises_accuracy(table, ["bias"]).verdict == verdict
+    claim = other_prompts_too(table.assign(n=50), ["bias"])
     assert (claim.id, claim.verdict) == ("N1", verdict) and "n = 50 (two-hop)" in claim.ours
 
 
 def test_c8_does_not_check_what_was_not_tried_on_all_datasets():
     table = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2))
     behind = table[table["other"] == "bias"].head(1).assign(other="loop LoRA", difference=-0.2, low=-0.3, high=-0.1)
-    claim = claims.raises_accuracy(pd.concat([table, behind]), ["bias", "loop LoRA"])
+    claim = raises_accuracy(pd.concat([table, behind]), ["bias", "loop LoRA"])
     assert claim.verdict == "reproduced" and "on two-hop less loop LoRA -20.0" in claim.ours
 
 
 def test_c8_needs_every_control():
     table = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2))
     with pytest.raises(ValueError, match="same layer"):
-        claims.raises_accuracy(table, ["bias", "same layer"])
+        raises_accuracy(table, ["bias", "same layer"])
 
 
 @pytest.mark.parametrize(
@@ -382,7 +389,7 @@ def test_c9_follows_its_rule(best, seeds, ahead, spread, jump, slope, same, verd
     accuracy = mine.assign(accuracy=lambda t: 0.5 + slope * t["source_layer"] + np.tile(noise, 2) / 1000)
     less = pd.DataFrame({"other": "same layer", "source_layer": layers, "difference": same, "n": 436})
     less = less.assign(low=less["difference"] - 0.01, high=less["difference"] + 0.01)
-    claim = claims.low_layers_are_best(chosen, six, mine, accuracy, less, (chosen, six, less))
+    claim = low_layers_are_best(chosen, six, mine, accuracy, less, (chosen, six, less))
     assert claim.verdict == verdict and f"layer {best}" in claim.ours and "n = 436" in claim.ours
     assert f"same layer at {30 * (same > 0)} (behind at {30 * (same < 0)}) of 30" in claim.ours
     assert f"validation chooses layer {best} ({min(best, *seeds)} to {max(best, *seeds)} by seed)" in claim.ours
@@ -390,9 +397,9 @@ def test_c9_follows_its_rule(best, seeds, ahead, spread, jump, slope, same, verd
 
 def test_c11_follows_its_rule():
     sizes = pd.DataFrame({"dim": [10, 160], "share": [2.04e-5, 3.26e-4]})
-    assert claims.small(sizes).verdict == "partly"
-    assert claims.small(sizes.assign(share=2e-5)).verdict == "reproduced"
-    assert claims.small(sizes.assign(share=1e-2)).verdict == "contradicted"
+    assert small(sizes).verdict == "partly"
+    assert small(sizes.assign(share=2e-5)).verdict == "reproduced"
+    assert small(sizes.assign(share=1e-2)).verdict == "contradicted"
 
 
 def test_what_a_doubling_does(tmp_path, monkeypatch):
@@ -402,7 +409,7 @@ def test_what_a_doubling_does(tmp_path, monkeypatch):
     for run, one in zip(runs, sized, strict=True):
         kept.keep(one, kept.result(run), {})
     slope = np.polyfit([0, 1, 3], [0.4, 0.8, 0.5], 1)[0]
-    row = comparison.doubling_table(sized, kept, "dim").iloc[0]
+    row = doubling_table(sized, kept, "dim").iloc[0]
     assert row["slope"] == pytest.approx(slope) and row["low"] < slope < row["high"] and row["settings"] == 3
     assert [row["worst"], row["best"]] == pytest.approx(
         [np.polyfit([0, 1, 3], [0.4, 0.8, last], 1)[0] for last in (0.4, 0.6)]
@@ -412,10 +419,10 @@ def test_what_a_doubling_does(tmp_path, monkeypatch):
 def test_the_share_of_a_gain_that_is_kept(tmp_path, monkeypatch):
     runs, kept = laid_out(tmp_path, monkeypatch)
     at = {layer: [run for run in runs if run.source_layer == layer] for layer in (0, 1, 2)}
-    share = comparison.kept_share(at[2], at[1], at[0], kept)
+    share = kept_share(at[2], at[1], at[0], kept)
     assert share["kept"] == pytest.approx(0.25) and share["low"] < 0.25 < share["high"] and share["n"] == 200
     with pytest.raises(ValueError, match="too small"):
-        comparison.kept_share(at[2], at[0], at[1], kept)
+        kept_share(at[2], at[0], at[1], kept)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +441,7 @@ def test_c11_asks_whether_so_little_is_enough(low, high, less, verdict):
     gain = gain.assign(low=gain["difference"] - 0.02, high=gain["difference"] + 0.02)
     share = pd.Series({"dim": 1, "share": 1.7e-5})
     kept = pd.DataFrame({"arm": ["back attention", *rivals], "kept": (low + high) / 2, "low": low, "high": high})
-    claim = claims.small_keeps_its_gain(share, kept.assign(n=436), gain)
+    claim = small_keeps_its_gain(share, kept.assign(n=436), gain)
     assert claim.verdict == verdict and "0.0017 %" in claim.ours and f"[{low:.0%}, {high:.0%}]" in claim.ours
     assert claim.ours.count("more than half") == 3 * (low > 0.5)
 
@@ -462,4 +469,4 @@ def test_c9_asks_arithmetic_too(layer, own, verdict):
     less = less.assign(n=9)
     there = chosen.assign(source_layer=layer, lowest=layer, highest=layer)
     digits = less.assign(difference=own, low=own - 0.01, high=own + 0.01)
-    assert claims.low_layers_are_best(chosen, six, *both, less, (there, six, digits)).verdict == verdict
+    assert low_layers_are_best(chosen, six, *both, less, (there, six, digits)).verdict == verdict

@@ -7,22 +7,51 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, controls, experiments, load_model, reading
-from backattn.back_attention import BackAttentionConfig, get_back_attention_model
-from backattn.baselines import make_arm
+from backattn import load_model
+from backattn.adapters.arms import make_arm
+from backattn.adapters.back_attention import get_back_attention_model
+from backattn.adapters.config import BackAttentionConfig
+from companion.measures.memory import high_layers, readers
+from companion.questions.asking import OUTCOMES
+from companion.runs import perform
+from companion.runs.as_asked import asked
+from companion.runs.perform import armed, trained_weights
+from companion.studies.controls.memory import (
+    OFF,
+    ONLY_HIGH,
+    TRAINED,
+    _edits,
+    gain_is_flow,
+    high_states_of_r1_matter,
+    lent,
+    mean_of_others,
+    memory_table,
+    memory_tests,
+    several_layers_help,
+)
+from companion.studies.controls.transitions import (
+    bridge_failures_mended,
+    knowledge_table,
+    mended_differences,
+    mended_shares,
+    no_knowledge_no_gain,
+    transition_table,
+    transitions,
+    with_kept,
+)
 
 
 def test_memory_is_counted_from_the_end():
     memory = torch.arange(5.0)[None, :, None]
-    assert controls.lent(memory, 3).flatten().tolist() == [2, 3, 4]
-    assert controls.lent(memory, 5).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert controls.lent(memory, 7).flatten().tolist() == [0, 0, 0, 1, 2, 3, 4]
+    assert lent(memory, 3).flatten().tolist() == [2, 3, 4]
+    assert lent(memory, 5).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert lent(memory, 7).flatten().tolist() == [0, 0, 0, 1, 2, 3, 4]
 
 
 def test_the_mean_leaves_a_question_itself_out():
     draw = torch.Generator().manual_seed(0)
     memory = [torch.randn(2, length, 3, generator=draw) for length in (4, 4, 6)]
-    means = controls.mean_of_others(memory)
+    means = mean_of_others(memory)
     assert torch.allclose(means[0], (memory[1] + memory[2][:, 2:]) / 2, atol=1e-6)
     first = torch.cat([memory[0][:, :1].expand(-1, 2, -1), memory[0]], dim=1)
     second = torch.cat([memory[1][:, :1].expand(-1, 2, -1), memory[1]], dim=1)
@@ -72,30 +101,30 @@ def test_memory_of_another_shape_is_refused(llama):
 @pytest.fixture
 def made(kept):
     run, store = kept
-    return controls.memory_tests([run], store)
+    return memory_tests([run], store)
 
 
 def test_every_edit_is_what_it_says(kept, made):
     run, store = kept
     log_prob = made.pivot(index="question", columns="test", values="log_prob")
-    for reader in reading.readers([run], store):
+    for reader in readers([run], store):
         trained = reader.ask()[0]
-        assert np.allclose(log_prob[controls.TRAINED], trained)
+        assert np.allclose(log_prob[TRAINED], trained)
         assert np.allclose(reader.ask(memory=reader.states())[0], trained, atol=1e-5)
         reader.wrapped.enabled = False
         with torch.no_grad():
             logits = reader.wrapped(torch.tensor([reader.items.prompts[0]]), use_cache=False).logits[0, -1]
         plain = logits.log_softmax(-1)[reader.items.answers[0][0]].item()
-        assert log_prob[controls.OFF][0] == pytest.approx(plain, abs=1e-4)
-    edits = log_prob.drop(columns=[controls.TRAINED, controls.OFF])
-    assert edits.shape[1] == 12 and (edits.sub(log_prob[controls.TRAINED], axis=0).abs().max() > 1e-3).all()
+        assert log_prob[OFF][0] == pytest.approx(plain, abs=1e-4)
+    edits = log_prob.drop(columns=[TRAINED, OFF])
+    assert edits.shape[1] == 12 and (edits.sub(log_prob[TRAINED], axis=0).abs().max() > 1e-3).all()
 
 
 def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     """What the first question's queries may read, by the name of the edit: cells [T, M, T]."""
     run, store = kept
-    reader, seen = next(reading.readers([run], store)), {}
-    edits = controls._edits(reader)
+    reader, seen = next(readers([run], store)), {}
+    edits = _edits(reader)
     labels, layers = reader.labels[0], np.array(reader.memory_layers)  # 1 … 4
 
     def ask(hidden=None, queries=("last",), memory=None):
@@ -114,24 +143,24 @@ def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     assert (seen["now"] == (everywhere & (labels == "r1"))).all()
     edits["only the low third, 1–2"]()
     assert (seen["now"] == (np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool))).all()
-    for place, route in zip(("r1", "e1"), controls.ONLY_HIGH, strict=True):
+    for place, route in zip(("r1", "e1"), ONLY_HIGH, strict=True):
         edits[route]()
-        high = np.isin(layers, reading.high_layers(4))
+        high = np.isin(layers, high_layers(4))
         assert not seen["now"][:-1].any() and (seen["now"][-1] == high[:, None] & (labels == place)).all()
     edits["the last position alone reads"]()
     assert not seen["now"][:-1].any() and seen["now"][-1].all()
-    edits[controls.OFF]()
+    edits[OFF]()
     assert not seen["now"].any()
 
 
 def test_one_memory_layer_has_no_layers_to_choose_from(kept):
     run, store = kept
     own = dataclasses.replace(run, arm="same layer")
-    with experiments.armed(own, "float32") as (model, _):
+    with armed(own, "float32") as (model, _):
         for p in model.updates.parameters():
             torch.nn.init.normal_(p, std=0.3)
-        store.keep(own, {"run": {}}, experiments.trained_weights(model))
-    assert controls.memory_tests([own], store)["test"].nunique() == 8
+        store.keep(own, {"run": {}}, trained_weights(model))
+    assert memory_tests([own], store)["test"].nunique() == 8
 
 
 def answered(log_probs: dict[str, list[float]]) -> pd.DataFrame:
@@ -148,35 +177,35 @@ def test_kept_is_a_share_of_the_gain():
     draw = np.random.default_rng(0)
     off = draw.normal(-4, 0.1, 24)
     gain = draw.uniform(1, 3, 24)
-    tests = {controls.TRAINED: off + gain, controls.OFF: off, "half": off + gain / 2, "all": off + gain}
+    tests = {TRAINED: off + gain, OFF: off, "half": off + gain / 2, "all": off + gain}
     tests["all"] = tests["all"] + draw.normal(0, 1e-3, 24)
-    table = controls.memory_table(answered(tests)).set_index("test")
+    table = memory_table(answered(tests)).set_index("test")
     assert table.loc["half", ["kept", "low", "high"]].to_list() == pytest.approx([0.5] * 3)
-    assert table.loc["all", "kept"] == pytest.approx(1, abs=0.01) and np.isnan(table.loc[controls.OFF, "p"])
+    assert table.loc["all", "kept"] == pytest.approx(1, abs=0.01) and np.isnan(table.loc[OFF, "p"])
     # Six names, all lower: the smallest p of a two-sided signed rank test, twice for two tests.
     assert table.loc["half", "p"] == pytest.approx(2 * 2 / 2**6)
     assert table.loc["all", "p"] > table.loc["half", "p"] and table.loc["all", "alike"] == 0.5
 
 
 def test_no_gain_has_no_shares():
-    nothing = {name: [-1.0, -2.0] * 6 for name in (controls.TRAINED, controls.OFF)}
+    nothing = {name: [-1.0, -2.0] * 6 for name in (TRAINED, OFF)}
     with pytest.raises(ValueError, match="no share"):
-        controls.memory_table(answered(nothing))
+        memory_table(answered(nothing))
 
 
 def test_transitions_follow_the_model(kept):
     run, store = kept
-    made = controls.transitions([run], store)
+    made = transitions([run], store)
     lora = dataclasses.replace(run, arm="residual LoRA")
     store.keep(lora, {"run": {}, "right": "10101010"}, {})
-    other = controls.with_kept(made, [lora], store)
+    other = with_kept(made, [lora], store)
     assert other[other["arm"] == "residual LoRA"]["right"].tolist() == [True, False] * 4
     assert other["before"].tolist() == [*made["before"]] * 2
     with pytest.raises(ValueError, match="same questions"):
-        controls.with_kept(made.assign(e2="another"), [lora], store)
-    assert len(made) == 8 and set(made["before"]) | set(made["after"]) <= set(controls.census.OUTCOMES)
-    with experiments.trained(run, store) as (model, tokenizer), torch.no_grad():
-        for row, fact in zip(made.itertuples(), experiments.asked(run, "test").itertuples(), strict=True):
+        with_kept(made.assign(e2="another"), [lora], store)
+    assert len(made) == 8 and set(made["before"]) | set(made["after"]) <= set(OUTCOMES)
+    with perform.trained(run, store) as (model, tokenizer), torch.no_grad():
+        for row, fact in zip(made.itertuples(), asked(run, "test").itertuples(), strict=True):
             ids = tokenizer(fact.prompt, return_tensors="pt")["input_ids"]
             said = tokenizer.decode(model(ids, use_cache=False).logits[0, -1].argmax())
             first = {
@@ -202,24 +231,24 @@ def test_mended_failures_are_counted():
             named("same layer", "2222222222oooooooooo3", "3333222222oooooooooo3"),
         ]
     )
-    table = controls.transition_table(made).set_index(["arm", "before", "after"])
+    table = transition_table(made).set_index(["arm", "before", "after"])
     assert table.loc[("back attention", "e2", "e3")].to_list() == [8, 0.8]
     assert table.loc[("back attention", "e3", "other")].to_list() == [1, 1.0]
-    mended = controls.mended_shares(made).set_index(["arm", "before"])
+    mended = mended_shares(made).set_index(["arm", "before"])
     assert mended.loc[("back attention", "e2"), "share"] == 0.8 and mended.loc[("same layer", "other"), "share"] == 0
     assert mended.loc[("back attention", "any"), "n"] == 20 and np.isnan(mended.loc[("same layer", "e1"), "share"])
-    more = controls.mended_differences(made).set_index("more")
+    more = mended_differences(made).set_index("more")
     assert more.loc["than other failures", "difference"] == pytest.approx(0.4)
     assert more.loc["than same layer", "difference"] == pytest.approx(0.4) and (more["low"] <= more["difference"]).all()
     # Within pairs: in "two" nothing of either kind is mended, and it has no failure that says e2.
     split = made.assign(pair=np.where(made["question"] < 15, "one", "two"))
-    assert controls.mended_differences(split).set_index("more").loc["than other failures", "difference"] == (
+    assert mended_differences(split).set_index("more").loc["than other failures", "difference"] == (
         pytest.approx(0.8 - made["right"][:20][10:15].mean())
     )
     with pytest.raises(ValueError, match="same questions"):
-        controls.mended_differences(made[(made["arm"] != "same layer") | (made["question"] > 3)])
+        mended_differences(made[(made["arm"] != "same layer") | (made["question"] > 3)])
     with pytest.raises(ValueError, match="no failures"):
-        controls.mended_differences(made[made["before"] != "e2"])
+        mended_differences(made[made["before"] != "e2"])
 
 
 def test_several_source_layers_have_a_module_each():
@@ -248,7 +277,7 @@ def less(low: float, high: float, **more) -> dict:
 def test_q1_follows_its_rule(ends, verdict):
     table = pd.DataFrame([less(*end, sources=str(k)) for k, end in enumerate(ends)])
     accuracy = table.assign(accuracy=0.4)
-    assert claims.several_layers_help(accuracy, table, table).verdict == verdict
+    assert several_layers_help(accuracy, table, table).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -265,7 +294,7 @@ def test_n2_follows_its_rule(other, same, verdict):
         [{"arm": "back attention", "before": "e2", "share": 0.5, "low": 0, "high": 1, "n": 9, "names": 4}]
     )
     rows = [less(*other, more="than other failures"), less(*same, more="than same layer")]
-    assert claims.bridge_failures_mended(mended, pd.DataFrame(rows)).verdict == verdict
+    assert bridge_failures_mended(mended, pd.DataFrame(rows)).verdict == verdict
 
 
 def kept_rows(**ends) -> pd.DataFrame:
@@ -297,16 +326,16 @@ def kept_rows(**ends) -> pd.DataFrame:
 def test_n3_follows_its_rule(route, hidden, verdict):
     everything = {"route": route, "hidden": hidden}
     others = {"other": (0.9, 1), "route of e1": (0.1, 0.3)}
-    assert claims.high_states_of_r1_matter({"one": kept_rows(**everything, **others)}).verdict == verdict
+    assert high_states_of_r1_matter({"one": kept_rows(**everything, **others)}).verdict == verdict
     if verdict == "reproduced":  # what holds of e1 too is not r1's
         for name, own in (("other", hidden), ("route of e1", route)):
-            assert claims.high_states_of_r1_matter(
-                {"one": kept_rows(**everything, **others | {name: own})}
-            ).verdict == ("partly")
+            assert high_states_of_r1_matter({"one": kept_rows(**everything, **others | {name: own})}).verdict == (
+                "partly"
+            )
 
 
 def test_n3_tells_what_it_rests_on():
-    told = claims.high_states_of_r1_matter({"one": kept_rows()}).ours
+    told = high_states_of_r1_matter({"one": kept_rows()}).ours
     assert "one: only r1's high layers, at the last position" in told and "e1 hidden" in told
 
 
@@ -322,7 +351,7 @@ def test_n3_tells_what_it_rests_on():
 )
 def test_b3_follows_its_rule(same, mean, own, verdict):
     difference = pd.DataFrame([less(*own, other="same layer", dataset="all")])
-    claim = claims.gain_is_flow({"one": kept_rows(same=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference)
+    claim = gain_is_flow({"one": kept_rows(same=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference)
     assert claim.verdict == verdict and "own layer: another" in claim.ours and "[70%, 80%]" in claim.ours
 
 
@@ -343,13 +372,13 @@ def test_gains_are_compared_within_pairs_of_relations():
             rows("c", "o" * 30, "3" * 30),
         ]
     )
-    table = controls.knowledge_table(known, unknown).set_index("questions")
+    table = knowledge_table(known, unknown).set_index("questions")
     assert table["pairs"].tolist() == [2] * 3 and table["n"].tolist() == [50, 40, 90]
     assert table.loc["known", ["before", "after", "gain"]].tolist() == [0, 0.5, 0.5]
     assert table.loc["unknown", ["before", "after", "gain"]].tolist() == [0.5, 0.5, 0]
     assert table.loc["known less unknown", "gain"] == 0.5 and (table["low"] <= table["gain"]).all()
     with pytest.raises(ValueError, match="ask more"):
-        controls.knowledge_table(known, unknown, least=50)
+        knowledge_table(known, unknown, least=50)
 
 
 @pytest.mark.parametrize(
@@ -365,13 +394,13 @@ def test_b5_follows_its_rule(more, unknown, verdict):
     ends = {"known": (0.1, 0.3), "unknown": unknown, "known less unknown": more}
     rows = [{"questions": name, "low": low, "high": high, "gain": 0.1} for name, (low, high) in ends.items()]
     table = pd.DataFrame(rows).assign(before=0.1, after=0.2, n=9, pairs=3)
-    assert claims.no_knowledge_no_gain(table).verdict == verdict
+    assert no_knowledge_no_gain(table).verdict == verdict
 
 
 def test_known_and_unknown_facts_are_apart():
-    from backattn import datasets
+    from companion.questions.datasets import TWO_HOP_KEYS, load
 
-    known, unknown = (datasets.load(name) for name in ("two-hop", "two-hop, unknown"))
-    keys = [set(map(tuple, frame[datasets.TWO_HOP_KEYS].to_numpy())) for frame in (known, unknown)]
+    known, unknown = (load(name) for name in ("two-hop", "two-hop, unknown"))
+    keys = [set(map(tuple, frame[TWO_HOP_KEYS].to_numpy())) for frame in (known, unknown)]
     assert not keys[0] & keys[1] and unknown.groupby("pair").size().max() == 100
     assert not unknown["tested"].all() and list(known.columns) == list(unknown.columns)

@@ -4,8 +4,12 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, costs, experiments, tables
-from backattn.back_attention import BackAttentionConfig, get_back_attention_model
+from backattn.adapters.back_attention import get_back_attention_model
+from backattn.adapters.config import BackAttentionConfig
+from companion.report import tables
+from companion.runs.perform import forward_flops
+from companion.studies.other_reasoning_and_cost import costs
+from companion.studies.other_reasoning_and_cost.costs import costs_as_computed
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +31,9 @@ def test_every_setting_has_every_way(table):
 def test_operations_are_those_of_the_model(table, llama):
     model, _ = llama
     ids = torch.arange(12)[None]
-    plain = experiments.forward_flops(model, ids)
+    plain = forward_flops(model, ids)
     wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))
-    twice = experiments.forward_flops(wrapped, ids)
+    twice = forward_flops(wrapped, ids)
     wrapped.unload()
     at = table.set_index(["way", "source_layer", "context"])["first_flops"]
     once = 2 * model.config.hidden_size * model.config.vocab_size
@@ -89,4 +93,4 @@ def test_q3_follows_its_rule(first, each, verdict):
     table = pd.DataFrame(ways, columns=["way", "first_layers", "each_layers", "bound"])
     table = table.assign(source_layer=6, context=64, first_ratio=1.7, each_ratio=1.5)
     answered = pd.DataFrame([{"dataset": "1DC", "difference": -0.01, "low": -0.03, "high": 0.01, "n": 90, "seeds": 3}])
-    assert claims.costs_as_computed(table, answered).verdict == verdict
+    assert costs_as_computed(table, answered).verdict == verdict

@@ -5,7 +5,7 @@ import re
 import sys
 import tomllib
 
-from backattn import paths
+from companion import paths
 
 PACKAGES = {"backattn", "conftest"}  # our own
 PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel
@@ -58,7 +58,7 @@ def test_the_librarys_floors_name_only_listed_packages():
 def test_imports_only_go_down():
     """Outside of its functions a module imports only from its own room or from rooms that README names before it."""
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    line = next(line for line in readme.splitlines() if "`lib/backattn/`" in line)
+    line = next(line for line in readme.splitlines() if "`lib/`" in line)
     rooms = [re.findall(r"`(\w+)`", room) for room in line.split("only downward:")[1].split("·")]
     floor = {module: place for place, room in enumerate(rooms) for module in room}
     modules = {path.stem: path for path in (paths.ROOT / "lib/backattn").glob("*.py") if path.stem != "__init__"}

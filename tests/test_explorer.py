@@ -4,9 +4,11 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from backattn import BackAttentionConfig, explorer, get_back_attention_model, load_model
-from backattn.models import tiny_names
-from backattn.residual import encode, next_log_probs
+from backattn import BackAttentionConfig, get_back_attention_model, load_model
+from backattn.models.next_token import next_log_probs
+from backattn.models.tiny import tiny_names
+from backattn.models.tokens import encode
+from companion.studies import demo_logit_flow
 
 PROMPT = "France 's capital is"
 
@@ -25,7 +27,7 @@ def adapted():
 
 def test_predictions_are_the_models_own(adapted):
     model, tokenizer, adapter = adapted
-    seen, batch = explorer.see(*adapted[:2], PROMPT, "Paris", adapter), encode(tokenizer, [PROMPT], side="left")
+    seen, batch = demo_logit_flow.see(*adapted[:2], PROMPT, "Paris", adapter), encode(tokenizer, [PROMPT], side="left")
     with adapter.disable_adapter():
         plain = next_log_probs(model, batch)[0].exp()
     changed = next_log_probs(adapter, batch)[0].exp()
@@ -38,19 +40,19 @@ def test_predictions_are_the_models_own(adapted):
 
 @pytest.mark.parametrize("name", tiny_names())
 def test_every_family_is_shown_without_an_adapter(name):
-    seen = explorer.see(*load_model(name), PROMPT)
+    seen = demo_logit_flow.see(*load_model(name), PROMPT)
     assert seen.reads is None and list(seen.predictions.columns) == ["token", "plain"] and len(seen.neurons) == 8
     assert seen.neurons["increase"].is_monotonic_decreasing and (seen.neurons["promotes"] != "").all()
-    figure = explorer.picture(seen)
+    figure = demo_logit_flow.picture(seen)
     assert len([ax for ax in figure.axes if ax.get_title()]) == 2
     plt.close(figure)
 
 
 @pytest.mark.parametrize("prompt, said", [("", "no words"), (" ", "no words"), ("king " * 60, "at most 48")])
 def test_bad_input_is_answered_in_words(adapted, prompt, said):
-    models = explorer.Models()
+    models = demo_logit_flow.Models()
     models.kept["tiny-llama"] = adapted
-    panel = explorer.Explorer(models, ["tiny-llama"], prompt)
+    panel = demo_logit_flow.Explorer(models, ["tiny-llama"], prompt)
     panel.button.click()
     assert said in panel.said.value and panel.said.value.startswith("<b>") and not panel.button.disabled
     panel.prompt.value, panel.answer.value = PROMPT, "Paris Rome"
@@ -59,8 +61,8 @@ def test_bad_input_is_answered_in_words(adapted, prompt, said):
 
 
 def test_an_unknown_model_and_one_without_adapter(tmp_path):
-    models = explorer.Models()
-    panel = explorer.Explorer(models, [str(tmp_path / "nothing <b>")], PROMPT)
+    models = demo_logit_flow.Models()
+    panel = demo_logit_flow.Explorer(models, [str(tmp_path / "nothing <b>")], PROMPT)
     panel.button.click()
     assert "Could not load" in panel.said.value and "nothing &lt;b&gt;" in panel.said.value
     panel.model.value = "tiny-gpt2"

@@ -9,7 +9,9 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from backattn import figures, flow_back, logit_flow, paths, tables
+from backattn import flow_back, logit_flow
+from companion import paths
+from companion.report import figures, tables
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ import torch
 from conftest import PROMPTS
 
 from backattn import flow_back, load_model, logit_flow
-from backattn.flow_back import agreement, hand_back
-from backattn.lens import Lens
-from backattn.residual import capture, encode
+from backattn.models.activations import capture
+from backattn.models.lens import Lens
+from backattn.models.tokens import encode
+from companion.studies.stage_discovery import agreement, hand_back
 
 
 @pytest.mark.parametrize("route", ["parts", "linear"])

@@ -9,22 +9,20 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import (
-    BackAttentionConfig,
-    BackAttentionModel,
-    arch,
-    baselines,
-    estimates,
-    experiments,
-    get_back_attention_model,
-    launch,
-    load_model,
-    logit_flow,
-    models,
-    runtime,
-    training,
-)
-from backattn.experiments import Store
+from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model, logit_flow, runtime
+from backattn.adapters.arms import make_arm
+from backattn.models.checkpoint import weight_bytes
+from backattn.models.decoder import in_one_place
+from backattn.models.tiny import TINY
+from backattn.training import loop
+from backattn.training.batches import collate, numbers
+from backattn.training.evaluation import FirstPasses, answer_logits
+from backattn.training.loop import Recipe, _Batches
+from companion.runs import estimate, launch
+from companion.runs.as_asked import questions
+from companion.runs.perform import trained_weights
+from companion.runs.plans import main_runs
+from companion.runs.store import Store
 
 PROMPT = "Mozart 's mother 's father is"
 
@@ -41,8 +39,9 @@ def folder(tmp_path):
 @pytest.fixture
 def spread(folder, tmp_path, monkeypatch):
     """The saved model, half of which fits into memory: the rest stays on the disk until it is used."""
-    monkeypatch.setattr(models, "CACHE", tmp_path)
-    whole = models.weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
+    monkeypatch.setattr("backattn.models.load.CACHE", tmp_path)
+    monkeypatch.setattr("backattn.models.packaged.CACHE", tmp_path)
+    whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
     monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # less than ROOM asks for
     return load_model(str(folder))
 
@@ -82,9 +81,9 @@ def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
 
 def test_an_arm_is_trained_on_a_spread_model(spread):
     model, tokenizer = spread
-    items = training.numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"] * 4, "answer": [" 3"] * 4}))
-    wrapped = baselines.make_arm("back attention", model, 1, 4)
-    curve = training.train(wrapped, items, training.Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
+    items = numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"] * 4, "answer": [" 3"] * 4}))
+    wrapped = make_arm("back attention", model, 1, 4)
+    curve = loop.train(wrapped, items, Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
     wrapped.unload()
     assert curve["loss"].iloc[-1] < curve["loss"].iloc[0]
 
@@ -96,14 +95,14 @@ def test_logit_flow_refuses_a_spread_model(spread):
 
 def test_a_model_that_fits_is_whole(folder):
     model, _ = load_model(str(folder))
-    assert arch.in_one_place(model)
+    assert in_one_place(model)
     auto, _ = load_model(str(folder), device="auto")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True))
 
 
 def test_weights_are_counted_without_them():
     model, _ = load_model("tiny-llama")
-    assert models.weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
+    assert weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
 
 
 # ---------------------------------------------------------------- a batch in pieces
@@ -117,10 +116,10 @@ def learnt():
         torch.manual_seed(0)
         model, tokenizer = load_model("tiny-llama")
         rows = [(f"{a} plus {b} is", f" {n}") for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])]
-        items = training.numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
-        wrapped = baselines.make_arm("back attention", model, 1, 4)
-        curve = training.train(wrapped, items, training.Recipe(10, 0.01, batch_size=6), items, **options)
-        return curve, experiments.trained_weights(wrapped)
+        items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
+        wrapped = make_arm("back attention", model, 1, 4)
+        curve = loop.train(wrapped, items, Recipe(10, 0.01, batch_size=6), items, **options)
+        return curve, trained_weights(wrapped)
 
     return train
 
@@ -132,7 +131,7 @@ def same(one, other) -> bool:
 
 
 def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, monkeypatch, capsys):
-    whole, ordinary, sizes = learnt(), training.answer_logits, []
+    whole, ordinary, sizes = learnt(), answer_logits, []
 
     def tight(model, batch, *args):
         if torch.is_grad_enabled():
@@ -141,7 +140,8 @@ def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, monkeypatch, capsy
             raise torch.OutOfMemoryError("no room")
         return ordinary(model, batch, *args)
 
-    monkeypatch.setattr(training, "answer_logits", tight)
+    monkeypatch.setattr("backattn.training.loop.answer_logits", tight)
+    monkeypatch.setattr("backattn.training.evaluation.answer_logits", tight)
     assert same(learnt(), whole)
     assert sizes[:3] == [6, 3, 2] and set(sizes[3:]) == {1, 2}  # tried once, then in four pieces
     assert "4 pieces" in capsys.readouterr().err
@@ -152,14 +152,14 @@ def gradients(pieces: int):
     torch.manual_seed(0)
     model, tokenizer = load_model("tiny-llama")
     rows = [(f"{a} plus {b} is", f" {n}") for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])]
-    items = training.numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
-    wrapped = baselines.make_arm("LoRA q,v", model, 1, 4)
+    items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
+    wrapped = make_arm("LoRA q,v", model, 1, 4)
     weights = [p for p in wrapped.parameters() if p.requires_grad]
-    batches = training._Batches(wrapped, items, training.Recipe(1, 0.01, batch_size=6), None)
+    batches = _Batches(wrapped, items, Recipe(1, 0.01, batch_size=6), None)
     batches.pieces = pieces
     loss, _ = batches.gradients([0, 3, 4, 5, 8, 9], weights)
-    batch = training.collate(items, [0, 3, 4, 5, 8, 9])
-    logits = training.answer_logits(wrapped, batch)
+    batch = collate(items, [0, 3, 4, 5, 8, 9])
+    logits = answer_logits(wrapped, batch)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert loss == pytest.approx(mean.item(), abs=1e-5)
     return [p.grad for p in weights if p.grad is not None], torch.autograd.grad(mean, weights, allow_unused=True)
@@ -176,7 +176,8 @@ def test_where_not_one_question_fits_it_is_an_error(learnt, monkeypatch):
     def never(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(training, "answer_logits", never)
+    monkeypatch.setattr("backattn.training.loop.answer_logits", never)
+    monkeypatch.setattr("backattn.training.evaluation.answer_logits", never)
     with pytest.raises(torch.OutOfMemoryError):
         learnt()
 
@@ -256,54 +257,55 @@ def test_more_processes_than_questions_is_an_error(learnt, monkeypatch):
 @pytest.fixture
 def sizes(monkeypatch):
     """A plan on one small dataset."""
-    monkeypatch.setattr(estimates, "REPEATS", 1)
+    monkeypatch.setattr("companion.runs.estimate.REPEATS", 1)
     return {"every_arm_on": ["1DC"], "core_arms_on": ["1DC"], "source_layer": 1, "dim": 4, "steps": 4}
 
 
 def test_an_estimate_counts_what_is_unfinished(tmp_path, sizes):
     store = Store(tmp_path, shipped=None)
-    told = estimates.estimate("tiny-llama", store, **sizes)
-    tried, _ = experiments.main_runs(store, "tiny-llama", **sizes)
+    told = estimate.estimate("tiny-llama", store, **sizes)
+    tried, _ = main_runs(store, "tiny-llama", **sizes)
     assert told.runs > len(tried) and told.seconds > 0
     model, tokenizer = load_model("tiny-llama")
     assert told.weights == (2 + 4) * model.num_parameters()  # trained on in bf16, tested in fp32
     wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))
     run = replace(tried[0], arm="back attention")
-    kept = training.FirstPasses.gigabytes(wrapped, experiments.questions(run, tokenizer, "train"))
+    kept = FirstPasses.gigabytes(wrapped, questions(run, tokenizer, "train"))
     wrapped.unload()
     assert told.states == pytest.approx(kept * 2**30 / 2, rel=0.01)
     while True:  # the lowest rate does best, so that there are more to try than at first
-        tried, final = experiments.main_runs(store, "tiny-llama", **sizes)
+        tried, final = main_runs(store, "tiny-llama", **sizes)
         for run in [run for run in tried if store.result(run) is None]:
             store.keep(run, {"validation": 0.5, "validation_loss": run.learning_rate}, {})
         if final:
             break
-    left = estimates.estimate("tiny-llama", store, **sizes)
+    left = estimate.estimate("tiny-llama", store, **sizes)
     assert left.runs == len({run.key for run in final}) < told.runs
     for run in final:
         store.keep(run, {"validation": 0.5}, {})
-    assert estimates.estimate("tiny-llama", store, **sizes).runs == 0
+    assert estimate.estimate("tiny-llama", store, **sizes).runs == 0
 
 
 def test_a_batch_of_more_layers_keeps_more(sizes):
     model, _ = load_model("tiny-llama")
     about = (3, 8, 4, torch.device("cpu"), torch.float32)
-    kept = [estimates._timed(model.config, layers, *about)[2] for layers in (1, 2, 3)]
+    kept = [estimate._timed(model.config, layers, *about)[2] for layers in (1, 2, 3)]
     assert kept[0] < kept[1] < kept[2] and kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
-@pytest.mark.parametrize("name", models.TINY)
+@pytest.mark.parametrize("name", TINY)
 def test_every_family_can_be_timed_at_another_depth(name):
     model, _ = load_model(name)
-    assert min(estimates._timed(model.config, 3, 2, 6, 4, torch.device("cpu"), torch.float32)) > 0
+    assert min(estimate._timed(model.config, 3, 2, 6, 4, torch.device("cpu"), torch.float32)) > 0
 
 
 def test_the_launcher_says_what_it_takes_and_stops(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "BUILD", tmp_path)
+    monkeypatch.setattr("companion.runs.store.BUILD", tmp_path)
     monkeypatch.setenv("BACKATTN_DTYPE", "float32")
-    plan = experiments.main_runs
+    plan = main_runs
     monkeypatch.setattr(
-        experiments, "main_runs", lambda *a, **sizes: plan(*a, **{**sizes, "every_arm_on": ["1DC"], "core_arms_on": []})
+        "companion.runs.estimate.main_runs",
+        lambda *a, **sizes: plan(*a, **{**sizes, "every_arm_on": ["1DC"], "core_arms_on": []}),
     )
     assert launch.main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--estimate"]) == 0
     said = capsys.readouterr().out

@@ -5,7 +5,23 @@ import re
 import pandas as pd
 import pytest
 
-from backattn import claims, paths, tables
+from companion import paths
+from companion.report import tables
+from companion.report.verdicts import VERDICTS
+from companion.studies.back_attention_training import one_layer_matches_two, raises_accuracy, small
+from companion.studies.capacity import small_keeps_its_gain
+from companion.studies.claims import IDS, whole_ledger
+from companion.studies.controls.memory import gain_is_flow, high_states_of_r1_matter, r1_is_needed, several_layers_help
+from companion.studies.controls.transitions import bridge_failures_mended, no_knowledge_no_gain
+from companion.studies.failure_analysis.census import conflict_not_ignorance, failures_say_bridge
+from companion.studies.failure_analysis.conflict import late_influence, same_states
+from companion.studies.failure_analysis.patching_grid import back_patching_helps
+from companion.studies.layer_ablation import low_layers_are_best
+from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
+from companion.studies.other_reasoning_and_cost.costs import costs_as_computed
+from companion.studies.other_reasoning_and_cost.prompts import other_prompts_too
+from companion.studies.stage_discovery import entity_cannot_tell, one_after_the_other, stages_in_order
+from companion.studies.what_it_reads import brings_high_states
 
 TABLES = paths.FIGURES / "tables"
 
@@ -20,13 +36,13 @@ def ledger():
 
 
 def test_no_row_is_missing(ledger):
-    assert list(dict.fromkeys(ledger["id"])) == list(claims.IDS) and len(ledger) == len(claims.IDS) + 1
-    assert set(ledger["verdict"]) <= set(claims.VERDICTS)
+    assert list(dict.fromkeys(ledger["id"])) == list(IDS) and len(ledger) == len(IDS) + 1
+    assert set(ledger["verdict"]) <= set(VERDICTS)
     assert not ledger[["claim", "paper", "ours", "kind", "notebook", "figure"]].isna().any().any()
 
 
 def test_it_is_what_the_notebooks_say(ledger, tmp_path):
-    made = claims.whole_ledger([tmp_path, TABLES])
+    made = whole_ledger([tmp_path, TABLES])
     assert made["verdict"].tolist() == ledger["verdict"].tolist()
     tables.save(made, tmp_path, "claims")
     assert (tmp_path / "claims.csv").read_text() == (TABLES / "claims.csv").read_text()
@@ -35,13 +51,13 @@ def test_it_is_what_the_notebooks_say(ledger, tmp_path):
 def test_an_own_table_comes_first_and_a_missing_row_is_named(tmp_path):
     own = read("03_claims").assign(verdict="contradicted")
     own.to_csv(tmp_path / "03_claims.csv", index=False)
-    by = claims.whole_ledger([tmp_path, TABLES]).set_index("id")
+    by = whole_ledger([tmp_path, TABLES]).set_index("id")
     assert set(by.loc["C7", ["verdict"]]) == {"contradicted"} and by.loc["C5", "verdict"] == "reproduced"
     own[own["id"] != "C7"].to_csv(tmp_path / "03_claims.csv", index=False)
     with pytest.raises(ValueError, match="no row C7"):
-        claims.whole_ledger([tmp_path, TABLES])
+        whole_ledger([tmp_path, TABLES])
     with pytest.raises(FileNotFoundError, match="07_memory"):
-        claims.whole_ledger([tmp_path])
+        whole_ledger([tmp_path])
 
 
 def test_files_that_it_names_are_there(ledger):
@@ -64,15 +80,15 @@ def test_verdicts_follow_from_the_tables(ledger):
     stage_b = read("01_stages").set_index("stage").loc["B", "middle"]
     arms = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
     made = [
-        claims.stages_in_order(read("01_order"), read("01_knockouts"), 9),
-        claims.entity_cannot_tell(conflict[conflict["conflict"] == "other relation"], stage_b, 9),
-        claims.failures_say_bridge(census, read("02_leads"), three_way.assign(share=0, low=0, high=0), 9),
-        claims.late_influence(read("02_flow_tests")),
-        claims.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
-        claims.back_patching_helps(read("02_mending"), read("02_against_donor")),
-        claims.one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
-        claims.raises_accuracy(overall, arms),
-        claims.low_layers_are_best(
+        stages_in_order(read("01_order"), read("01_knockouts"), 9),
+        entity_cannot_tell(conflict[conflict["conflict"] == "other relation"], stage_b, 9),
+        failures_say_bridge(census, read("02_leads"), three_way.assign(share=0, low=0, high=0), 9),
+        late_influence(read("02_flow_tests")),
+        same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
+        back_patching_helps(read("02_mending"), read("02_against_donor")),
+        one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
+        raises_accuracy(overall, arms),
+        low_layers_are_best(
             read("04_chosen"),
             read("04_against_six"),
             read("04_unrest"),
@@ -80,28 +96,24 @@ def test_verdicts_follow_from_the_tables(ledger):
             read("04_differences"),
             (read("04_arithmetic_chosen"), read("04_arithmetic_against_six"), read("04_arithmetic_differences")),
         ),
-        claims.brings_high_states(
+        brings_high_states(
             {
                 "a": (read("05_high_share"), read("05_tests"), (25, 28)),
                 "b": (read("05_gemma_high_share"), read("05_gemma_tests"), (15, 17)),
             }
         ),
-        claims.small(read("03_sizes")),
-        claims.small_keeps_its_gain(
-            share.loc[(share["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
-        ),
-        claims.several_layers_help(
+        small(read("03_sizes")),
+        small_keeps_its_gain(share.loc[(share["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")),
+        several_layers_help(
             sources, less[less["less"] == "layer 6 alone"], less[less["less"] == "residual LoRA there"]
         ),
-        claims.arithmetic_has_stages(
-            {"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}, read("08_knockouts")
-        ),
-        claims.other_prompts_too(read("08_prompts_differences"), arms[:2]),
-        claims.costs_as_computed(read("08_costs"), read("08_one_pass")),
-        claims.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
-        claims.high_states_of_r1_matter(memory),
-        claims.gain_is_flow(memory, read("07_same_layer_memory"), overall),
-        claims.no_knowledge_no_gain(read("07_knowledge")),
+        arithmetic_has_stages({"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}, read("08_knockouts")),
+        other_prompts_too(read("08_prompts_differences"), arms[:2]),
+        costs_as_computed(read("08_costs"), read("08_one_pass")),
+        bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
+        high_states_of_r1_matter(memory),
+        gain_is_flow(memory, read("07_same_layer_memory"), overall),
+        no_knowledge_no_gain(read("07_knowledge")),
     ]
     kept = ledger.groupby("id", sort=False)["verdict"].agg(list).to_dict()
     again: dict[str, list[str]] = {}
@@ -134,7 +146,7 @@ def test_b1_follows_its_rule(ends, verdict):
     rows = [
         {"earlier": a, "later": b, "gap": 0.0, "low": e[0], "high": e[1]} for (a, b), e in zip(pairs, ends, strict=True)
     ]
-    assert claims.one_after_the_other(pd.DataFrame(rows), 9).verdict == verdict
+    assert one_after_the_other(pd.DataFrame(rows), 9).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ def test_b2_follows_its_rule(right, bridge, other, verdict):
     ends = {"e3": right, "e2": bridge, "other": other}
     rows = [{"outcome": name, "low": low, "high": high} for name, (low, high) in ends.items()]
     table = pd.DataFrame(rows).assign(wording="possessive", examples="one-hop", share=0.3, n=9)
-    assert claims.conflict_not_ignorance(table).verdict == verdict
+    assert conflict_not_ignorance(table).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -165,4 +177,4 @@ def test_b2_follows_its_rule(right, bridge, other, verdict):
 def test_b4_follows_its_rule(own, hidden, verdict):
     donor = pd.DataFrame([{"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}])
     table = pd.DataFrame([{"test": "r1 hidden", "kept": 0.5, "low": hidden[0], "high": hidden[1]}])
-    assert claims.r1_is_needed(donor, {"one": table}).verdict == verdict
+    assert r1_is_needed(donor, {"one": table}).verdict == verdict

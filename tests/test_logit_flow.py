@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backattn import load_model, logit_flow
-from backattn.lens import Lens
-from backattn.residual import capture, encode, head_contributions
+from backattn.models.activations import capture, head_contributions
+from backattn.models.lens import Lens
+from backattn.models.tokens import encode
 
 KEYS = ["prompt", "layer", "kind", "head", "neuron", "position"]
 COLUMNS = [*KEYS, "token", "log_prob_before", "log_prob_after", "increase"]

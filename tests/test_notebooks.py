@@ -7,9 +7,11 @@ import tomllib
 import nbformat
 import pytest
 
-from backattn import cli, paths
+from companion import paths
+from companion.runner.check import notebooks
+from companion.runner.cli import PROFILES, figure_index
 
-NOTEBOOKS = cli.notebooks()
+NOTEBOOKS = notebooks()
 TAGS = {"setup", "parameters", "nbval-check-output", "nbval-skip"}
 LEAST_IMAGES = {
     "00_start_here": 2,
@@ -120,7 +122,7 @@ def test_every_saved_figure_and_table_is_committed(notebook):
 
 def test_the_index_of_figures_is_whole():
     told = (paths.FIGURES / "README.md").read_text(encoding="utf-8")
-    assert told == cli.figure_index()
+    assert told == figure_index()
     listed = re.findall(r"^- \*\*(\w+)\*\*", told, re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in paths.FIGURES.glob("*.png"))
 
@@ -139,7 +141,7 @@ def test_parameters_are_plain_literals_and_profiles_use_them(path, notebook):
         assert isinstance(node, ast.Assign)
         ast.literal_eval(node.value)
         names |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-    for profile, sizes in cli.PROFILES.items():
+    for profile, sizes in PROFILES.items():
         assert set(sizes.get(path.stem, {})) <= names, profile
     assert {"model_name", "device"} <= names
 

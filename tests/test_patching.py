@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from backattn import patching
-from backattn.residual import encode, next_log_probs
+from backattn.analysis.back_patching import back_patch, back_patch_one
+from backattn.analysis.knockouts import Prompts, blocked_log_probs
+from backattn.models.next_token import next_log_probs
+from backattn.models.tokens import encode
 
 PROMPTS = ["France's capital is", "The mother of Anna was born in Tokyo and lives in the"]
 
@@ -13,7 +15,7 @@ PROMPTS = ["France's capital is", "The mother of Anna was born in Tokyo and live
 def test_back_patching_all_pairs_equals_one_forward_pass_per_pair(tiny):
     model, tokenizer = tiny
     positions = [2, 4]
-    patched = patching.back_patch(model, tokenizer, PROMPTS, positions, [[5, 7]] * 2, rows=3)
+    patched = back_patch(model, tokenizer, PROMPTS, positions, [[5, 7]] * 2, rows=3)
     layers = patched.said.shape[1]
     for index, prompt in enumerate(PROMPTS):
         for target in range(layers):
@@ -21,16 +23,16 @@ def test_back_patching_all_pairs_equals_one_forward_pass_per_pair(tiny):
                 if source <= target:
                     assert patched.said[index, target, source] == -1
                     continue
-                plain = patching.back_patch_one(model, tokenizer, prompt, positions[index], source, target)
+                plain = back_patch_one(model, tokenizer, prompt, positions[index], source, target)
                 assert torch.allclose(patched.log_probs[index, target, source], plain[[5, 7]].cpu(), atol=1e-4)
                 assert patched.said[index, target, source] == plain.argmax()
 
 
 def test_a_patch_changes_the_answer_and_donors_are_other_prompts(llama):
     model, tokenizer = llama
-    own = patching.back_patch(model, tokenizer, PROMPTS[:1], [2], [[5]])
-    other = patching.back_patch(model, tokenizer, PROMPTS[:1], [2], [[5]], donors=[(PROMPTS[1], 3)])
-    plain = patching.back_patch_one(model, tokenizer, PROMPTS[0], 2, 2, 0, donor=(PROMPTS[1], 3))
+    own = back_patch(model, tokenizer, PROMPTS[:1], [2], [[5]])
+    other = back_patch(model, tokenizer, PROMPTS[:1], [2], [[5]], donors=[(PROMPTS[1], 3)])
+    plain = back_patch_one(model, tokenizer, PROMPTS[0], 2, 2, 0, donor=(PROMPTS[1], 3))
     assert torch.allclose(other.log_probs[0, 0, 2], plain[[5]], atol=1e-4)
     assert not torch.allclose(own.log_probs[0, 0, 2], other.log_probs[0, 0, 2], atol=1e-4)
     unpatched = next_log_probs(model, encode(tokenizer, PROMPTS[:1], side="left"))
@@ -39,11 +41,11 @@ def test_a_patch_changes_the_answer_and_donors_are_other_prompts(llama):
 
 def test_a_position_outside_the_prompt_is_named(llama):
     with pytest.raises(ValueError, match="Position 99 cannot be patched"):
-        patching.back_patch(*llama, PROMPTS[:1], [99], [[5]])
+        back_patch(*llama, PROMPTS[:1], [99], [[5]])
 
 
 def blocked(model_and_tokenizer, prompts, sources, layers):
-    return patching.blocked_log_probs(patching.Prompts(*model_and_tokenizer, prompts), sources, layers)
+    return blocked_log_probs(Prompts(*model_and_tokenizer, prompts), sources, layers)
 
 
 def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
@@ -60,8 +62,8 @@ def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
     assert np.isfinite(hidden.numpy()).all()
     alone = [blocked(tiny, [p], [[1]], layers)[0] for p in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
-    assert all(cache is not None for *_, cache in patching.Prompts(model, tokenizer, PROMPTS).batches)
-    monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
+    assert all(cache is not None for *_, cache in Prompts(model, tokenizer, PROMPTS).batches)
+    monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
     assert torch.allclose(hidden, blocked(tiny, PROMPTS, [[1], [1]], layers), atol=1e-4)
 
 

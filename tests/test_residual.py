@@ -4,9 +4,12 @@ import pytest
 import torch
 from conftest import PROMPTS
 
-from backattn.arch import UnsupportedModelError, describe
-from backattn.lens import Lens
-from backattn.residual import Batch, capture, encode, head_contributions, hooks, self_check
+from backattn.models.activations import capture, head_contributions, self_check
+from backattn.models.decoder import describe
+from backattn.models.families import UnsupportedModelError
+from backattn.models.hooks import hooks
+from backattn.models.lens import Lens
+from backattn.models.tokens import Batch, encode
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backattn import (
-    BackAttentionConfig,
-    BackAttentionModel,
-    baselines,
-    get_back_attention_model,
-    load_model,
-    logit_flow,
-    models,
-    training,
-)
-from backattn.back_attention import AdapterError
-from backattn.models import ModelLoadError
-from backattn.residual import encode
+from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model, logit_flow
+from backattn.adapters.arms import make_arm
+from backattn.adapters.saving import AdapterError
+from backattn.models.checkpoint import ModelLoadError
+from backattn.models.families import UnsupportedModelError
+from backattn.models.packaged import EMBEDDED, _verify
+from backattn.models.tokens import encode
+from backattn.training.batches import numbers
+from backattn.training.loop import Recipe, train
 
 STRANGE = [
     "\u200b.",
@@ -124,15 +120,15 @@ class Harm:
 def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
     """As torch writes it, and as a bare pickle."""
     model, tokenizer = load_model("tiny-llama")
-    wrapped = baselines.make_arm("bias", model, 1, 4)
-    items = training.numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"], "answer": [" 3"]}))
+    wrapped = make_arm("bias", model, 1, 4)
+    items = numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"], "answer": [" 3"]}))
     checkpoint, proof = tmp_path / "training.pt", tmp_path / "harm"
     torch.save({"recipe": Harm(proof)}, checkpoint)
     whole = checkpoint.read_bytes()
     for content in (whole, pickle.dumps(Harm(proof)), whole[: len(whole) // 2], b""):
         checkpoint.write_bytes(content)
         with pytest.raises(OSError, match="was not used"):
-            training.train(wrapped, items, training.Recipe(1, 0.01, batch_size=1), checkpoint=checkpoint)
+            train(wrapped, items, Recipe(1, 0.01, batch_size=1), checkpoint=checkpoint)
     assert not proof.exists()
     wrapped.unload()
 
@@ -200,18 +196,18 @@ def test_a_model_that_brings_code_is_refused(llama, tmp_path):
         "auto_map": {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"},
     }
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises((ModelLoadError, models.UnsupportedModelError)):
+    with pytest.raises((ModelLoadError, UnsupportedModelError)):
         load_model(str(tmp_path))
     assert not proof.exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "longer"])
 def test_a_model_file_that_is_not_the_verified_one_is_refused(tmp_path, damage):
-    spec = models.EMBEDDED["smollm2"]
+    spec = EMBEDDED["smollm2"]
     content = {"cut": b"GGUF", "changed": b"GGUF" + b"\xff" * 60, "longer": b"GGUF" * 4096}[damage]
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ModelLoadError, match="sha256"):
-        models._verify(tmp_path / "model.gguf", spec.sha256, "the file")
+        _verify(tmp_path / "model.gguf", spec.sha256, "the file")
 
 
 # ---------------------------------------------------------------- killed at random, two at once

@@ -5,19 +5,20 @@ from urllib.parse import unquote
 
 import pytest
 
-from backattn import cli, site
+from companion.runner import site
+from companion.runner.check import notebooks
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return site.build(tmp_path_factory.mktemp("html") / "html", cli.notebooks()).parent
+    return site.build(tmp_path_factory.mktemp("html") / "html", notebooks()).parent
 
 
 def test_every_page_is_there_and_no_link_is_broken(root):
     pages = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.html")}
     pages = {name: text for name, text in pages.items() if not name.startswith("_static")}
     wanted = {"index.html", *(f"{name}.html" for name in site.PAGES)}
-    assert wanted | {f"notebooks/{path.stem}.html" for path in cli.notebooks()} <= set(pages)
+    assert wanted | {f"notebooks/{path.stem}.html" for path in notebooks()} <= set(pages)
     broken = []
     for name, text in pages.items():
         for link in re.findall(r'(?:href|src)="(?!https?:|data:|mailto:)([^"]+)"', text):
@@ -39,4 +40,4 @@ def test_figures_are_shown_and_code_is_folded(root):
 def test_a_page_that_links_to_nothing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(site, "ledger_page", lambda: "# What held\n\n[gone](notebooks/10_nothing.ipynb)\n")
     with pytest.raises(RuntimeError, match="10_nothing"):
-        site.build(tmp_path / "html", cli.notebooks())
+        site.build(tmp_path / "html", notebooks())

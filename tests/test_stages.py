@@ -5,27 +5,54 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import claims, flow_back, intervals, logit_flow, patching, stages, tasks
-from backattn.residual import capture, encode
+from backattn import flow_back, logit_flow
+from backattn.analysis.knockouts import Knockout, Trial, group_means
+from backattn.models.activations import capture
+from backattn.models.next_token import next_log_probs
+from backattn.models.tokens import encode
+from companion.measures.stages import (
+    boundaries,
+    core_layers,
+    grouped_flow,
+    knockout_table,
+    order_table,
+    other_layers,
+    profile_bands,
+    stage_knockouts,
+    stage_profiles,
+    stage_table,
+)
+from companion.questions.facts import facts as the_facts
+from companion.questions.prompts import GROUPS, position_groups, single_hop
+from companion.report import intervals
+from companion.report.verdicts import Claim
+from companion.studies.stage_discovery import (
+    contest,
+    entity_cannot_tell,
+    other_relation,
+    stages_in_order,
+    table_by,
+    trend_test,
+)
 
 
 @pytest.fixture(scope="module")
 def prompts(llama):
-    return tasks.single_hop(tasks.facts(), shots=1, per_relation=3).reset_index(drop=True)
+    return single_hop(the_facts(), shots=1, per_relation=3).reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")
 def groups(llama, prompts):
-    return tasks.position_groups(llama[1], prompts)
+    return position_groups(llama[1], prompts)
 
 
 def test_grouping_loses_no_flow(llama, prompts, groups):
     flow = logit_flow(*llama, prompts["prompt"], top_k=30)
     back = flow_back(*llama, flow)
-    grouped = stages.grouped_flow(back, groups)
+    grouped = grouped_flow(back, groups)
     assert grouped["flow"].sum() == pytest.approx(back.frame.query("kind != 'embedding'")["flow"].sum(), rel=1e-4)
-    assert set(grouped["group"]) == set(tasks.GROUPS)
-    profiles = stages.stage_profiles(grouped)
+    assert set(grouped["group"]) == set(GROUPS)
+    profiles = stage_profiles(grouped)
     assert np.allclose(profiles["C"], profiles["C relation"] + profiles["C last"])
     for profile in profiles.values():
         assert profile.shape == (len(prompts), llama[0].config.num_hidden_layers)
@@ -46,29 +73,29 @@ def test_planted_stages_are_found_in_order():
     profiles = {
         stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 12, 18, 25), strict=True))
     }
-    table = stages.stage_table(profiles, ALONE).set_index("stage")
+    table = stage_table(profiles, ALONE).set_index("stage")
     assert table["peak"].tolist() == [5, 12, 18, 25]
     assert (table["begin"] < table["middle"]).all() and (table["middle"] < table["end"]).all()
     assert ((table["middle_low"] <= table["middle"]) & (table["middle"] <= table["middle_high"])).all()
-    order = stages.order_table(profiles, ALONE)
+    order = order_table(profiles, ALONE)
     assert order["after"].all() and order["step"].all()
-    assert stages.trend_test(profiles)["p"] < 1e-6
-    assert stages.core_layers(profiles["B"], without=[12]) != stages.core_layers(profiles["B"])
-    assert 12 in stages.core_layers(profiles["B"])
+    assert trend_test(profiles)["p"] < 1e-6
+    assert core_layers(profiles["B"], without=[12]) != core_layers(profiles["B"])
+    assert 12 in core_layers(profiles["B"])
 
 
 def test_a_planted_wrong_order_is_not_called_ordered():
     profiles = {
         stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 23, 8, 26), strict=True))
     }
-    order = stages.order_table(profiles, ALONE)
+    order = order_table(profiles, ALONE)
     assert order["after"].tolist() == [True, False, True]
-    assert stages.trend_test(profiles)["share"] < 0.05
+    assert trend_test(profiles)["share"] < 0.05
 
 
 def test_no_difference_has_an_interval_around_zero():
     profiles = {stage: synthetic(15, noise=0.3, seed=i) for i, stage in enumerate("ABCD")}
-    assert not stages.order_table(profiles, ALONE)["after"].any()
+    assert not order_table(profiles, ALONE)["after"].any()
 
 
 def test_bootstrap_interval_covers():
@@ -80,23 +107,23 @@ def test_bootstrap_interval_covers():
 
 
 def test_other_layers_are_other():
-    for chosen in stages.other_layers([0, 3, 7], 12, draws=20, seed=0):
+    for chosen in other_layers([0, 3, 7], 12, draws=20, seed=0):
         assert len(chosen) == 3 and not set(chosen) & {0, 3, 7}
-    assert stages.other_layers([0], 30, 3, 5) == stages.other_layers([0], 30, 3, 5)
-    single = stages.other_layers([0, 23], 30, draws=40, seed=0)  # two of 28: many; all different
+    assert other_layers([0], 30, 3, 5) == other_layers([0], 30, 3, 5)
+    single = other_layers([0, 23], 30, draws=40, seed=0)  # two of 28: many; all different
     assert len({tuple(chosen) for chosen in single}) == 40
-    assert len(stages.other_layers([4], 6, draws=19, seed=0)) == 5  # no more than there are
+    assert len(other_layers([4], 6, draws=19, seed=0)) == 5  # no more than there are
 
 
 def test_boundaries_lie_where_the_flow_is():
     one = np.zeros(10)
     one[4] = 2.0
-    begin, middle, end, peak = stages.boundaries(one)
+    begin, middle, end, peak = boundaries(one)
     assert (begin, middle, end, peak) == pytest.approx((3.6, 4.0, 4.4, 4.0))
-    flat = stages.boundaries(np.ones(10))
+    flat = boundaries(np.ones(10))
     assert flat[1] == pytest.approx(4.5)
-    assert np.isnan(stages.boundaries(-np.ones(10))).all()
-    assert stages.boundaries(np.stack([one, np.ones(10)])).shape == (2, 4)
+    assert np.isnan(boundaries(-np.ones(10))).all()
+    assert boundaries(np.stack([one, np.ones(10)])).shape == (2, 4)
 
 
 def test_bootstrap_keeps_clusters_together():
@@ -112,16 +139,16 @@ def test_a_stage_is_needed_only_when_it_beats_every_draw():
     random = generator.normal(0.2, 0.01, (19, 40))
     lucky = random.copy()
     lucky[3] += 1.0
-    table = stages.knockout_table({"B": ([3], own, random), "D": ([4], own, lucky)}, range(40))
+    table = knockout_table({"B": ([3], own, random), "D": ([4], own, lucky)}, range(40))
     assert table["needed"].tolist() == [True, False]
 
 
 def test_tables_by_label_hold_all_and_each_label():
     profiles = {stage: synthetic(10, seed=i) for i, stage in enumerate("AB")}
-    table = stages.table_by(["x"] * 30 + ["y"] * 25 + ["z"] * 5, profiles, ALONE, least=8)
+    table = table_by(["x"] * 30 + ["y"] * 25 + ["z"] * 5, profiles, ALONE, least=8)
     assert sorted(table["label"].unique()) == ["all", "x", "y"]
     assert table["middle"].between(9, 11).all()
-    bands = stages.profile_bands(profiles, ALONE)
+    bands = profile_bands(profiles, ALONE)
     assert (bands["low"] <= bands["high"]).all() and bands.loc[bands["layer"] == 10, "share"].min() > 0.1
 
 
@@ -130,21 +157,21 @@ def test_tables_by_label_hold_all_and_each_label():
 
 def log_probs(model_and_tokenizer, prompts, groups, knockouts, means):
     ids = [1] * len(prompts)
-    return patching.Trial(*model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means).log_probs(knockouts)
+    return Trial(*model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means).log_probs(knockouts)
 
 
 def test_knocking_out_nothing_changes_nothing(tiny):
     model, tokenizer = tiny
-    frame = tasks.single_hop(tasks.facts(), shots=0, per_relation=2)
-    labels = tasks.position_groups(tokenizer, frame)
-    means = patching.group_means(model, tokenizer, frame["prompt"].tolist(), labels)
+    frame = single_hop(the_facts(), shots=0, per_relation=2)
+    labels = position_groups(tokenizer, frame)
+    means = group_means(model, tokenizer, frame["prompt"].tolist(), labels)
     plain = log_probs(tiny, frame, labels, (), means)
     stream = capture(model, encode(tokenizer, frame["prompt"].tolist()))
     assert torch.allclose(plain, stream.logits.log_softmax(-1)[:, 1], atol=1e-4)
     for kind in ("ffn", "attention"):
-        empty = patching.Knockout(kind, (), ("entity",))
+        empty = Knockout(kind, (), ("entity",))
         assert torch.equal(log_probs(tiny, frame, labels, (empty,), means), plain)
-        some = patching.Knockout(kind, (1, 2), ("entity", "relation", "last"))
+        some = Knockout(kind, (1, 2), ("entity", "relation", "last"))
         assert (log_probs(tiny, frame, labels, (some,), means) - plain).abs().max() > 1e-4
 
 
@@ -154,27 +181,29 @@ def test_a_prompt_that_is_its_own_mean_is_not_changed(tiny):
     prompt = "France is"
     labels = [np.array([f"p{i}" for i in range(len(tokenizer(prompt)["input_ids"]))], dtype=object)]
     frame = pd.DataFrame({"prompt": [prompt]})
-    means = patching.group_means(model, tokenizer, [prompt], labels)
+    means = group_means(model, tokenizer, [prompt], labels)
     plain = log_probs(tiny, frame, labels, (), means)
     for kind in ("ffn", "attention"):
-        knockout = patching.Knockout(kind, (0, 1, 2, 3), tuple(labels[0]))
+        knockout = Knockout(kind, (0, 1, 2, 3), tuple(labels[0]))
         assert torch.allclose(log_probs(tiny, frame, labels, (knockout,), means), plain, atol=1e-4)
 
 
 def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
     """Beginning at the first position that is knocked out gives what whole prompts give."""
-    frame = tasks.single_hop(tasks.facts(), shots=0, per_relation=2)
+    frame = single_hop(the_facts(), shots=0, per_relation=2)
     model, tokenizer = tiny
     if getattr(model.config, "sliding_window", None):
         monkeypatch.setattr(model.config, "sliding_window", 64)  # longer than the prompts
-    labels = tasks.position_groups(tokenizer, frame)
-    means = patching.group_means(model, tokenizer, frame["prompt"].tolist(), labels)
-    some = [patching.Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
-    seen, ordinary = [], patching.next_log_probs
-    monkeypatch.setattr(patching, "next_log_probs", lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1])
+    labels = position_groups(tokenizer, frame)
+    means = group_means(model, tokenizer, frame["prompt"].tolist(), labels)
+    some = [Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
+    seen, ordinary = [], next_log_probs
+    monkeypatch.setattr(
+        "backattn.analysis.knockouts.next_log_probs", lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1]
+    )
     quick = log_probs(tiny, frame, labels, some, means)
     assert len(seen) == 1  # a batch
-    monkeypatch.setattr(patching, "whole_cache", lambda *_: None)
+    monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
     whole = log_probs(tiny, frame, labels, some, means)
     assert seen[0].get_seq_length() > 0 and seen[-1] is None
     assert torch.allclose(quick, whole, atol=1e-4)
@@ -182,8 +211,8 @@ def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
 
 
 def test_padding_does_not_leak_into_knockouts(llama, prompts, groups):
-    means = patching.group_means(*llama, prompts["prompt"].tolist(), groups)
-    knockout = stages.stage_knockouts("D", [1, 2])
+    means = group_means(*llama, prompts["prompt"].tolist(), groups)
+    knockout = stage_knockouts("D", [1, 2])
     together = log_probs(llama, prompts, groups, knockout, means)
     for i in range(len(prompts)):
         alone = log_probs(llama, prompts.iloc[[i]], [groups[i]], knockout, means)
@@ -192,7 +221,7 @@ def test_padding_does_not_leak_into_knockouts(llama, prompts, groups):
 
 def test_an_unknown_component_is_refused(llama, prompts, groups):
     with pytest.raises(ValueError, match="Cannot knock out"):
-        log_probs(llama, prompts, groups, (patching.Knockout("norm", (0,), ("entity",)),), None)
+        log_probs(llama, prompts, groups, (Knockout("norm", (0,), ("entity",)),), None)
 
 
 # ---------------------------------------------------------------- correct against conflicting
@@ -202,12 +231,12 @@ def test_contest_reads_the_models_own_logits_at_the_end(llama, prompts, groups):
     model, tokenizer = llama
     correct, other = [5] * len(prompts), [9] * len(prompts)
     alone = range(len(prompts))
-    table = stages.contest(model, tokenizer, prompts["prompt"].tolist(), groups, correct, other, alone)
+    table = contest(model, tokenizer, prompts["prompt"].tolist(), groups, correct, other, alone)
     logits = capture(model, encode(tokenizer, prompts["prompt"].tolist())).logits
     final = table[(table["position"] == "last") & (table["layer"] == model.config.num_hidden_layers)]
     assert final["mean"].item() == pytest.approx((logits[:, 5] - logits[:, 9]).mean().item(), abs=1e-3)
     with pytest.raises(ValueError, match="ask more facts"):
-        stages.contest(model, tokenizer, [], [], [], [], [])
+        contest(model, tokenizer, [], [], [], [], [])
 
 
 def test_other_relation_uses_each_pair_both_ways():
@@ -219,7 +248,7 @@ def test_other_relation_uses_each_pair_both_ways():
             "answer_id": [1, 2, 3, 1],
         }
     )
-    rows = stages.other_relation(known)
+    rows = other_relation(known)
     pairs = sorted(zip(rows["answer_id"], rows["answer_id_other"], strict=True))
     assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1)]  # never against the same token, never another subject
 
@@ -227,11 +256,11 @@ def test_other_relation_uses_each_pair_both_ways():
 def test_the_entity_cannot_tell_in_the_bare_form(tiny):
     """Causality: the entity stands first, so its states do not depend on the relation, and balance makes zero."""
     model, tokenizer = tiny
-    facts = tasks.single_hop(tasks.facts(), shots=0, per_relation=6)
-    rows = stages.other_relation(facts.assign(answer_id=[3 + i for i in range(len(facts))]))
-    labels = tasks.position_groups(tokenizer, rows)
+    facts = single_hop(the_facts(), shots=0, per_relation=6)
+    rows = other_relation(facts.assign(answer_id=[3 + i for i in range(len(facts))]))
+    labels = position_groups(tokenizer, rows)
     ids = rows["answer_id"].tolist(), rows["answer_id_other"].tolist()
-    table = stages.contest(model, tokenizer, rows["prompt"].tolist(), labels, *ids, rows["subject"])
+    table = contest(model, tokenizer, rows["prompt"].tolist(), labels, *ids, rows["subject"])
     by = table.groupby("position")["mean"]
     assert by.apply(lambda x: x.abs().max())["entity"] < 1e-4 < by.apply(lambda x: x.abs().max())["last"]
 
@@ -262,7 +291,7 @@ def contest_table(entity, relation, last):
     ],
 )
 def test_the_verdict_on_c2_follows_its_rule(since, verdict):
-    assert claims.entity_cannot_tell(contest_table(*since), stage_b=23.0, n=9).verdict == verdict
+    assert entity_cannot_tell(contest_table(*since), stage_b=23.0, n=9).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -273,9 +302,9 @@ def test_the_verdict_on_c1_follows_its_rule(after, needed, verdict):
     order = pd.DataFrame({"earlier": list("ABC"), "later": list("BCD"), "gap": 3, "low": 1.0, "high": 5.0})
     order = order.assign(after=after, step=True)
     knockouts = pd.DataFrame({"stage": ["A", "A above 0", "B", "C above 0", "D"], "needed": [True] + [needed] * 4})
-    assert claims.stages_in_order(order, knockouts, n=9).verdict == verdict
+    assert stages_in_order(order, knockouts, n=9).verdict == verdict
 
 
 def test_a_verdict_must_be_a_known_word():
     with pytest.raises(ValueError, match="Unknown verdict"):
-        claims.Claim("C1", "", "", "", "", "probably", "", "")
+        Claim("C1", "", "", "", "", "probably", "", "")

@@ -7,12 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from backattn import paths, residual, tasks
+from backattn.models.next_token import next_log_probs
+from backattn.models.tokens import encode
+from companion import paths
+from companion.questions import asking
+from companion.questions.asking import score
+from companion.questions.facts import facts as the_facts
+from companion.questions.prompts import ends, position_groups, single_hop, span
 
 
 @pytest.fixture(scope="module")
 def facts():
-    return tasks.facts()
+    return the_facts()
 
 
 def test_the_shipped_facts_are_what_the_script_makes(tmp_path, facts):
@@ -42,27 +48,27 @@ def test_a_bad_table_names_its_column_or_row(tmp_path, text, message):
     file = tmp_path / "facts.csv"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        tasks.facts(file)
+        the_facts(file)
 
 
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.csv is missing"):
-        tasks.facts(tmp_path / "nothing.csv")
+        the_facts(tmp_path / "nothing.csv")
 
 
 def test_prompts_end_with_the_question_and_do_not_show_its_answer(facts):
-    prompts = tasks.single_hop(facts, shots=2, per_relation=20)
+    prompts = single_hop(facts, shots=2, per_relation=20)
     for row in prompts.itertuples():
         assert row.prompt.endswith(f"{row.subject}'s {row.relation} is")
         assert row.prompt[slice(*row.entity)] == row.subject
         assert row.prompt[slice(*row.relation_span)] == row.relation
         assert f" {row.answer}. " not in row.prompt  # the worked examples do not give it away
     assert (prompts.groupby("relation").size() <= 20).all()
-    assert len(tasks.single_hop(facts, shots=0)) == len(facts)
+    assert len(single_hop(facts, shots=0)) == len(facts)
 
 
 def test_worked_examples_are_not_asked(facts):
-    prompts = tasks.single_hop(facts, shots=2)
+    prompts = single_hop(facts, shots=2)
     for _, part in prompts.groupby("relation"):
         head = part["prompt"].iloc[0][: part["entity"].iloc[0][0]]
         shown = {sentence.split("'s ")[0] for sentence in head.split(". ") if sentence}
@@ -71,13 +77,13 @@ def test_worked_examples_are_not_asked(facts):
 
 def test_more_worked_examples_than_answers_is_refused(facts):
     with pytest.raises(ValueError, match="'continent' has only 5 different answers"):
-        tasks.single_hop(facts, shots=7)
+        single_hop(facts, shots=7)
 
 
 def test_position_groups_name_every_token(llama, facts):
     _, tokenizer = llama
-    prompts = tasks.single_hop(facts, per_relation=3)
-    for labels, row in zip(tasks.position_groups(tokenizer, prompts), prompts.itertuples(), strict=True):
+    prompts = single_hop(facts, per_relation=3)
+    for labels, row in zip(position_groups(tokenizer, prompts), prompts.itertuples(), strict=True):
         offsets = tokenizer(row.prompt, return_offsets_mapping=True)["offset_mapping"]
         assert len(labels) == len(offsets)
         assert labels[-1] == "last" and list(labels).count("last") == 1
@@ -88,22 +94,22 @@ def test_position_groups_name_every_token(llama, facts):
 
 def test_an_entity_that_is_not_in_the_prompt_is_named():
     with pytest.raises(ValueError, match=r"'Paris' does not occur in the prompt"):
-        tasks.span("France's capital is", "Paris")
+        span("France's capital is", "Paris")
 
 
 def test_a_prompt_without_a_place_is_an_error():
     labels = [np.array(["entity", "relation", "last"]), np.array(["entity", "entity", "last"])]
-    assert tasks.ends(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
+    assert ends(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
     with pytest.raises(ValueError, match="'relation'"):
-        tasks.ends(labels, ["entity", "relation"])
+        ends(labels, ["entity", "relation"])
 
 
 def test_score_agrees_with_asking_one_by_one(llama, facts):
     model, tokenizer = llama
-    prompts = tasks.single_hop(facts, per_relation=4)
-    scored = tasks.score(model, tokenizer, prompts, batch_size=7)
+    prompts = single_hop(facts, per_relation=4)
+    scored = score(model, tokenizer, prompts, batch_size=7)
     for row in scored.itertuples():
-        logs = residual.next_log_probs(model, residual.encode(tokenizer, [row.prompt]))[0]
+        logs = next_log_probs(model, encode(tokenizer, [row.prompt]))[0]
         assert row.log_prob == pytest.approx(logs[row.answer_id].item(), abs=1e-4)
         assert row.correct == (logs.argmax().item() == row.answer_id)
 
@@ -117,9 +123,9 @@ def test_known_keeps_only_what_the_first_token_can_tell(llama):
             "tokens": [1, 1, 2, 1],
         }
     )
-    assert len(tasks.known(scored)) == 1
+    assert len(asking.known(scored)) == 1
     with pytest.raises(ValueError, match="answers none"):
-        tasks.known(scored.assign(correct=False))
+        asking.known(scored.assign(correct=False))
 
 
 def test_the_paper_notebook_has_its_two_hundred_prompts(smollm2, facts):
@@ -127,7 +133,7 @@ def test_the_paper_notebook_has_its_two_hundred_prompts(smollm2, facts):
     model, tokenizer = smollm2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        known = tasks.known(tasks.score(model, tokenizer, tasks.single_hop(facts, per_relation=40)))
+        known = asking.known(score(model, tokenizer, single_hop(facts, per_relation=40)))
     assert known["relation"].nunique() >= 4
     assert len(known) >= 200 / 3
     assert np.isfinite(known["log_prob"]).all()

@@ -18,15 +18,66 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backattn import baselines, datasets, experiments, load_model, runtime, tasks, training
-from backattn.back_attention import TwoPassModel
-from backattn.experiments import Run, Store
-from backattn.paths import NOTEBOOKS
+from backattn import load_model, runtime
+from backattn.adapters.arms import ARMS, make_arm
+from backattn.adapters.two_pass import TwoPassModel
+from backattn.training.batches import IGNORED, collate, first_tokens, numbers
+from backattn.training.evaluation import (
+    NUMBER,
+    FirstPasses,
+    answer_logits,
+    evaluate,
+    perplexity,
+    right_answers,
+    written,
+)
+from backattn.training.loop import Recipe, _rows_of, _save, train
+from companion.paths import NOTEBOOKS
+from companion.questions import datasets
+from companion.questions.compositions import INVENTED, RELATIONS, compositions
+from companion.questions.datasets import (
+    DATASETS,
+    OTHER_PROMPTS,
+    guessed,
+    guessed_by_kind,
+    in_context,
+    load,
+    multiarith,
+    one_digit_composite,
+    svamp,
+    twins,
+    two_digit,
+    two_hop,
+)
+from companion.questions.facts import two_hop_facts
+from companion.questions.splits import FOLDS, SPLITS, _turn, draw, place_of, split
+from companion.runs import as_asked
+from companion.runs.as_asked import test_groups
+from companion.runs.perform import armed, before_and_after, forward_flops, perform, put_weights, recheck
+from companion.runs.plans import (
+    CORE_ARMS,
+    MOST_RATES,
+    SEEDS,
+    SIZED,
+    adapter_runs,
+    best_of,
+    complete,
+    composing_runs,
+    main_runs,
+    scratch_runs,
+    search,
+    ship,
+    sweep,
+    varied_runs,
+)
+from companion.runs.run import SCRATCH, Run
+from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, scratch_model
+from companion.runs.store import CHECKPOINTS, Store
 
 NOTEBOOK_03 = NOTEBOOKS / "03_back_attention_training.ipynb"
 
 PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
-OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *datasets.OTHER_PROMPTS]
+OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *OTHER_PROMPTS]
 TWICE = ("two-hop", "question", "code")  # ask some questions twice: the capital of a country of a city, of a company
 
 
@@ -36,8 +87,8 @@ TWICE = ("two-hop", "question", "code")  # ask some questions twice: the capital
 @pytest.mark.parametrize("fold", [None, 0, 1, 2])
 @pytest.mark.parametrize("name", OFFLINE)
 def test_no_name_is_in_two_splits(name, fold):
-    frame = datasets.split(datasets.load(name), fold)
-    assert set(frame["split"]) == set(datasets.SPLITS)
+    frame = split(load(name), fold)
+    assert set(frame["split"]) == set(SPLITS)
     assert not frame["prompt"].duplicated().any() or name in TWICE
     names = frame.assign(name=frame["group"].str.split("|")).explode("name")
     assert (names.groupby("name")["split"].nunique() == 1).all()
@@ -46,8 +97,8 @@ def test_no_name_is_in_two_splits(name, fold):
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_every_question_is_tested_in_one_fold_or_validates_in_all(name):
-    whole = datasets.load(name)
-    parts = [datasets.split(whole, fold) for fold in range(datasets.FOLDS)]
+    whole = load(name)
+    parts = [split(whole, fold) for fold in range(FOLDS)]
     tested = pd.concat([part[part["split"] == "test"] for part in parts])["prompt"]
     held_out = [set(part.loc[part["split"] == "validation", "prompt"]) for part in parts]
     assert held_out[0] == held_out[1] == held_out[2] and not held_out[0] & set(tested)
@@ -58,17 +109,17 @@ def test_every_question_is_tested_in_one_fold_or_validates_in_all(name):
 
 def test_places_are_what_they_were():
     """A salted hash would shuffle the splits with every start of Python."""
-    assert [round(datasets.place_of(name), 4) for name in ("Spain", "3,4", "ant")] == PLACES
+    assert [round(place_of(name), 4) for name in ("Spain", "3,4", "ant")] == PLACES
     with pytest.raises(ValueError, match="folds 0 to 2"):
-        datasets.split(datasets.load("1DC"), 3)
+        split(load("1DC"), 3)
 
 
 def test_arithmetic_is_right_and_no_first_step_is_seen_before():
-    frame = datasets.two_digit()
+    frame = two_digit()
     assert len(frame) == 20_000
     for row in frame.sample(300, random_state=0).itertuples():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
-    composite = datasets.split(datasets.one_digit_composite(), 0)
+    composite = split(one_digit_composite(), 0)
     assert len(composite) == 6_561
     for row in composite.sample(300, random_state=0).itertuples():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
@@ -77,7 +128,7 @@ def test_arithmetic_is_right_and_no_first_step_is_seen_before():
 
 
 def test_other_wordings_ask_the_same_questions():
-    plain, question, code = (datasets.load(name) for name in ("two-hop", "question", "code"))
+    plain, question, code = (load(name) for name in ("two-hop", "question", "code"))
     row = plain.index[plain["prompt"] == "Dubliners's author's country is"]
     assert question["prompt"][row].tolist() == ["Question: What is the country of the author of Dubliners? Answer:"]
     assert code["prompt"][row].tolist() == ["country(author(Dubliners)) ="]
@@ -86,9 +137,9 @@ def test_other_wordings_ask_the_same_questions():
 
 
 def test_a_first_hop_in_context_is_said_once_and_needed():
-    facts, frame = datasets.two_hop(), datasets.in_context()
+    facts, frame = two_hop(), in_context()
     known = set(facts[["r1", "e2", "r2", "e3"]].itertuples(index=False, name=None))
-    answers = {(e2, r2): e3 for e2, r2, e3 in tasks.two_hop_facts()[["e2", "r2", "e3"]].to_numpy()}
+    answers = {(e2, r2): e3 for e2, r2, e3 in two_hop_facts()[["e2", "r2", "e3"]].to_numpy()}
     assert len(frame) > 800 and frame["tested"].all() and (frame["group"] == frame["e2"]).all()
     assert frame.groupby(["r1", "e2", "r2"]).size().nunique() == 1
     for row in frame.itertuples():
@@ -96,7 +147,7 @@ def test_a_first_hop_in_context_is_said_once_and_needed():
         assert f"{row.e1}'s {row.r1} is {row.e2}." in said and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
         bridges = {s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said}
         assert len({s.split("'s ")[0] for s in said}) == len(said) == len(bridges) == 3
-        assert len({datasets._turn(name) for name in bridges}) == 1
+        assert len({_turn(name) for name in bridges}) == 1
         assert row.e3 not in bridges and (row.r1, row.e2, row.r2, row.e3) in known
         assert all(answers.get((name, row.r2)) != row.e3 for name in bridges - {row.e2})
 
@@ -105,17 +156,17 @@ def test_the_most_frequent_answer_is_guessed(monkeypatch):
     names = [f"g{i}" for i in range(400)]
     answers = ["often" if i % 4 else "seldom" for i in range(400)]
     frame = pd.DataFrame({"prompt": names, "answer": answers, "group": names, "r2": "r", "tested": True})
-    monkeypatch.setitem(datasets.DATASETS, "made up", lambda: frame)
-    assert datasets.guessed("made up") == pytest.approx(0.75, abs=0.03)
-    assert 0.1 < datasets.guessed("in context") < 0.4
-    floor = datasets.guessed_by_kind()
+    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
+    assert guessed("made up") == pytest.approx(0.75, abs=0.03)
+    assert 0.1 < guessed("in context") < 0.4
+    floor = guessed_by_kind()
     assert list(floor.index) == ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"] and 0 < floor.min() < floor.max() < 0.15
 
 
 def test_compositions_hold_out_what_they_say():
-    frame = datasets.compositions()
+    frame = compositions()
     facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
-    assert len(facts) == datasets.INVENTED * datasets.RELATIONS / 2
+    assert len(facts) == INVENTED * RELATIONS / 2
     seen = {"ID": set(), "OOD": set()}
     trained, held = set(), set()
     for row in frame[frame["kind"] != "fact"].itertuples():
@@ -133,28 +184,28 @@ def test_compositions_hold_out_what_they_say():
     assert (
         (held_out.loc["validation"] == 70).all() and (held_out.loc["test"] == 200).all() and len(held_out.columns) == 4
     )
-    assert not frame["prompt"].duplicated().any() and datasets.split(frame, 1).equals(frame)
+    assert not frame["prompt"].duplicated().any() and split(frame, 1).equals(frame)
     with pytest.raises(ValueError, match="only 224 questions of kind OOD/OOD"):
-        datasets.compositions(1)
+        compositions(1)
 
 
 def test_compositions_are_tuned_alike(tmp_path):
     """Each arm tries the same decays with the search's rates, and is trained at what does best on ID/ID questions."""
     store = Store(tmp_path, shipped=None)
     while True:
-        tried, final = experiments.composing_runs(store)
+        tried, final = composing_runs(store)
         if final:
             break
         for run in tried:
             if store.result(run) is None:
                 pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
-    assert {run.arm for run in tried} == set(experiments.COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
+    assert {run.arm for run in tried} == set(COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
     assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 7 * 3
     assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {(1600, None, 1.0)}
 
 
 def test_tested_two_hop_questions_need_both_hops():
-    frame = datasets.two_hop()
+    frame = two_hop()
     assert 0.4 < frame["tested"].mean() < 0.7
     assert (frame["group"] == frame["e2"]).all()
 
@@ -176,7 +227,7 @@ def test_legs_add_up():
 
 @given(st.text(min_size=1))
 def test_places_lie_in_the_unit_interval(name):
-    assert 0 <= datasets.place_of(name) < 1
+    assert 0 <= place_of(name) < 1
 
 
 def test_texts_that_say_nearly_the_same_are_twins():
@@ -185,18 +236,18 @@ def test_texts_that_say_nearly_the_same_are_twins():
         "Bob has N pens and then buys N more at a shop",
         "How tall is a tree of N years",
     ]
-    groups = datasets.twins([text.lower().split() for text in texts])
+    groups = twins([text.lower().split() for text in texts])
     assert groups[0] == groups[1] != groups[2]
 
 
 def test_draw_is_seeded_and_says_when_there_is_nothing():
-    frame = datasets.split(datasets.one_digit_composite(), 0)
-    assert datasets.draw(frame, "test", 20).equals(datasets.draw(frame, "test", 20))
-    assert len(datasets.draw(frame, "test")) == (frame["split"] == "test").sum()
+    frame = split(one_digit_composite(), 0)
+    assert draw(frame, "test", 20).equals(draw(frame, "test", 20))
+    assert len(draw(frame, "test")) == (frame["split"] == "test").sum()
     with pytest.raises(ValueError, match="no questions in split 'dev'"):
-        datasets.draw(frame, "dev", 3)
+        draw(frame, "dev", 3)
     with pytest.raises(ValueError, match="Unknown dataset"):
-        datasets.load("gsm")
+        load("gsm")
     with pytest.raises(ValueError, match="1 or 2 kinds"):
         datasets.legs(3)
 
@@ -207,19 +258,19 @@ def test_published_files_are_read_and_checked(tmp_path, monkeypatch):
     path = tmp_path / "svamp" / "SVAMP.json"
     path.write_text(json.dumps(items))
     with pytest.raises(ValueError, match="another sha256"):
-        datasets.svamp(tmp_path)
+        svamp(tmp_path)
     place, url, _ = datasets.PUBLISHED["svamp"]
     digest = datasets.hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, url, digest))
-    frame = datasets.svamp(tmp_path)
+    frame = svamp(tmp_path)
     assert frame["prompt"][0] == "Tom has 3 pens. How many? Answer:" and frame["answer"][0] == " 3"
     with pytest.raises(FileNotFoundError, match="unset BACKATTN_DATASETS"):
-        datasets.multiarith(tmp_path)
+        multiarith(tmp_path)
     monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
-    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("companion.questions.datasets.CACHE", tmp_path / "cache")
     monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, "http://127.0.0.1:9/none", digest))
     with pytest.raises(OSError, match="Put the file into"):
-        datasets.svamp()
+        svamp()
 
 
 # ---------------------------------------------------------------- batches and answers
@@ -231,11 +282,11 @@ def sums():
 
 
 def test_batches_are_padded_on_the_left_and_labelled_at_the_end(llama, sums):
-    items = training.numbers(llama[1], sums)
-    batch = training.collate(items, [0, 2])
+    items = numbers(llama[1], sums)
+    batch = collate(items, [0, 2])
     assert batch.mask[:, -1].all() and (batch.ids[batch.mask == 0] == 0).all()
     for place, row in enumerate([0, 2]):
-        own = batch.labels[place][batch.labels[place] != training.IGNORED].tolist()
+        own = batch.labels[place][batch.labels[place] != IGNORED].tolist()
         assert own == items.answers[row]
         text = batch.ids[place][batch.mask[place].bool()].tolist()
         assert text == items.prompts[row] + items.answers[row][:-1]
@@ -244,46 +295,46 @@ def test_batches_are_padded_on_the_left_and_labelled_at_the_end(llama, sums):
 def test_right_means_what_greedy_generation_writes(tiny, sums):
     """`right_answers` against actual generation, with the model's own words as answers."""
     model, tok = tiny
-    items = replace(training.numbers(tok, sums), goes_on=frozenset())
+    items = replace(numbers(tok, sums), goes_on=frozenset())
     for row, prompt in enumerate(items.prompts):
         made = model.generate(torch.tensor([prompt]), max_new_tokens=3, eos_token_id=-1, do_sample=False)[0]
         items.answers[row] = made[len(prompt) :].tolist()
-    assert training.evaluate(model, items)[0].all()
+    assert evaluate(model, items)[0].all()
     items.answers[1][0] = (items.answers[1][0] + 1) % 100
-    assert training.evaluate(model, items)[0].tolist() == [True, False, True]
+    assert evaluate(model, items)[0].tolist() == [True, False, True]
 
 
 def test_an_answer_that_goes_on_as_another_number_is_wrong(llama, sums):
-    items = training.numbers(llama[1], sums)
+    items = numbers(llama[1], sums)
     assert items.goes_on and all(llama[1].decode([i]).strip()[:1].isdigit() for i in items.goes_on)
-    batch = training.collate(items, [0])
+    batch = collate(items, [0])
     logits = torch.zeros(1, batch.labels.shape[1], len(llama[1]))
     for place, token in enumerate(items.answers[0]):
         logits[0, place, token] = 1
-    assert training.right_answers(logits, items, [0], batch).item()
+    assert right_answers(logits, items, [0], batch).item()
     logits[0, -1, next(iter(items.goes_on))] = 2
-    assert not training.right_answers(logits, items, [0], batch).item()
+    assert not right_answers(logits, items, [0], batch).item()
     logits[0, -1, next(iter(items.goes_on))] = 0
     logits[0, -1, llama[1](" red")["input_ids"][0]] = 2  # any other end is fine
-    assert training.right_answers(logits, items, [0], batch).item()
+    assert right_answers(logits, items, [0], batch).item()
 
 
 def test_first_tokens_accept_aliases(llama, sums):
     accepted = [frozenset([5, 6]), frozenset([7]), frozenset([8])]
-    items = training.first_tokens(llama[1], sums, accepted)
-    batch = training.collate(items, [0, 1, 2])
+    items = first_tokens(llama[1], sums, accepted)
+    batch = collate(items, [0, 1, 2])
     logits = torch.zeros(3, 1, 20)
     for row, said in enumerate([6, 5, 8]):
         logits[row, 0, said] = 1
-    assert training.right_answers(logits, items, [0, 1, 2], batch).tolist() == [True, False, True]
+    assert right_answers(logits, items, [0, 1, 2], batch).tolist() == [True, False, True]
 
 
 def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
-    items = training.numbers(llama[1], sums)
+    items = numbers(llama[1], sums)
     texts = iter([" 3 pens", "\n6. And", " 12,5"])
     monkeypatch.setattr(type(llama[1]), "batch_decode", lambda self, rows: [next(texts) for _ in rows])
     order = np.argsort([len(p) for p in items.prompts], kind="stable")
-    right = training.written(llama[0], llama[1], items)
+    right = written(llama[0], llama[1], items)
     said = dict(zip(order.tolist(), [" 3 pens", "\n6. And", " 12,5"], strict=True))
     expected = [bool(re.match(rf"\s*{a.strip()}(?![\d,])", said[row])) for row, a in enumerate(items.texts)]
     assert right.tolist() == expected
@@ -296,7 +347,7 @@ def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
         ("x 3", None),
         ("7,5", None),
     ):
-        found = training.NUMBER.match(text)
+        found = NUMBER.match(text)
         assert (found and found[1]) == number
 
 
@@ -304,56 +355,56 @@ def test_perplexity_is_that_of_the_words(llama):
     model, tok = load_model("tiny-llama")
     for p in model.parameters():
         torch.nn.init.zeros_(p)
-    assert training.perplexity(model, tok, "one two three four " * 20, window=8) == pytest.approx(len(tok))
+    assert perplexity(model, tok, "one two three four " * 20, window=8) == pytest.approx(len(tok))
 
 
 def test_empty_questions_are_refused(llama, sums):
     with pytest.raises(ValueError, match="no questions"):
-        training.numbers(llama[1], sums[:0])
+        numbers(llama[1], sums[:0])
 
 
 # ---------------------------------------------------------------- arms
 
 
-@pytest.mark.parametrize("arm", baselines.ARMS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_untrained_arms_change_nothing_and_learn(arm, sums):
     model, tok = load_model("tiny-llama")
-    items = training.numbers(tok, sums)
-    batch = training.collate(items, range(3))
+    items = numbers(tok, sums)
+    batch = collate(items, range(3))
     with torch.no_grad():
-        before = training.answer_logits(model, batch)
-        wrapped = baselines.make_arm(arm, model, 1, 4)
-        assert torch.equal(training.answer_logits(wrapped, batch), before)
-    curve = training.train(wrapped, items, training.Recipe(steps=30, learning_rate=0.03, evaluations=3))
+        before = answer_logits(model, batch)
+        wrapped = make_arm(arm, model, 1, 4)
+        assert torch.equal(answer_logits(wrapped, batch), before)
+    curve = train(wrapped, items, Recipe(steps=30, learning_rate=0.03, evaluations=3))
     assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
-    assert torch.equal(training.answer_logits(wrapped.unload(), batch).detach(), before)
+    assert torch.equal(answer_logits(wrapped.unload(), batch).detach(), before)
 
 
 def test_arms_have_equal_weights():
     sizes = {}
-    for arm in baselines.ARMS:
+    for arm in ARMS:
         model, _ = load_model("tiny-llama")
-        wrapped = baselines.make_arm(arm, model, 1, 8)
+        wrapped = make_arm(arm, model, 1, 8)
         sizes[arm] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     same = [sizes[arm] for arm in ("back attention", "same layer", "residual LoRA", "loop LoRA")]
     assert same == [4 * 32 * 8] * 4 and sizes["bias"] == 32
     assert abs(sizes["LoRA q,v"] - same[0]) / same[0] < 0.5
     with pytest.raises(ValueError, match="Unknown arm"):
-        baselines.make_arm("magic", load_model("tiny-llama")[0], 1, 8)
+        make_arm("magic", load_model("tiny-llama")[0], 1, 8)
     with pytest.raises(ValueError, match="q_proj"):
-        baselines.make_arm("LoRA q,v", load_model("tiny-gpt2")[0], 1, 8)
+        make_arm("LoRA q,v", load_model("tiny-gpt2")[0], 1, 8)
 
 
 def test_the_control_reads_its_own_layer_in_one_pass():
-    same = baselines.make_arm("same layer", load_model("tiny-llama")[0], 1, 4)
+    same = make_arm("same layer", load_model("tiny-llama")[0], 1, 4)
     assert same.memory_layers == (1,) and not same.two_passes
-    full = baselines.make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
+    full = make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
     assert full.memory_layers == (1, 2, 3, 4) and full.two_passes
 
 
 def test_the_loop_reads_its_own_position_only():
     model, _ = load_model("tiny-llama")
-    wrapped = baselines.make_arm("loop LoRA", model, 1, 4)
+    wrapped = make_arm("loop LoRA", model, 1, 4)
     assert wrapped.two_passes and wrapped.memory_layers == (4,)
     seen = {}
     update = wrapped.updates["1"]
@@ -377,26 +428,26 @@ def weights_of(model):
 def many(tok, count=24):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = [(f"{words[i % 10]} plus {words[i // 10]} is", f" {i % 10 + i // 10 + 2}") for i in range(count)]
-    return training.numbers(tok, pd.DataFrame(rows, columns=["prompt", "answer"]))
+    return numbers(tok, pd.DataFrame(rows, columns=["prompt", "answer"]))
 
 
 @pytest.mark.parametrize("arm", ["back attention", "LoRA q,v"])
 def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
-    recipe = training.Recipe(steps=12, learning_rate=0.01, batch_size=5, evaluations=3)
+    recipe = Recipe(steps=12, learning_rate=0.01, batch_size=5, evaluations=3)
 
     def fresh():
         torch.manual_seed(0)
         model, tok = load_model("tiny-llama")
-        return baselines.make_arm(arm, model, 1, 4), many(tok)
+        return make_arm(arm, model, 1, 4), many(tok)
 
     model, items = fresh()
-    curve, whole = training.train(model, items, recipe, items), weights_of(model)
+    curve, whole = train(model, items, recipe, items), weights_of(model)
 
     class Stop(Exception):
         pass
 
     stopped, items = fresh()
-    path, ordinary = tmp_path / "training.pt", training.right_answers
+    path, ordinary = tmp_path / "training.pt", right_answers
     calls = iter(range(100))
 
     def failing(*args):
@@ -404,13 +455,15 @@ def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
             raise Stop
         return ordinary(*args)
 
-    monkeypatch.setattr(training, "right_answers", failing)
+    monkeypatch.setattr("backattn.training.loop.right_answers", failing)
+    monkeypatch.setattr("backattn.training.evaluation.right_answers", failing)
     with pytest.raises(Stop):
-        training.train(stopped, items, recipe, items, path, save_every=2)
-    monkeypatch.setattr(training, "right_answers", ordinary)
+        train(stopped, items, recipe, items, path, save_every=2)
+    monkeypatch.setattr("backattn.training.loop.right_answers", ordinary)
+    monkeypatch.setattr("backattn.training.evaluation.right_answers", ordinary)
     assert path.exists()
     resumed, items = fresh()
-    again = training.train(resumed, items, recipe, items, path, save_every=2)
+    again = train(resumed, items, recipe, items, path, save_every=2)
     columns = ["step", "loss", "train", "validation", "losses"]
     pd.testing.assert_frame_equal(curve[columns], again[columns])
     assert all(torch.equal(whole[name], p) for name, p in weights_of(resumed).items())
@@ -418,25 +471,25 @@ def test_a_stopped_run_goes_on_to_the_same_result(arm, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     model, tok = load_model("tiny-llama")
-    wrapped, items, path = baselines.make_arm("bias", model, 1, 4), many(tok), tmp_path / "training.pt"
-    recipe = training.Recipe(steps=4, learning_rate=0.01)
+    wrapped, items, path = make_arm("bias", model, 1, 4), many(tok), tmp_path / "training.pt"
+    recipe = Recipe(steps=4, learning_rate=0.01)
     optimiser = torch.optim.AdamW(wrapped.updates.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
     weights = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    training._save(path, recipe, weights, optimiser, schedule, {"step": 1, "seconds": 0.0})
+    _save(path, recipe, weights, optimiser, schedule, {"step": 1, "seconds": 0.0})
     with pytest.raises(ValueError, match="another training run"):
-        training.train(wrapped, items, replace(recipe, seed=3), checkpoint=path)
+        train(wrapped, items, replace(recipe, seed=3), checkpoint=path)
 
 
 def test_kept_first_passes_give_the_same_training(monkeypatch):
-    recipe, ends = training.Recipe(10, 0.01, batch_size=6, evaluations=2), []
-    counted, ordinary = [], training.FirstPasses._compute
-    monkeypatch.setattr(training.FirstPasses, "_compute", lambda *a: (counted.append(1), ordinary(*a)))
+    recipe, ends = Recipe(10, 0.01, batch_size=6, evaluations=2), []
+    counted, ordinary = [], FirstPasses._compute
+    monkeypatch.setattr(FirstPasses, "_compute", lambda *a: (counted.append(1), ordinary(*a)))
     for room in (1.0, 1e-6):
         torch.manual_seed(0)
         model, tok = load_model("tiny-llama")
-        wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
-        ends.append((training.train(wrapped, items, recipe, keep_first_passes=room), weights_of(wrapped), len(counted)))
+        wrapped, items = make_arm("back attention", model, 1, 4), many(tok)
+        ends.append((train(wrapped, items, recipe, keep_first_passes=room), weights_of(wrapped), len(counted)))
     (kept, weights, first), (plain, others, second) = ends
     assert first == second == 1  # computed once with room, never without
     columns = ["step", "loss", "train", "validation"]
@@ -446,25 +499,25 @@ def test_kept_first_passes_give_the_same_training(monkeypatch):
 
 def test_what_first_passes_take_is_known_before():
     model, tok = load_model("tiny-llama")
-    wrapped, items = baselines.make_arm("back attention", model, 1, 4), many(tok)
-    passes = training.FirstPasses(wrapped, items, group=5)
-    passes([0, 7], training.collate(items, [0, 7]))
+    wrapped, items = make_arm("back attention", model, 1, 4), many(tok)
+    passes = FirstPasses(wrapped, items, group=5)
+    passes([0, 7], collate(items, [0, 7]))
     assert 0 < len(passes.kept) <= 10
     for row in range(len(items)):
-        passes([row], training.collate(items, [row]))
+        passes([row], collate(items, [row]))
     size = sum(x.numel() * 4 for x in passes.kept.values())
-    assert training.FirstPasses.gigabytes(wrapped, items) == pytest.approx(size / 2**30)
+    assert FirstPasses.gigabytes(wrapped, items) == pytest.approx(size / 2**30)
 
 
 def test_every_question_is_seen_once_per_epoch_among_its_like():
-    recipe = training.Recipe(steps=8, learning_rate=1.0, batch_size=6)
+    recipe = Recipe(steps=8, learning_rate=1.0, batch_size=6)
     lengths = np.arange(24) % 5
-    seen = [training._rows_of(step, lengths, recipe) for step in range(4)]
+    seen = [_rows_of(step, lengths, recipe) for step in range(4)]
     assert sorted(row for rows in seen for row in rows) == list(range(24))
     assert max(np.ptp(lengths[rows]) for rows in seen) <= 2
-    assert seen[0] != training._rows_of(4, lengths, recipe)
-    assert seen[0] != training._rows_of(0, lengths, replace(recipe, seed=1))
-    assert len(training._rows_of(3, lengths[:4], recipe)) == 4  # fewer questions than a batch
+    assert seen[0] != _rows_of(4, lengths, recipe)
+    assert seen[0] != _rows_of(0, lengths, replace(recipe, seed=1))
+    assert len(_rows_of(3, lengths[:4], recipe)) == 4  # fewer questions than a batch
 
 
 def test_training_says_what_is_wrong():
@@ -472,13 +525,13 @@ def test_training_says_what_is_wrong():
     items = many(tok)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        training.train(model, items, training.Recipe(1, 0.01))
+        train(model, items, Recipe(1, 0.01))
     model.requires_grad_(True)
-    wrapped = baselines.make_arm("bias", model, 1, 4)
+    wrapped = make_arm("bias", model, 1, 4)
     with torch.no_grad():
         wrapped.updates["1"].bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        training.train(wrapped, items, training.Recipe(1, 0.01))
+        train(wrapped, items, Recipe(1, 0.01))
 
 
 # ---------------------------------------------------------------- runs
@@ -486,62 +539,63 @@ def test_training_says_what_is_wrong():
 
 @pytest.fixture
 def tiny_run(monkeypatch):
-    frame = datasets.one_digit_composite()
+    frame = one_digit_composite()
     words = frame.assign(prompt="one plus two is", answer=" 3")
-    monkeypatch.setitem(datasets.DATASETS, "tiny", lambda: words)
+    monkeypatch.setitem(DATASETS, "tiny", lambda: words)
     return Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
 
 
 def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
     store = Store(tmp_path, shipped=None)
     runs = [tiny_run, replace(tiny_run, arm="zero-shot", steps=0)]
-    experiments.sweep(runs, store)
+    sweep(runs, store)
     kept = [store.result(run) for run in runs]
     assert [result["run"]["arm"] for result in kept] == ["back attention", "zero-shot"]
     assert [result["trained"] for result in kept] == [4 * 32 * 4, 0]
     assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
-    monkeypatch.setattr(experiments, "armed", lambda *a: pytest.fail("made twice"))
-    assert experiments.perform(tiny_run, store)["right"] == kept[0]["right"]
+    monkeypatch.setattr("companion.runs.perform.armed", lambda *a: pytest.fail("made twice"))
+    assert perform(tiny_run, store)["right"] == kept[0]["right"]
 
 
 @pytest.fixture
 def mixed_run(tiny_run, monkeypatch):
     """A run that gets some questions right and some wrong, and none before training."""
-    frame = datasets.one_digit_composite()
+    frame = one_digit_composite()
     two, one = np.arange(len(frame)) % 2 == 1, np.arange(len(frame)) % 3 > 0
     prompts = [f"{'two' if a else 'five'} plus {'one' if b else 'three'} is" for a, b in zip(two, one, strict=True)]
     questions = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
-    monkeypatch.setitem(datasets.DATASETS, "mixed", lambda: questions)
-    monkeypatch.setattr(experiments, "perplexity", lambda *a: 1.0)
+    monkeypatch.setitem(DATASETS, "mixed", lambda: questions)
+    monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
     return replace(tiny_run, dataset="mixed", learning_rate=0.05, steps=40, train_items=64, test_items=16)
 
 
 def test_kept_weights_give_the_kept_answers(mixed_run, tmp_path):
     tiny_run, store = mixed_run, Store(tmp_path, shipped=None)
-    result = experiments.perform(tiny_run, store)
+    result = perform(tiny_run, store)
     assert set(result["right"]) == {"0", "1"}
-    again = experiments.recheck([tiny_run], store, 12).iloc[0]
+    again = recheck([tiny_run], store, 12).iloc[0]
     assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"]) and 0 < again["kept"] < 1
-    with experiments.armed(tiny_run, "float32") as (model, tok):  # untrained it has none right
-        assert not training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0].any()
-    with experiments.armed(tiny_run, "float32") as (model, tok):
-        experiments.put_weights(model, store.weights(tiny_run))
-        right = training.evaluate(model, experiments.questions(tiny_run, tok, "test"))[0]
+    with armed(tiny_run, "float32") as (model, tok):  # untrained it has none right
+        assert not evaluate(model, as_asked.questions(tiny_run, tok, "test"))[0].any()
+    with armed(tiny_run, "float32") as (model, tok):
+        put_weights(model, store.weights(tiny_run))
+        right = evaluate(model, as_asked.questions(tiny_run, tok, "test"))[0]
     assert "".join(map(str, right.astype(int))) == result["right"]
     with (
         pytest.raises(ValueError, match="another arm"),
-        experiments.armed(replace(tiny_run, dim=2), "float32") as (model, _),
+        armed(replace(tiny_run, dim=2), "float32") as (model, _),
     ):
-        experiments.put_weights(model, store.weights(tiny_run))
-    with experiments.armed(tiny_run, "float32"):  # the shared model is free again
+        put_weights(model, store.weights(tiny_run))
+    with armed(tiny_run, "float32"):  # the shared model is free again
         pass
 
 
 def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
     store = Store(tmp_path / "runs", shipped=None)
-    result = experiments.perform(tiny_run, store)
+    result = perform(tiny_run, store)
     store.ship([tiny_run], with_weights=[tiny_run], folder=tmp_path / "data")
-    monkeypatch.setattr(experiments, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    monkeypatch.setattr("companion.runs.plans.CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    monkeypatch.setattr("companion.runs.store.CHECKPOINTS", tmp_path / "data" / "checkpoints")
     fresh = Store(tmp_path / "elsewhere", tmp_path / "data" / "runs.jsonl")
     assert fresh.result(tiny_run)["right"] == result["right"]
     assert set(fresh.weights(tiny_run)) == set(store.weights(tiny_run))
@@ -570,7 +624,7 @@ def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
 
 def test_a_plan_without_core_arms_comes_to_an_end():
     store = Store()
-    every, none = (experiments.main_runs(store, core_arms_on=core) for core in (["1DC"], []))
+    every, none = (main_runs(store, core_arms_on=core) for core in (["1DC"], []))
     assert none[1] and {run.dataset for run in none[1]} == {"two-hop"} and len(none[1]) < len(every[1])
 
 
@@ -579,14 +633,14 @@ def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
     store, text = Store(tmp_path), NOTEBOOK_03.read_text().replace('\\"', '"')
     every, core = (json.loads(re.search(rf"{name}_on = (\[.*?\])", text)[1]) for name in ("every_arm", "core_arms"))
     plans = [
-        experiments.scratch_runs,
-        partial(experiments.main_runs, every_arm_on=every, core_arms_on=core),
-        partial(experiments.adapter_runs, model="gemma3-270m", names=("two-hop",), arms=experiments.CORE_ARMS),
+        scratch_runs,
+        partial(main_runs, every_arm_on=every, core_arms_on=core),
+        partial(adapter_runs, model="gemma3-270m", names=("two-hop",), arms=CORE_ARMS),
     ]
     for plan in plans:
         tried, final = plan(store)
         assert final and all(store.result(run) for run in tried + final)
-    files = sorted(experiments.CHECKPOINTS.iterdir())
+    files = sorted(CHECKPOINTS.iterdir())
     assert sum(path.stat().st_size for path in files) < 40e6
     for path in files:
         assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -604,15 +658,15 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
     store, layers = Store(tmp_path), 30
     memories = [tuple(range(first, last + 1)) for first, last in parameter("04", "memories")]
     plans = [
-        experiments.varied_runs(store, "source_layer", range(layers)),
-        experiments.varied_runs(store, "memory_layers", [None, *memories], ["back attention"]),
+        varied_runs(store, "source_layer", range(layers)),
+        varied_runs(store, "memory_layers", [None, *memories], ["back attention"]),
     ]
     digits = {"field": "source_layer", "values": parameter("04", "second_layers")}
-    plans.append(experiments.varied_runs(store, dataset=parameter("04", "second_dataset"), **digits))
+    plans.append(varied_runs(store, dataset=parameter("04", "second_dataset"), **digits))
     anew = [("two-hop", layer) for layer in parameter("04", "retuned")]
     anew += [(parameter("04", "second_dataset"), layer) for layer in parameter("04", "second_retuned")]
     for name, layer in anew:
-        plans.append(experiments.adapter_runs(store, names=[name], source_layer=layer, arms=experiments.CORE_ARMS))
+        plans.append(adapter_runs(store, names=[name], source_layer=layer, arms=CORE_ARMS))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     assert all("losses" in row for run in plans[0][1] for row in store.result(run)["curve"])
@@ -620,15 +674,13 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
 
 def test_shipped_runs_are_all_that_notebook_06_asks_for(tmp_path):
     store, own = Store(tmp_path), {name: parameter("06", name) for name in ("source_layer", "steps")}
-    plan = partial(
-        experiments.adapter_runs, model=parameter("06", "model_name"), names=[parameter("06", "dataset")], **own
-    )
+    plan = partial(adapter_runs, model=parameter("06", "model_name"), names=[parameter("06", "dataset")], **own)
     shape = {"widths": parameter("06", "scratch_widths"), "dims": parameter("06", "scratch_dims")}
-    plans = [partial(plan, arms=experiments.CORE_ARMS, dim=dim) for dim in parameter("06", "dims")]
+    plans = [partial(plan, arms=CORE_ARMS, dim=dim) for dim in parameter("06", "dims")]
     plans += [
         partial(plan, arms=["bias"]),
-        partial(experiments.varied_runs, field="dim", values=parameter("06", "dims"), **own),
-        partial(experiments.scratch_runs, tried_for=750, seeds=experiments.SEEDS, **shape),
+        partial(varied_runs, field="dim", values=parameter("06", "dims"), **own),
+        partial(scratch_runs, tried_for=750, seeds=SEEDS, **shape),
     ]
     for tried, final in (plan(store) for plan in plans):
         assert final and all(store.result(run) for run in tried + final)
@@ -638,14 +690,14 @@ def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
     store = Store(tmp_path)
     for layers, dim in parameter("07", "several"):
         at = {"source_layer": tuple(layers), "dim": dim, "arms": ["back attention", "residual LoRA"]}
-        tried, final = experiments.adapter_runs(store, names=["two-hop"], **at)
+        tried, final = adapter_runs(store, names=["two-hop"], **at)
         assert final and all(store.result(run) for run in tried + final)
-    plans = [experiments.adapter_runs(store, names=datasets.OTHER_PROMPTS, arms=experiments.CORE_ARMS, batch_size=16)]
-    plans.append(experiments.composing_runs(store))
+    plans = [adapter_runs(store, names=OTHER_PROMPTS, arms=CORE_ARMS, batch_size=16)]
+    plans.append(composing_runs(store))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
     shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
-    learnt = [run for run in experiments.scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"]
+    learnt = [run for run in scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"]
     assert [store.weights(run) is not None for run in learnt] == [True]
 
 
@@ -654,12 +706,14 @@ def pretend(store, run, validation, **more):
 
 
 def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(tiny_run, tmp_path, monkeypatch):
-    store, ours = Store(tmp_path, shipped=None), [replace(tiny_run, model=m) for m in (experiments.SCRATCH, "smollm2")]
+    store, ours = Store(tmp_path, shipped=None), [replace(tiny_run, model=m) for m in (SCRATCH, "smollm2")]
     keys, seen = [run.key for run in (tiny_run, *ours)], []
     monkeypatch.setenv(runtime.DTYPE, "bfloat16")
     assert tiny_run.key != keys[0] and [run.key for run in ours] == keys[1:]  # whose results are shipped
-    monkeypatch.setattr(experiments, "tested", lambda run, model, *_: seen.append(model.dtype) or np.array([True]))
-    experiments.perform(tiny_run, store)
+    monkeypatch.setattr(
+        "companion.runs.perform.tested", lambda run, model, *_: seen.append(model.dtype) or np.array([True])
+    )
+    perform(tiny_run, store)
     assert seen == [torch.bfloat16]
     monkeypatch.setenv(runtime.DTYPE, "float32")
     assert tiny_run.key == keys[0] and store.result(tiny_run) is None
@@ -668,90 +722,92 @@ def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(
 def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
     store, scores = Store(tmp_path, shipped=None), {}
     for _ in range(10):
-        tried, best = experiments.search(tiny_run, store, steps=3)
+        tried, best = search(tiny_run, store, steps=3)
         if best:
             break
         for run in tried:
             scores[run.learning_rate] = 1 - abs(np.log(run.learning_rate / 6e-5))  # best far below what is tried first
             pretend(store, run, scores[run.learning_rate])
     assert sorted(scores) == pytest.approx([6.25e-5, 2.5e-4, 1e-3, 4e-3])
-    assert best.learning_rate == pytest.approx(6.25e-5) and len(tried) <= experiments.MOST_RATES
+    assert best.learning_rate == pytest.approx(6.25e-5) and len(tried) <= MOST_RATES
     assert best == replace(tiny_run, learning_rate=best.learning_rate)
     assert {(run.steps, run.test_items) for run in tried} == {(3, 0)}
 
 
 def test_a_diverged_run_is_a_result_and_never_the_best(tiny_run, tmp_path):
     store = Store(tmp_path, shipped=None)
-    low, middle, high = experiments.search(tiny_run, store, steps=3)[0]
+    low, middle, high = search(tiny_run, store, steps=3)[0]
     pretend(store, low, 0.2)
     pretend(store, middle, 0.5)
     store.keep(high, {"run": {}, "diverged": "the loss is nan"}, {})
-    assert experiments.search(tiny_run, store, steps=3)[1].learning_rate == middle.learning_rate
+    assert search(tiny_run, store, steps=3)[1].learning_rate == middle.learning_rate
     with pytest.raises(ValueError, match="None of 1 runs"):
-        experiments.best_of([high], store)
+        best_of([high], store)
 
 
 def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "tested", lambda *a: pytest.fail("tested"))
-    result = experiments.perform(replace(tiny_run, test_items=0), Store(tmp_path, shipped=None))
+    monkeypatch.setattr("companion.runs.perform.tested", lambda *a: pytest.fail("tested"))
+    result = perform(replace(tiny_run, test_items=0), Store(tmp_path, shipped=None))
     assert "right" not in result and 0 <= result["validation"] <= 1 and result["validation_loss"] > 0
 
 
 def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_path, monkeypatch):
-    frame = datasets.one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
-    monkeypatch.setitem(datasets.DATASETS, "SVAMP", lambda: frame)
+    frame = one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
+    monkeypatch.setitem(DATASETS, "SVAMP", lambda: frame)
     run, store = replace(tiny_run, dataset="SVAMP"), Store(tmp_path, shipped=None)
-    monkeypatch.setattr(
-        datasets, "split", lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187)
-    )
-    experiments.perform(run, store)
-    monkeypatch.setitem(datasets.DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
-    assert experiments.test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
+    for user in ("questions.datasets", "runs.as_asked"):
+        monkeypatch.setattr(
+            f"companion.{user}.split", lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187)
+        )
+    perform(run, store)
+    monkeypatch.setitem(DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
+    assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
 
 
 def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "TUNED_ON", {"tiny": "tiny"})
-    monkeypatch.setattr(experiments, "MOST_RATES", 3)
+    monkeypatch.setattr("companion.runs.plans.TUNED_ON", {"tiny": "tiny"})
+    monkeypatch.setattr("companion.runs.plans.MOST_RATES", 3)
     store, sizes = Store(tmp_path, shipped=None), dict(source_layer=1, dim=4, batch_size=4, train_items=8)
     sizes |= dict(validation_items=4, test_items=4, dtype="float32", steps=2)
 
     def plan(store):
-        return experiments.adapter_runs(store, "tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
+        return adapter_runs(store, "tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
 
-    runs = experiments.complete(plan, store)
+    runs = complete(plan, store)
     assert [run.arm for run in runs[:4]] == ["zero-shot", "few-shot", "back attention", "bias"]
     assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
     assert runs[0].dim != runs[2].dim  # the untrained are the same for every size of a trained arm
-    again = experiments.recheck([run for run in runs if run.arm == "bias"], store, 3)
+    again = recheck([run for run in runs if run.arm == "bias"], store, 3)
     assert (again["n"] == 3).all() and (again["agree"] == 1).all()
-    examples = experiments.before_and_after(runs[2], store, 2)
+    examples = before_and_after(runs[2], store, 2)
     assert list(examples.columns) == ["question", "before", "after", "answer"] and len(examples) == 2
-    assert experiments.ship([plan], store, tmp_path / "data") == 6 + 12  # 2 arms × 3 rates, 4 arms × 3 seeds
+    assert ship([plan], store, tmp_path / "data") == 6 + 12  # 2 arms × 3 rates, 4 arms × 3 seeds
     assert len(list((tmp_path / "data" / "checkpoints").iterdir())) == 3 + 1
     shipped = Store(tmp_path / "empty", tmp_path / "data" / "runs.jsonl")
-    assert experiments.ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
+    assert ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
 
-    monkeypatch.setattr(experiments, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
-    assert experiments.ship([plan], store, tmp_path / "later", weights=False) == 18 - 4
+    monkeypatch.setattr("companion.runs.plans.CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    monkeypatch.setattr("companion.runs.store.CHECKPOINTS", tmp_path / "data" / "checkpoints")
+    assert ship([plan], store, tmp_path / "later", weights=False) == 18 - 4
     lines = (tmp_path / "later" / "runs.jsonl").read_text().splitlines()
-    assert {json.loads(line)["key"] for line in lines}.isdisjoint(p.stem for p in experiments.CHECKPOINTS.iterdir())
+    assert {json.loads(line)["key"] for line in lines}.isdisjoint(p.stem for p in CHECKPOINTS.iterdir())
     assert len(lines) == 18 - 4
     assert not (tmp_path / "later" / "checkpoints").exists()
 
 
 def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monkeypatch):
     store, (tried, final) = Store(tmp_path, shipped=None), (["tried"], [tiny_run, replace(tiny_run, arm="few-shot")])
-    monkeypatch.setattr(experiments, "adapter_runs", lambda *a, **k: (tried, final))
-    runs = experiments.varied_runs(store, "source_layer", [1, 3], arms=["back attention"])
+    monkeypatch.setattr("companion.runs.plans.adapter_runs", lambda *a, **k: (tried, final))
+    runs = varied_runs(store, "source_layer", [1, 3], arms=["back attention"])
     assert runs == (tried, [tiny_run, replace(tiny_run, source_layer=3)])
 
 
 def test_memory_layers_of_a_run_are_read(tiny_run):
     run = replace(tiny_run, memory_layers=(3, 4))
     assert run.key != tiny_run.key
-    with experiments.armed(run, "float32") as (model, _):
+    with armed(run, "float32") as (model, _):
         assert model.memory_layers == (3, 4)
-    with pytest.raises(ValueError, match="no memory"), experiments.armed(replace(run, arm="bias"), "float32"):
+    with pytest.raises(ValueError, match="no memory"), armed(replace(run, arm="bias"), "float32"):
         pass
 
 
@@ -760,29 +816,29 @@ def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
 
     run, store = replace(tiny_run, dataset="1DC"), Store(tmp_path, shipped=None)
     with monkeypatch.context() as here:
-        here.setattr(experiments, "perform", lambda *a: pytest.fail("made here"))
+        here.setattr("companion.runs.plans.perform", lambda *a: pytest.fail("made here"))
         with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
             here.setenv(runtime.CLUSTER, cluster.scheduler_address)
-            experiments.sweep([run, replace(run, seed=1)], store)
+            sweep([run, replace(run, seed=1)], store)
             assert store.result(run) and store.result(replace(run, seed=1))
         for sizes in ({"n_workers": 1, "threads_per_worker": 2}, {"n_workers": 1, "threads_per_worker": 1}):
             with LocalCluster(**sizes, processes=False, dashboard_address=None) as cluster:
                 here.setenv(runtime.CLUSTER, cluster.scheduler_address)
                 with pytest.raises(OSError, match="two workers or more"):
-                    experiments.sweep([replace(run, seed=2)], store)
+                    sweep([replace(run, seed=2)], store)
     kept = store.result(run)["right"]
-    assert experiments.perform(run, Store(tmp_path / "again", shipped=None))["right"] == kept
+    assert perform(run, Store(tmp_path / "again", shipped=None))["right"] == kept
     monkeypatch.setenv(runtime.CLUSTER, "nowhere")
     with pytest.raises(OSError, match="No dask scheduler"):
-        experiments.sweep([replace(tiny_run, seed=2)], store)
+        sweep([replace(tiny_run, seed=2)], store)
 
 
 def test_worked_examples_come_from_training_only(tiny_run, llama):
     run = replace(tiny_run, dataset="1DC", arm="few-shot")
-    plain, shown = (experiments.questions(r, llama[1], "test") for r in (replace(run, arm="zero-shot"), run))
+    plain, shown = (as_asked.questions(r, llama[1], "test") for r in (replace(run, arm="zero-shot"), run))
     assert len(shown.prompts[0]) > 4 * len(plain.prompts[0])
     assert shown.prompts[0][-len(plain.prompts[0]) + 1 :] == plain.prompts[0][1:]
-    frame = datasets.split(datasets.load("1DC"), run.fold)
+    frame = split(load("1DC"), run.fold)
     text = llama[1].decode(shown.prompts[0])
     examples = [f"{part}=" for part in text.split("=")[:-2]]
     trained = set(frame.loc[frame["split"] == "train", "prompt"])
@@ -797,21 +853,21 @@ def test_operations_are_counted_by_hand(llama):
     layer = 2 * time * linear + 2 * 2 * heads * time * time * head
     total = 4 * layer + 2 * width * model.config.vocab_size
     ids = torch.arange(5, 5 + time)[None]
-    counted = experiments.forward_flops(model, ids)
+    counted = forward_flops(model, ids)
     turns = 2 * time * head // 2  # older transformers make the angles of rotary embeddings by a matrix product
     assert counted in (total, total + turns)
     total = counted
-    wrapped = baselines.make_arm("back attention", model, 1, 4)
+    wrapped = make_arm("back attention", model, 1, 4)
     states, dim = 4, 4
     update = 2 * time * width * dim * (2 + 2 * states) + 2 * 2 * time * time * states * dim
-    assert experiments.forward_flops(wrapped, ids) == total + 3 * layer + update
+    assert forward_flops(wrapped, ids) == total + 3 * layer + update
 
 
 def test_models_from_scratch_of_other_widths(tmp_path):
     store = Store(tmp_path, shipped=None)
 
     def plan():
-        return experiments.scratch_runs(store, seeds=(0, 1), widths=(40, 80), dims=(10, 4), tried_for=750)
+        return scratch_runs(store, seeds=(0, 1), widths=(40, 80), dims=(10, 4), tried_for=750)
 
     tried, final = plan()
     assert {run.steps for run in tried} == {750} and {run.test_items for run in tried} == {0}
@@ -827,34 +883,34 @@ def test_models_from_scratch_of_other_widths(tmp_path):
     assert {run.learning_rate for run in final if run.dim != 4} == {1e-3}
     sizes = {}
     for run in final:
-        model, _ = experiments.scratch_model(run)
+        model, _ = scratch_model(run)
         sizes[run.width, run.arm, run.dim] = sum(p.numel() for p in model.parameters())
     for width, dim in itertools.product((40, 80), (10, 4)):
-        own, wide = (sizes[width, arm, dim] - sizes[width, "1 layer", 160] for arm in experiments.SIZED)
+        own, wide = (sizes[width, arm, dim] - sizes[width, "1 layer", 160] for arm in SIZED)
         assert own == 4 * width * dim and abs(wide - own) <= 3 * width
 
 
-@pytest.mark.parametrize("arm", experiments.SCRATCH_ARMS)
+@pytest.mark.parametrize("arm", SCRATCH_ARMS)
 def test_models_from_scratch(arm):
-    run = Run("2-digit", arm, 0, 1e-3, 2, experiments.SCRATCH, 0, 8, 16, 64, 8, 8, "float32")
-    with experiments.armed(run, "float32") as (model, tok):
-        items = experiments.questions(run, tok, "train")
+    run = Run("2-digit", arm, 0, 1e-3, 2, SCRATCH, 0, 8, 16, 64, 8, 8, "float32")
+    with armed(run, "float32") as (model, tok):
+        items = as_asked.questions(run, tok, "train")
         assert {len(answer) for answer in items.answers} == {5} and {len(prompt) for prompt in items.prompts} == {6}
         text = [tok.decode(ids).replace(" ", "") for ids in (items.prompts[0], items.answers[0])]
         assert int(text[1].rstrip(";")) == eval(re.sub(r"\b0(?=\d)", "", text[0].rstrip("=")))
-        assert np.isfinite(training.train(model, items, run.recipe)["loss"]).all()
+        assert np.isfinite(train(model, items, run.recipe)["loss"]).all()
         if isinstance(model, TwoPassModel):
             assert model.two_passes and model.memory_layers == (0, 1)
 
 
-@pytest.mark.parametrize("arm", experiments.COMPOSING_ARMS)
+@pytest.mark.parametrize("arm", COMPOSING_ARMS)
 def test_models_that_compose(arm):
-    run = Run("compositions", arm, 0, 1e-3, 4, experiments.SCRATCH, 0, 8, 64, None, None, None, "float32", width=20)
-    with experiments.armed(run, "float32") as (model, tok):
-        items = experiments.questions(run, tok, "train")
+    run = Run("compositions", arm, 0, 1e-3, 4, SCRATCH, 0, 8, 64, None, None, None, "float32", width=20)
+    with armed(run, "float32") as (model, tok):
+        items = as_asked.questions(run, tok, "train")
         assert {len(prompt) for prompt in items.prompts} == {2, 3} and {len(answer) for answer in items.answers} == {1}
-        assert tok.decode(items.prompts[0] + items.answers[0]) == "".join(experiments.asked(run, "train").iloc[0][:2])
-        curve = training.train(model, items, run.recipe, experiments.questions(run, tok, "validation"))
+        assert tok.decode(items.prompts[0] + items.answers[0]) == "".join(as_asked.asked(run, "train").iloc[0][:2])
+        curve = train(model, items, run.recipe, as_asked.questions(run, tok, "validation"))
         assert set(curve["kinds"].iloc[-1]) == {"ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"}
         assert np.mean(list(curve["kinds"].iloc[-1].values())) == pytest.approx(curve["validation"].iloc[-1])
         layers = (model.base_model if isinstance(model, TwoPassModel) else model).model.layers
@@ -867,14 +923,14 @@ def test_models_that_compose(arm):
             weights = sum(p.numel() for p in model.updates.parameters())
             assert weights == (1 if "return" in arm else 4 * 20 * 8)
     with pytest.raises(ValueError, match="Unknown arm '1 layer'"):
-        experiments.scratch_model(replace(run, arm="1 layer"))
+        scratch_model(replace(run, arm="1 layer"))
 
 
 def test_weights_from_scratch():
     """Widened = with back attention, to one part in a thousand; tied = one layer."""
     count = {}
-    for arm in experiments.SCRATCH_ARMS:
-        model, _ = experiments.scratch_model(Run("2-digit", arm, dim=160, model=experiments.SCRATCH))
+    for arm in SCRATCH_ARMS:
+        model, _ = scratch_model(Run("2-digit", arm, dim=160, model=SCRATCH))
         count[arm] = sum(p.numel() for p in model.parameters())
     assert count["1 layer, wide"] == pytest.approx(count["1 layer + back attention"], rel=1e-3)
     assert count["1 layer, twice"] == count["1 layer"] < count["1 layer + back attention"] < count["2 layers"]
@@ -887,8 +943,8 @@ PUBLISHED = Path(os.environ.get("BACKATTN_DATASETS", "nowhere"))
 @pytest.mark.skipif(not (PUBLISHED / "svamp").exists(), reason="set BACKATTN_DATASETS to a folder with the datasets")
 def test_published_datasets_as_they_are():
     for name, count in (("SVAMP", 1000), ("MultiArith", 600)):
-        frame = datasets.split(datasets.load(name), 0)
-        assert len(frame) == count and set(frame["split"]) == set(datasets.SPLITS)
+        frame = split(load(name), 0)
+        assert len(frame) == count and set(frame["split"]) == set(SPLITS)
         assert (frame.groupby("group")["split"].nunique() == 1).all()
         assert frame["answer"].str.fullmatch(r" -?\d+(\.\d+)?").all()
         assert frame["prompt"].str.endswith("? Answer:").mean() > 0.9

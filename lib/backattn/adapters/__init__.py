@@ -1,0 +1,1 @@
+"""Back attention and what it must beat."""

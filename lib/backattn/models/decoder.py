@@ -1,0 +1,227 @@
+"""What differs between decoder families, in one table: one row per family.
+
+A row says where the modules are. Everything else (which vectors add up, how a neuron is read) is the
+same for all families and lives in `residual` and `lens`. To add a family, add a row to `FAMILIES`
+and a configuration to `models.TINY`; `tests/test_residual.py` then checks it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backattn.models.families import Family, UnsupportedModelError, check_supported, supported
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection y = x @ weight.T + bias in fp32. weight: [out, in]; bias: [out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Norm:
+    """The fixed part of a norm: x -> weight * centre(x) * scale(x) + bias, all in fp32.
+
+    RMS norms do not centre and have no bias; layer norms do and may. `scale` is the only part that
+    depends on x, so freezing it makes the norm affine. A missing module is the identity.
+    """
+
+    def __init__(self, module: nn.Module | None, width: int, offset: float = 0.0):
+        self.present = module is not None
+        weight = getattr(module, "weight", None)
+        self.weight = torch.ones(width) if weight is None else weight.detach().float() + offset
+        bias = getattr(module, "bias", None)
+        self.bias = torch.zeros_like(self.weight) if bias is None else bias.detach().float()
+        self.centred = isinstance(module, nn.LayerNorm)
+        self.eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 0.0)
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Tensor) -> Tensor:
+        """1 / root mean square (or standard deviation) of x: [..., width] -> [..., 1]."""
+        if not self.present:
+            return torch.ones_like(x[..., :1])
+        return torch.rsqrt(self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def linear(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The norm's linear part under a given scale, without its bias."""
+        return self.weight * self.centre(x) * scale if self.present else x
+
+    def adjoint(self, covector: Tensor, scale: Tensor) -> Tensor:
+        """Transpose of `linear`: hands a covector on the norm's output back to its input."""
+        return self.centre(self.weight * covector) * scale if self.present else covector
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x, self.scale(x)) + self.bias if self.present else x
+
+
+@dataclass
+class Block:
+    """One decoder layer: its modules, and its weights in one orientation for all families."""
+
+    family: Family
+    module: nn.Module
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def get(self, path: str | None) -> nn.Module | None:
+        return None if path is None else self.module.get_submodule(path)
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.get(self.family.attention)
+
+    @property
+    def attention_result(self) -> nn.Module:
+        """The module whose output attention adds to the residual stream."""
+        return self.get(self.family.attention_post or self.family.attention)
+
+    @property
+    def ffn_result(self) -> nn.Module:
+        """The module whose output the FFN adds to the residual stream."""
+        return self.get(self.family.ffn_post or self.family.ffn)
+
+    def norm(self, name: str) -> Norm:
+        """`name`: attention_norm, attention_post, ffn_norm or ffn_post."""
+        return Norm(self.get(getattr(self.family, name)), self.width, self.family.norm_offset)
+
+    def linear(self, path: str) -> Linear:
+        module = self.get(path)
+        weight = module.weight.detach().float()
+        if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
+            weight = weight.T
+        bias = module.bias.detach().float() if module.bias is not None else weight.new_zeros(weight.shape[0])
+        return Linear(weight, bias)
+
+    @property
+    def attention_out(self) -> Linear:
+        """W_O: [width, heads * head_dim]."""
+        return self.linear(self.family.attention_out)
+
+    @property
+    def ffn_out(self) -> Linear:
+        """W_down: [width, neurons]."""
+        return self.linear(self.family.ffn_out)
+
+    def value_part(self, fused: Tensor) -> Tensor:
+        """View of the values [..., kv_heads, head_dim] in the output [..., out] of the value projection."""
+        layout, size = self.family.value_layout, self.kv_heads * self.head_dim
+        if layout == "heads":
+            return fused.unflatten(-1, (self.heads, 3, self.head_dim))[..., 2, :]
+        part = fused if layout == "own" else fused[..., -size:]
+        return part.unflatten(-1, (self.kv_heads, self.head_dim))
+
+    @property
+    def value(self) -> Linear:
+        """W_V: [kv_heads * head_dim, width]."""
+        fused = self.linear(self.family.value)
+        weight = self.value_part(fused.weight.T).flatten(-2).T
+        return Linear(weight, self.value_part(fused.bias).flatten(-2))
+
+    @property
+    def ffn_in(self) -> tuple[Linear | None, Linear]:
+        """(gate, up): [neurons, width] each; gate is None where the FFN has no gate."""
+        up = self.linear(self.family.up)
+        if self.family.gate is None:
+            return None, up
+        if self.family.gate_layout == "halves":
+            (gate_w, up_w), (gate_b, up_b) = up.weight.chunk(2), up.bias.chunk(2)
+            return Linear(gate_w, gate_b), Linear(up_w, up_b)
+        return self.linear(self.family.gate), up
+
+    def split_ffn_in(self, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Pre-activations (gate, up) from the outputs of the modules `gate` and `up`."""
+        if self.family.gate_layout == "halves":
+            return up.chunk(2, dim=-1)
+        return gate, up
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        return self.get(self.family.activation)
+
+
+@dataclass
+class Arch:
+    """A model seen through its family's row."""
+
+    model: nn.Module
+    family: Family
+    blocks: list[Block]
+    final_norm_module: nn.Module
+    unembedding_module: nn.Module
+    softcap: float | None
+    parallel: bool  # attention and FFN both read h_l (GPT-NeoX)
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].width
+
+    @property
+    def final_norm(self) -> Norm:
+        return Norm(self.final_norm_module, self.width, self.family.norm_offset)
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """The device on which a module computes, also where accelerate keeps its weights elsewhere until it does."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        place = getattr(one, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next(module.parameters()).device
+
+
+def in_one_place(model: nn.Module) -> bool:
+    """Whether all weights lie on one device, not spread by a device_map of accelerate's."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    return len(places) < 2 and "disk" not in places
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which a model takes its tokens."""
+    return runs_on(model.get_input_embeddings())
+
+
+def describe(model: nn.Module) -> Arch:
+    """Find the parts of a Hugging Face decoder. Reads no weights.
+
+    Raises UnsupportedModelError for a family without a row, or when a module is missing.
+    """
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Hugging Face decoder with a language-model head. "
+            f"Load one with backattn.load_model. Supported families: {supported()}."
+        )
+    config, family = model.config, check_supported(model.config)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    try:
+        layers = model.get_submodule(family.layers)
+        blocks = [Block(family, layer, config.hidden_size, heads, kv_heads, head_dim) for layer in layers]
+        for path in (family.attention, family.attention_out, family.value, family.ffn_out, family.up):
+            blocks[0].get(path)
+        final_norm = model.get_submodule(family.final_norm)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is of family {config.model_type!r}, but {error}. "
+            "Pass the model with its language-model head (AutoModelForCausalLM), unwrapped."
+        ) from error
+    unembedding = model.get_output_embeddings()
+    if unembedding is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no unembedding. Load it with AutoModelForCausalLM.")
+    return Arch(
+        model=model,
+        family=family,
+        blocks=blocks,
+        final_norm_module=final_norm,
+        unembedding_module=unembedding,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+    )

@@ -1,0 +1,106 @@
+"""What differs between decoder families, in one table: one row per family."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnsupportedModelError(ValueError):
+    """The model's family has no row in the table, or its modules are not where the row says."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of one family. Paths inside a block are relative to the decoder layer."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention_norm: str | None = "input_layernorm"  # in front of attention; None: attention reads h_l itself
+    attention: str = "self_attn"
+    attention_out: str = "self_attn.o_proj"  # its input is the concatenated heads
+    attention_post: str | None = None  # sandwich norm whose output is what enters the residual stream
+    value: str = "self_attn.v_proj"
+    value_layout: str = "own"  # own | thirds (q,k,v side by side) | tail (last part of q|k|v) | heads (q,k,v per head)
+    ffn_norm: str | None = "post_attention_layernorm"
+    ffn: str = "mlp"
+    ffn_out: str = "mlp.down_proj"  # its input is the neurons' coefficients
+    ffn_post: str | None = None
+    gate: str | None = "mlp.gate_proj"  # None: no gate, the activation acts on `up`
+    up: str = "mlp.up_proj"  # with gate_layout "halves" it holds gate and up together
+    gate_layout: str = "own"  # own | halves
+    activation: str = "mlp.act_fn"
+    norm_offset: float = 0.0  # Gemma stores the norm weight minus one
+
+
+_LLAMA = Family()
+
+_GEMMA = Family(
+    attention_post="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_post="post_feedforward_layernorm",
+    norm_offset=1.0,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": Family(
+        attention_norm=None,
+        attention_post="post_attention_layernorm",
+        ffn_norm=None,
+        ffn_post="post_feedforward_layernorm",
+    ),
+    "phi3": Family(
+        value="self_attn.qkv_proj",
+        value_layout="tail",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+        gate_layout="halves",
+        activation="mlp.activation_fn",
+    ),
+    "gpt2": Family(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        attention="attn",
+        attention_out="attn.c_proj",
+        value="attn.c_attn",
+        value_layout="thirds",
+        ffn_norm="ln_2",
+        ffn_out="mlp.c_proj",
+        gate=None,
+        up="mlp.c_fc",
+        activation="mlp.act",
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        attention_out="attention.dense",
+        value="attention.query_key_value",
+        value_layout="heads",
+        ffn_out="mlp.dense_4h_to_h",
+        gate=None,
+        up="mlp.dense_h_to_4h",
+        activation="mlp.act",
+    ),
+}
+
+
+def supported() -> str:
+    """The supported families, for messages."""
+    return ", ".join(sorted(FAMILIES))
+
+
+def check_supported(config: Any) -> Family:
+    """The family's row for a Hugging Face config; raises UnsupportedModelError naming the supported families."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Model family {kind!r} is not supported. Supported families: {supported()}. "
+            "To add one, write its row in backattn/models/families.py (see FAMILIES)."
+        )
+    return FAMILIES[kind]

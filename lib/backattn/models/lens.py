@@ -1,0 +1,97 @@
+"""The lens: final norm and unembedding, read in fp32.
+
+`frozen` uses the final norm's scale of the full forward pass for every partial state, so that the lens is
+affine and contributions add (logit flow). `own` recomputes the scale from the state itself (logit lens).
+The two answer different questions and never share a plot.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backattn.models.activations import capture
+from backattn.models.decoder import Arch, describe
+from backattn.models.tokens import encode
+from backattn.runtime import progress
+
+
+class Lens:
+    """Reads states of one model as log-probabilities over its vocabulary.
+
+    weight: [V, D] W_U; norm: the final norm; softcap: the cap on the logits or None.
+    """
+
+    def __init__(self, arch: Arch):
+        module = arch.unembedding_module
+        self.weight = module.weight.detach().float()  # [V, D]
+        bias = getattr(module, "bias", None)
+        self.norm = arch.final_norm
+        self.softcap = arch.softcap
+        # What the lens reads in an empty state: W_U β + bias.  [V]
+        self.offset = self.weight @ self.norm.bias if self.norm.bias.any() else self.weight.new_zeros(len(self.weight))
+        if bias is not None:
+            self.offset = self.offset + bias.detach().float()
+
+    def scale(self, state: Tensor) -> Tensor:
+        """Scale of the final norm at a state: [..., D] -> [..., 1]."""
+        return self.norm.scale(state)
+
+    def cap(self, raw: Tensor) -> Tensor:
+        """Logits from uncapped logits."""
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def raw_logits(self, state: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Uncapped logits [..., V] of a state [..., D]; scale None recomputes it from the state."""
+        scale = self.scale(state) if scale is None else scale
+        return self.norm.linear(state, scale) @ self.weight.T + self.offset
+
+    def log_probs(self, state: Tensor, scale: Tensor | None = None) -> Tensor:
+        """log softmax over the vocabulary: [..., D] -> [..., V]."""
+        return self.cap(self.raw_logits(state, scale)).log_softmax(-1)
+
+    def directions(self, vectors: Tensor) -> Tensor:
+        """What residual vectors [n, D] add to the uncapped logits at scale 1: [n, V]."""
+        return self.norm.linear(vectors, vectors.new_ones(())) @ self.weight.T
+
+
+def read_states(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    positions: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    ranks: bool = False,
+    batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits of some tokens in the state that enters every layer, with the norm's own scale (logit lens).
+
+    Args:
+        positions: per prompt the P positions to read, counted from its first token.
+        tokens: per prompt the K token ids to read.
+        ranks: also give each token's rank among the whole vocabulary (0 is the highest); slower.
+
+    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state is the one that leaves the model.
+    """
+    lens = Lens(describe(model))
+    shape = len(prompts), len(positions[0]), len(describe(model).blocks) + 1, len(tokens[0])
+    logits, places = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int64) if ranks else None
+    for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
+        part = slice(start, start + batch_size)
+        batch = encode(tokenizer, list(prompts[part]), device=model.device)
+        hidden = capture(model, batch, detail=False).hidden  # [L+1, B, T, D]
+        where = torch.tensor([list(p) for p in positions[part]], device=hidden.device) + batch.start[:, None]  # [B, P]
+        rows = torch.arange(len(where), device=hidden.device)[:, None]
+        states = hidden[:, rows, where].permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
+        del hidden
+        ids = torch.tensor([list(t) for t in tokens[part]], device=states.device)  # [B, K]
+        read = lens.norm.linear(states, lens.scale(states))
+        raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
+        logits[part] = lens.cap(raw).cpu().numpy()
+        for row in range(len(states)) if ranks else ():  # one prompt at a time: the whole vocabulary is wide
+            everything = lens.raw_logits(states[row])  # [P, L+1, V]
+            for k, token in enumerate(ids[row].tolist()):
+                above = (everything > everything[..., token : token + 1]).sum(-1)
+                places[start + row, ..., k] = above.cpu().numpy()
+    return logits, places

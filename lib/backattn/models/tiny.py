@@ -1,0 +1,77 @@
+"""Tiny random models of every family, for tests and examples."""
+
+import math
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+_WORDS = """the of is a an and to in on at by for from with capital country city state currency continent language
+mother father spouse author river king queen planet colour France Paris Rome Italy Spain Madrid Berlin Germany Tokyo
+Japan Europe Asia Africa America Mozart Leopold Anna Vienna Austria Salzburg dollar euro yen one two three four five six
+seven eight nine ten plus minus times equals cat dog red blue green born died wrote lives works north south"""
+
+_SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+
+TINY: dict[str, tuple[str, dict]] = {
+    "tiny-llama": ("llama", dict(_SIZES, attention_bias=True, mlp_bias=True)),
+    "tiny-mistral": ("mistral", dict(_SIZES, sliding_window=None)),
+    "tiny-qwen2": ("qwen2", dict(_SIZES)),
+    "tiny-qwen3": ("qwen3", dict(_SIZES, head_dim=12)),
+    "tiny-gemma2": ("gemma2", dict(_SIZES, head_dim=12, sliding_window=4, query_pre_attn_scalar=12)),
+    "tiny-gemma3": (
+        "gemma3_text",
+        dict(
+            _SIZES,
+            head_dim=12,
+            sliding_window=4,
+            query_pre_attn_scalar=12,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
+    "tiny-olmo2": ("olmo2", dict(_SIZES)),
+    "tiny-phi3": ("phi3", dict(_SIZES, pad_token_id=0)),
+    "tiny-gpt2": ("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_inner=48)),
+    "tiny-gpt-neox": ("gpt_neox", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+}
+
+
+def tiny_names() -> list[str]:
+    """Names of the tiny random models, one per family."""
+    return list(TINY)
+
+
+def _tiny(name: str, seed: int = 0):
+    """A seeded random model of four layers whose biases and norms are random too."""
+    if name not in TINY:
+        raise ValueError(f"No tiny model {name!r}. There are: {', '.join(TINY)}.")
+    family, settings = TINY[name]
+    tokenizer = _tiny_tokenizer()
+    special = dict(bos_token_id=1, eos_token_id=2, vocab_size=len(tokenizer), max_position_embeddings=256)
+    config = AutoConfig.for_model(family, **{"pad_token_id": 0, **special, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            spread = 0.2 if parameter.dim() == 1 else 1 / math.sqrt(parameter.shape[-1])
+            noise = torch.randn(parameter.shape) * spread
+            with torch.no_grad():
+                parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+    model.generation_config.pad_token_id = 0
+    return model, tokenizer
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on a few words: offline, reversible, with a pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator([" " + word for word in _WORDS.split()] * 2 + _WORDS.split(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,1 @@
+"""Training adapters and small models."""

@@ -1,0 +1,1 @@
+"""This paper: its questions, runs, studies, report and runner."""

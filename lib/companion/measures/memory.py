@@ -1,0 +1,154 @@
+"""Questions put to a model with trained back attention, its memory hidden or exchanged."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from backattn.adapters.back_attention import BackAttentionModel
+from backattn.models.decoder import input_device
+from backattn.models.next_token import in_window
+from backattn.runtime import progress
+from backattn.training.batches import Items, Questions, collate
+from backattn.training.evaluation import FirstPasses, answer_logits, right_answers
+from companion.measures.two_hop import groups
+from companion.questions.prompts import two_hop_spans
+from companion.runs.as_asked import asked, questions
+from companion.runs.perform import trained
+from companion.runs.run import Run
+from companion.runs.store import Store
+
+PLACES = ("start", "e1", "after e1", "r1", "after r1", "r2", "last")
+
+BATCH = 32
+
+
+def high_layers(layers: int) -> tuple[int, ...]:
+    """The states at the depth of those that C10 names, 27 to 30 of a model of 32 layers."""
+    return tuple(range(round(27 / 32 * layers), round(30 / 32 * layers) + 1))
+
+
+def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+    """The place of each token of questions in the wording "possessive"; frame: two_hop and spans. [T] per question."""
+    labels = groups(tokenizer, frame)
+    for row in labels:
+        between, order = row == "context", np.arange(len(row))
+        for place, name in (("e1", "after e1"), ("r1", "after r1")):
+            row[between & (order > np.flatnonzero(row == place)[0])] = name
+        row[between & (order < np.flatnonzero(row == "e1")[0])] = "start"
+    return labels
+
+
+class Reader:
+    """Questions put to a model with trained back attention, as they are, with cells hidden or with another memory.
+
+    The first pass is kept for `ask`, and after `read` hidden cells cost only positions from the first one they change.
+    frame: the questions, with two_hop (the prompt) and the spans of e1, r1 and r2; labels: the place of each token, an
+    array per question; places: those that occur; memory_layers: what is read.
+    """
+
+    def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
+        self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
+        self.memory_layers, self.labels = wrapped.memory_layers, places(tokenizer, frame)
+        self.places = [place for place in PLACES if any(place in row for row in self.labels)]
+        self._passes = FirstPasses(wrapped, items, group=BATCH)
+        self._caches: dict[int, Cache] = {}  # of whole questions, nothing hidden, by a batch's first row
+        self._source = wrapped.back_attention_config.sources[0]
+
+    def _batches(self) -> Iterator[tuple[list[int], Questions]]:
+        order, device = np.argsort(self.items.lengths, kind="stable"), input_device(self.wrapped)
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH].tolist()
+            batch = collate(self.items, rows, device)
+            yield rows, batch
+
+    @torch.no_grad()
+    def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """What each query reads, over cells (the mean over heads), an array [T, M, T] per question; and what `ask`
+        returns."""
+        weights = [np.empty(0)] * len(self.items)
+        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+        for rows, batch in self._batches():
+            last = torch.tensor([batch.ids.shape[1] - 1], device=batch.ids.device)
+            known = {"position_ids": batch.position_ids, "logits_to_keep": last}
+            with self.wrapped.attention_maps() as recorded:
+                out = self.wrapped(batch.ids, batch.mask, **known, use_cache=True)
+            if in_window(self.wrapped, batch):
+                self._caches[rows[0]] = out.past_key_values
+            log_probs[rows], right[rows] = self._said(rows, batch, out.logits.float())
+            maps = recorded[self._source].mean(1).float().cpu().numpy()  # [B, T, M, T]
+            for place, row in enumerate(rows):
+                own = len(self.labels[row])
+                weights[row] = maps[place, -own:, :, -own:]
+        return weights, log_probs, right
+
+    def _said(self, rows: list[int], batch: Questions, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
+        return said.cpu().numpy(), right_answers(logits, self.items, rows, batch).numpy()
+
+    def states(self) -> list[Tensor]:
+        """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
+        out: list[Tensor] = [torch.empty(0)] * len(self.items)
+        among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
+        for rows, batch in self._batches():
+            first = self._passes(rows, batch)
+            for place, row in enumerate(rows):
+                out[row] = first[among, place, -len(self.labels[row]) :]
+        return out
+
+    @torch.no_grad()
+    def ask(
+        self,
+        hidden: Sequence[np.ndarray] | None = None,
+        queries: Sequence[str] = ("last",),
+        memory: Sequence[Tensor] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(log-probability of the answer's first token [n], whether an accepted one is the most likely [n]).
+
+        hidden: per question [M, T] bool, the cells that queries at the places `queries` may not read, or [T, M, T] for
+        each query its own. memory: per question [M, T, D], states that are read instead of its own.
+        """
+        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+        for rows, batch in self._batches():
+            first, cells, cache, lent = self._passes(rows, batch), None, None, None
+            if hidden is not None:
+                width = batch.ids.shape[1]
+                cells = torch.ones(len(rows), width, len(self.memory_layers), width, dtype=torch.bool)
+                for place, row in enumerate(rows):
+                    own = len(self.labels[row])
+                    affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
+                    cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
+                cache = self._caches.get(rows[0]) if memory is None else None
+                if cache is not None:
+                    same = int(cells.flatten(2).all(-1).all(0).long().cumprod(0).sum())  # before the first change
+                    same = min(same, width - 1)
+                    cells, first = cells[:, same:], first[:, :, same:]
+                cells = cells.to(batch.ids.device)
+            if memory is not None:
+                lent = first.new_zeros(len(self.memory_layers), *first.shape[1:])
+                for place, row in enumerate(rows):
+                    lent[:, place, -len(self.labels[row]) :] = memory[row]
+            with self.wrapped.edited(cells, lent):
+                logits = answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
+            log_probs[rows], right[rows] = self._said(rows, batch, logits)
+        return log_probs, right
+
+    def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The cells at some places in some memory layers (all, for None): [M, T] bool per question."""
+        among = np.isin(self.memory_layers, self.memory_layers if layers is None else layers)
+        return [among[:, None] & np.isin(row, source) for row in self.labels]
+
+
+def readers(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> Iterator[Reader]:
+    """A `Reader` of each run's first `count` test questions, one after the other, with its kept weights."""
+    for run in progress(list(runs), "reading", unit="run"):
+        frame = asked(run, "test").head(count)
+        spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
+        frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
+        with trained(run, store, device) as (wrapped, tokenizer):
+            items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
+            yield Reader(wrapped, tokenizer, items, frame)

@@ -1,0 +1,134 @@
+"""What several studies measure of two-hop prompts: places, donors, contrasts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from backattn.models.lens import read_states
+from backattn.models.tokens import continuation_ids
+from companion.questions.prompts import ends, label_tokens
+from companion.questions.splits import place_of
+
+PLACES = ("e1", "r1", "r2", "last")
+
+READABLE = 10  # an entity can be read where its first token is among this many
+
+
+def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+    """What each token of the two-hop prompt is for: "e1", "r1", "r2", "last" or "context"."""
+    return label_tokens(tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")})
+
+
+def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
+    """First tokens of (e3, e2) by their proper names."""
+    first = {name: continuation_ids(tokenizer, name)[0] for name in {*frame["e3"], *frame["e2"]}}
+    return [(first[e3], first[e2]) for e3, e2 in zip(frame["e3"], frame["e2"], strict=True)]
+
+
+@dataclass
+class Reading:
+    """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
+
+    places: their names. All else is [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity ->
+    whether its first token is among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts.
+    wins: entity -> whether its logit is above that of the shuffled one (½ where both are the same token, as expected
+    without information).
+    """
+
+    places: tuple[str, ...]
+    difference: np.ndarray
+    readable: dict[str, np.ndarray]
+    wins: dict[str, np.ndarray]
+
+
+def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES) -> Reading:
+    """Read e3 and e2 in every layer at the last token of each of some places, and the same for shuffled labels.
+
+    A prompt's shuffled labels are the e2 and e3 of another prompt of the same pair of relations with another e2.
+    """
+    ids = np.array(pair_ids(tokenizer, frame))
+    other = donors(frame, seed)
+    tokens = np.concatenate([ids, ids[other]], axis=1)  # e3, e2, e3 shuffled, e2 shuffled
+    where = ends(groups(tokenizer, frame), places)
+    logits, ranks = read_states(model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True)
+    names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
+    readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
+    wins = {}
+    for k, name in enumerate(("e3", "e2")):
+        same = (tokens[:, k] == tokens[:, k + 2])[:, None, None]  # continents: another prompt's e3 may be the same
+        wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
+    return Reading(tuple(places), logits[..., 0] - logits[..., 1], readable, wins)
+
+
+def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.ndarray:
+    """Per prompt the row number of another one whose e2 and e3 are none of this one's right answers, nor its e2.
+
+    relations: "same" draws among the prompts with the same relations where there is one, else of the same pair, else
+    among all; "any" draws among all. The draw goes by a hash of both prompts' facts, so that a prompt more or less
+    leaves the donors of the others what they are.
+
+    Raises ValueError when there is none, or for another value of `relations`.
+    """
+    if relations not in ("same", "any"):
+        raise ValueError(f'Unknown relations {relations!r}; choose "same" or "any".')
+    chosen = np.empty(len(frame), dtype=int)
+    same = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
+    pair, e2, e3 = (frame[name].to_numpy() for name in ("pair", "e2", "e3"))
+    fact = same + "|" + frame["e1"].to_numpy()
+    for row, (second, third) in enumerate(zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)):
+        own = [e2[row], e3[row], *second.split("|"), *third.split("|")]
+        other = ~np.isin(e2, own) & ~np.isin(e3, own)
+        fits = [other & (same == same[row]), other & (pair == pair[row]), other][2 * (relations == "any") :]
+        fit = np.flatnonzero(next((fit for fit in fits if fit.any()), other))
+        if not len(fit):
+            raise ValueError(
+                f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: ask more facts."
+            )
+        chosen[row] = min(fit, key=lambda place: place_of(f"{seed}|{fact[row]}|{fact[place]}"))
+    return chosen
+
+
+def contrast(
+    values: np.ndarray,
+    right: Sequence[bool],
+    strata: Sequence,
+    clusters: Sequence,
+    permutations: int = 2000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Right against wrong cases within strata (pairs of relations), at every point of [n, ...].
+
+    Prompts of one cluster (bridge entity) and stratum are not independent, so they are averaged and count as one, with
+    the share of them that is right.
+
+    difference: right less wrong, from a regression on that share with one intercept per stratum. p: permutation test
+    (shares exchanged within strata), corrected for all points at once by the largest |difference / its permutation
+    spread|. Raises ValueError when no stratum has both right and wrong cases.
+    """
+    shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
+    keys = pd.DataFrame({"stratum": np.asarray(strata), "cluster": np.asarray(clusters)})
+    units = (
+        pd.DataFrame(flat)
+        .assign(right=np.asarray(right, dtype=float))
+        .groupby([keys["stratum"], keys["cluster"]])
+        .mean()
+    )
+    stratum = units.index.codes[0]
+    share, flat = units.pop("right").to_numpy(), units.to_numpy()
+    own = share - (np.bincount(stratum, weights=share) / np.bincount(stratum))[stratum]
+    total = (own**2).sum()
+    if total < 1e-12:
+        raise ValueError("No pair of relations has both right and wrong cases: ask more facts.")
+    draw, null = np.random.default_rng(seed), []
+    order = np.argsort(stratum, kind="stable")
+    for _ in range(permutations):
+        shuffled = np.empty_like(own)
+        shuffled[order] = own[order][np.lexsort((draw.random(len(own)), stratum[order]))]
+        null.append(shuffled @ flat / total)
+    null, difference = np.array(null), own @ flat / total
+    spread = np.maximum(null.std(0), 1e-12)
+    largest = np.abs(null / spread).max(1)
+    p = (1 + (largest[:, None] >= np.abs(difference / spread)).sum(0)) / (permutations + 1)
+    return {"difference": difference.reshape(shape), "p": p.reshape(shape)}

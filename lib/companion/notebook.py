@@ -1,0 +1,54 @@
+"""What the set-up cell of every notebook calls, and where a notebook writes."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from backattn import runtime
+from companion import paths
+from companion.report import figures, tables
+
+LIGHT = (
+    "accelerate",
+    "gguf",
+    "joblib",
+    "peft",
+    "tabulate",
+)  # small packages that a hosted notebook may lack; nothing heavy is ever installed
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of one notebook; everything it makes goes below `folder`."""
+
+    name: str
+    profile: str
+    folder: Path
+
+    def figure(self, figure: Figure, name: str, data: pd.DataFrame) -> None:
+        """Save a figure as PDF, PNG and the CSV of its numbers."""
+        figures.save(figure, self.folder / "figures", name, data)
+
+    def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
+        """Save a table as CSV, Markdown and LaTeX; return it for display."""
+        tables.save(frame, self.folder / "figures" / "tables", name)
+        return frame
+
+
+def setup(name: str) -> Run:
+    """Prepare a notebook: small missing packages, one thread, house style, quiet warnings of others. Safe to repeat."""
+    missing = [package for package in LIGHT if importlib.util.find_spec(package) is None]
+    if missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    runtime.use_threads()
+    figures.style()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    profile = os.environ.get(runtime.PROFILE, "interactive")
+    return Run(name, profile, paths.run_folder(profile))

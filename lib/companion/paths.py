@@ -1,0 +1,20 @@
+"""Where everything of the companion lives.
+
+Read-only inputs are found next to the library's own file, so the working directory never matters.
+Everything that is written goes below `OUTPUT`.
+"""
+
+from pathlib import Path
+
+from backattn.paths import CACHE as CACHE
+from backattn.paths import OUTPUT, ROOT
+
+DATA = ROOT / "data"
+NOTEBOOKS = ROOT / "notebooks"
+FIGURES = ROOT / "figures"
+BUILD = OUTPUT / "build"
+
+
+def run_folder(profile: str) -> Path:
+    """Folder of one profile's products (executed notebooks, figures, tables, stamps)."""
+    return BUILD / profile

@@ -1,0 +1,90 @@
+"""Where the results of runs lie."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backattn.files import atomic_file
+from companion.paths import BUILD, DATA
+from companion.runs.run import Run
+
+CHECKPOINTS = DATA / "checkpoints"
+
+
+class Store:
+    """Folders of finished and of stopped runs."""
+
+    def __init__(self, folder: Path = BUILD / "runs", shipped: Path | None = DATA / "runs.jsonl"):
+        """folder: where runs are made; shipped: a file with results of finished runs, one a line, or None."""
+        self.folder, self.shipped = Path(folder), {}
+        if shipped is not None and shipped.exists():
+            for line in shipped.read_text(encoding="utf-8").splitlines():
+                result = json.loads(line)
+                self.shipped[result["key"]] = result
+
+    def place(self, run: Run) -> Path:
+        return self.folder / run.key
+
+    def result(self, run: Run) -> dict | None:
+        """The result of a finished run, made here or shipped, else None."""
+        try:
+            return json.loads((self.place(run) / "result.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return self.shipped.get(run.key)
+
+    def weights(self, run: Run) -> dict[str, Tensor]:
+        """The trained weights of a finished run, made here or shipped.
+
+        Raises FileNotFoundError where only its result was shipped, OSError for a shipped file with another sha256.
+        """
+        own, shipped = self.place(run) / "weights.safetensors", CHECKPOINTS / f"{run.key}.safetensors"
+        if own.exists():
+            return load_file(own)
+        if shipped.exists():
+            if _sha256(shipped) != self.shipped.get(run.key, {}).get("sha256"):
+                raise OSError(
+                    f"{shipped} is not the file that {DATA / 'runs.jsonl'} names (sha256): take both again from the "
+                    "repository (git checkout)."
+                )
+            return load_file(shipped)
+        raise FileNotFoundError(
+            f"The weights of run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) are not shipped: train it with "
+            "./run_all.sh --profile full."
+        )
+
+    def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA) -> None:
+        """Write the results of finished runs into `folder`, one a line, sorted by key, and the weights of some."""
+        lines = dict(self.shipped)
+        for run in runs:
+            if self.result(run):
+                lines[run.key] = {**lines.get(run.key, {}), "key": run.key, **self.result(run)}
+        for run in with_weights:
+            path = folder / "checkpoints" / f"{run.key}.safetensors"
+            with atomic_file(path) as temporary:
+                save_file(self.weights(run), temporary)
+            lines[run.key]["sha256"] = _sha256(path)
+        with atomic_file(folder / "runs.jsonl") as temporary:
+            temporary.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8")
+
+    def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
+        """Weights first: a run is finished when its result is there."""
+        place = self.place(run)
+        if weights:
+            with atomic_file(place / "weights.safetensors") as temporary:
+                save_file(weights, temporary)
+        with atomic_file(place / "result.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def right_of(result: dict) -> np.ndarray:
+    """Which test questions a kept result has right: [n] bool."""
+    return np.array([character == "1" for character in result["right"]])

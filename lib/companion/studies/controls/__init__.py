@@ -1,0 +1,1 @@
+"""07: flow or training?"""

@@ -1,0 +1,1 @@
+"""02: why two-hop questions fail."""

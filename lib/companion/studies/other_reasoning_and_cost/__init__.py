@@ -1,0 +1,1 @@
+"""09: other reasoning, other prompts, and what back attention costs."""
