@@ -17,7 +17,7 @@ import torch
 from backattn import load_model, runtime
 from backattn.analysis.back_patching import back_patch, back_patch_one
 from companion.measures import two_hop
-from companion.measures.two_hop import pair_ids
+from companion.measures.two_hop import first_token_pairs
 from companion.questions.asking import candidates
 from companion.questions.facts import two_hop_facts
 from companion.questions.prompts import two_hop_prompts
@@ -29,14 +29,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=60, help="pairs per prompt that are also run the plain way")
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="pairs per prompt that are also run the plain way"
+    )
     options = parser.parse_args()
     runtime.use_threads()
     model, tokenizer = load_model(options.model)
     written = two_hop_prompts(two_hop_facts(), per_pair=2).sample(options.prompts, random_state=0)
     asked = candidates(tokenizer, written)
-    groups = two_hop.groups(tokenizer, asked)
-    ids = pair_ids(tokenizer, asked)
+    groups = two_hop.place_labels(tokenizer, asked)
+    ids = first_token_pairs(tokenizer, asked)
     rows = []
     for name in ("r1", "last"):
         positions = [int(np.flatnonzero(labels == name)[-1]) for labels in groups]
@@ -52,7 +54,9 @@ def main() -> int:
             for pair in drawn[index]:
                 t, s = int(target[pair]), int(source[pair])
                 plain = back_patch_one(model, tokenizer, prompt, position, s, t)
-                difference = (plain[list(ids[index])] - fast.log_probs[index, t, s]).abs().max().item()
+                difference = (
+                    (plain[list(ids[index])] - fast.log_probs[index, t, s]).abs().max().item()
+                )
                 errors.append(difference)
                 same &= plain[fast.said[index, t, s]].item() > plain.max().item() - GOAL_ERROR
         error = float(np.max(errors))  # NaN if any is
@@ -70,11 +74,19 @@ def main() -> int:
                 f"≥ {GOAL_SPEED:g}",
                 plain_seconds / staircase >= GOAL_SPEED,
             ),
-            (name, "largest difference of a log-probability", error, f"≤ {GOAL_ERROR:g}", error <= GOAL_ERROR),
+            (
+                name,
+                "largest difference of a log-probability",
+                error,
+                f"≤ {GOAL_ERROR:g}",
+                error <= GOAL_ERROR,
+            ),
             (name, "same next token on every pair run both ways", int(same), "1", bool(same)),
         ]
     table = pd.DataFrame(rows, columns=["patched at", "figure", "value", "goal", "met"])
-    print(f"{len(drawn)} prompts, {options.pairs} of the pairs each, {torch.get_num_threads()} thread(s)\n")
+    print(
+        f"{len(drawn)} prompts, {options.pairs} of the pairs each, {torch.get_num_threads()} thread(s)\n"
+    )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1
 

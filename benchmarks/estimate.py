@@ -17,7 +17,7 @@ import pandas as pd
 
 from backattn import runtime
 from companion.runs.estimate import estimate
-from companion.runs.perform import perform
+from companion.runs.perform import train_and_test
 from companion.runs.plans import main_runs
 from companion.runs.store import Store
 
@@ -38,8 +38,10 @@ def main() -> int:
         rows = []
         for run in runs:
             begin = time.perf_counter()
-            perform(run, store)
-            rows.append({"dataset": run.dataset, "arm": run.arm, "seconds": time.perf_counter() - begin})
+            train_and_test(run, store)
+            rows.append(
+                {"dataset": run.dataset, "arm": run.arm, "seconds": time.perf_counter() - begin}
+            )
     print(pd.DataFrame(rows).round(1).to_string(index=False))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes
     table = pd.DataFrame(

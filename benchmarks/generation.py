@@ -49,19 +49,28 @@ def main() -> int:
     runtime.use_threads()
     torch.manual_seed(0)
     model, _ = load_model(options.model)
-    wrapped = get_back_attention_model(model, BackAttentionConfig(options.source_layer, options.dim))
+    wrapped = get_back_attention_model(
+        model, BackAttentionConfig(options.source_layer, options.dim)
+    )
     torch.nn.init.normal_(wrapped.updates[str(options.source_layer)].o_proj.weight, std=0.02)
-    ids = torch.randint(10, model.config.vocab_size, (options.batch, options.prompt + options.tokens))
+    ids = torch.randint(
+        10, model.config.vocab_size, (options.batch, options.prompt + options.tokens)
+    )
     mask = torch.ones_like(ids)
     mask[0, : options.prompt // 3] = 0  # one prompt is shorter
 
-    caches = {"plain": DynamicCache(config=model.config), "cached": DynamicCache(config=model.config)}
+    caches = {
+        "plain": DynamicCache(config=model.config),
+        "cached": DynamicCache(config=model.config),
+    }
     seconds: dict[str, list[float]] = {"plain": [], "cached": [], "recomputed": []}
     errors = []
     for end in range(options.prompt, ids.shape[1] + 1):
         start = 0 if end == options.prompt else end - 1
         with wrapped.disable_adapter():
-            seconds["plain"].append(step(wrapped, ids[:, start:end], mask[:, :end], caches["plain"])[1])
+            seconds["plain"].append(
+                step(wrapped, ids[:, start:end], mask[:, :end], caches["plain"])[1]
+            )
         fast, took = step(wrapped, ids[:, start:end], mask[:, :end], caches["cached"])
         seconds["cached"].append(took)
         full, took = step(wrapped, ids[:, :end], mask[:, :end], None)
@@ -70,7 +79,8 @@ def main() -> int:
     first = {name: values[0] for name, values in seconds.items()}
     each = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     sizes = {
-        name: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for name, cache in caches.items()
+        name: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        for name, cache in caches.items()
     }
     layers = model.config.num_hidden_layers
     bound = 1 + (layers - options.source_layer) / layers
@@ -93,7 +103,12 @@ def main() -> int:
         ),
         ("cache of the plain model, MiB", sizes["plain"] / 2**20, "", ""),
         ("cache with second pass and memory, MiB", sizes["cached"] / 2**20, "", ""),
-        ("peak memory of this process, MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "", ""),
+        (
+            "peak memory of this process, MiB",
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+            "",
+            "",
+        ),
         (
             "largest difference of a logit, cached and recomputed",
             max(errors),

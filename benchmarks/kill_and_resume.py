@@ -44,9 +44,9 @@ def numbers(output: Path) -> dict[str, str]:
     found = {}
     for path in sorted((output / "build" / "smoke" / "figures").rglob("*.csv")):
         frame = pd.read_csv(path)
-        found[str(path.relative_to(output))] = frame[[name for name in frame if not name.startswith(TIMES)]].to_csv(
-            index=False
-        )
+        found[str(path.relative_to(output))] = frame[
+            [name for name in frame if not name.startswith(TIMES)]
+        ].to_csv(index=False)
     return found
 
 
@@ -67,7 +67,10 @@ def main() -> None:
         time.sleep(float(draw.uniform(0.02, 0.6)) * took)
         killed += process.poll() is None
         with contextlib.suppress(psutil.NoSuchProcess):
-            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            for one in [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]:
                 one.kill()  # the kernel, too
         process.wait()
         for path in (harried / "build").rglob("[!.]*.csv"):

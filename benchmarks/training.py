@@ -31,13 +31,25 @@ GOAL_PLAIN, GOAL_LORA, GOAL_ERROR = 1.6, 1.0, 1e-3
 
 def plain_two_passes(wrapped, batch):
     """Logits of two full passes, the way one would first write it: run, attend, run again from the embedding."""
-    arguments = dict(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False)
+    arguments = dict(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
     layer, seen = wrapped.sources[0], {}
     modules = [*(block.module for block in wrapped._arch.blocks), wrapped._arch.final_norm_module]
-    visible = torch.ones(batch.ids.shape[1], batch.ids.shape[1], dtype=torch.bool).tril()
-    visible = (visible & batch.mask.bool()[:, None]) | torch.eye(len(visible), dtype=torch.bool)
+    visible = torch.ones(
+        batch.input_ids.shape[1], batch.input_ids.shape[1], dtype=torch.bool
+    ).tril()
+    visible = (visible & batch.attention_mask.bool()[:, None]) | torch.eye(
+        len(visible), dtype=torch.bool
+    )
     with wrapped.disable_adapter():
-        with torch.no_grad(), hooks(*((modules[t], "input", partial(seen.__setitem__, t)) for t in wrapped.needed)):
+        with (
+            torch.no_grad(),
+            hooks(*((modules[t], "input", partial(seen.__setitem__, t)) for t in wrapped.needed)),
+        ):
             wrapped(**arguments)
         update = wrapped.updates[str(layer)]
         keys, values = update.remember(torch.stack([seen[t] for t in wrapped.memory_layers]))
@@ -77,14 +89,19 @@ def main() -> int:
                 logits = plain_two_passes(model, batch)
             else:
                 logits = answer_logits(model, batch, kept(rows, batch) if name == "ours" else None)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+            )
             loss.backward()
             if turn:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - begin)
             losses[name] = loss.item()
             model.zero_grad(set_to_none=True)
     each = {name: float(np.median(values)) for name, values in seconds.items()}
-    weights = {name: sum(p.numel() for p in models[name].parameters() if p.requires_grad) for name in ("ours", "LoRA")}
+    weights = {
+        name: sum(p.numel() for p in models[name].parameters() if p.requires_grad)
+        for name in ("ours", "LoRA")
+    }
     error = abs(losses["ours"] - losses["plain"])
     faster, lora = each["plain"] / each["ours"], each["LoRA"] / each["ours"]
     table = pd.DataFrame(
@@ -97,11 +114,18 @@ def main() -> int:
             ("first pass of the batch, once, seconds", once, "", ""),
             ("trained weights, ours", weights["ours"], "", ""),
             ("trained weights, LoRA", weights["LoRA"], "", ""),
-            ("difference of the loss, ours and plain", error, f"≤ {GOAL_ERROR:g}", error <= GOAL_ERROR),
+            (
+                "difference of the loss, ours and plain",
+                error,
+                f"≤ {GOAL_ERROR:g}",
+                error <= GOAL_ERROR,
+            ),
         ],
         columns=["figure", "value", "goal", "met"],
     )
-    print(f"batch of {options.batch}, {batch.ids.shape[1]} tokens each, {torch.get_num_threads()} thread(s)\n")
+    print(
+        f"batch of {options.batch}, {batch.input_ids.shape[1]} tokens each, {torch.get_num_threads()} thread(s)\n"
+    )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1
 

@@ -16,7 +16,12 @@ def main() -> None:
     rows, seen = [], set()
     for kinds, size in SIZES.items():
         drawn = reasoning_gym.create_dataset(
-            "leg_counting", size=size, seed=kinds, min_animals=kinds, max_animals=kinds, max_instances=LARGEST
+            "leg_counting",
+            size=size,
+            seed=kinds,
+            min_animals=kinds,
+            max_animals=kinds,
+            max_instances=LARGEST,
         )
         for item in drawn:
             question = item["question"].strip().rpartition("Now, ")[2]

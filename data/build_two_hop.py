@@ -123,7 +123,9 @@ def neighbours() -> dict[str, list[str]]:
             continue
         others = [countries[code] for code in c["neighbours"].split(",") if code in countries]
         if others:
-            found[plain(c["name"])] = [plain(o["name"]) for o in sorted(others, key=lambda o: -o["population"])]
+            found[plain(c["name"])] = [
+                plain(o["name"]) for o in sorted(others, key=lambda o: -o["population"])
+            ]
     return found
 
 
@@ -133,7 +135,9 @@ def plain(name: str) -> str:
 
 def aliases(name: str, kind: str) -> str:
     surname = [name.split()[-1]] if kind == "person" and " " in name and not name.isupper() else []
-    return "|".join(dict.fromkeys([*ALIASES.get(name, ()), *(s for s in surname if not set(s) <= set("IVX"))]))
+    return "|".join(
+        dict.fromkeys([*ALIASES.get(name, ()), *(s for s in surname if not set(s) <= set("IVX"))])
+    )
 
 
 def split(bridge: str) -> str:
@@ -151,13 +155,35 @@ def rows():
                 continue
             for r2 in seconds:
                 e3 = known[bridge_kind, r2].get(e2)
-                if e3 is None or len({e1, e2, e3}) < 3 or echoes(e1, e3) or echoes(e2, e3) or echoes(e1, e2):
+                if (
+                    e3 is None
+                    or len({e1, e2, e3}) < 3
+                    or echoes(e1, e3)
+                    or echoes(e2, e3)
+                    or echoes(e1, e2)
+                ):
                     continue
                 shortcut = e3 if r2 in CARRIED.get(kind, ()) else known[kind, r2].get(e1, "")
                 pair = "person-kin-kin" if kind == "person" else f"{kind}-{r1}-{r2}"
                 types = kind, bridge_kind, TYPES.get(r2, r2)
-                more = "|".join(around[e2][1:]) if r2 == "neighboring country" else aliases(e3, types[2])
-                yield pair, e1, r1, e2, r2, e3, shortcut, *types, aliases(e2, types[1]), more, split(e2)
+                more = (
+                    "|".join(around[e2][1:])
+                    if r2 == "neighboring country"
+                    else aliases(e3, types[2])
+                )
+                yield (
+                    pair,
+                    e1,
+                    r1,
+                    e2,
+                    r2,
+                    e3,
+                    shortcut,
+                    *types,
+                    aliases(e2, types[1]),
+                    more,
+                    split(e2),
+                )
 
 
 def ranked():

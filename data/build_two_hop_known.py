@@ -17,9 +17,17 @@ from companion.studies.failure_analysis.census import hops
 def main() -> None:
     runtime.use_threads()
     model, tokenizer = load_model("smollm2")
-    asked = hops(model, tokenizer, candidates(tokenizer, two_hop_prompts(two_hop_facts(), "possessive")))
-    known = asked[asked["known"]].assign(shortcut_right=lambda frame: ~frame["kept"]).sort_values(TWO_HOP_KEYS)
-    known[[*TWO_HOP_KEYS, "shortcut_right"]].to_csv(paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n")
+    asked = hops(
+        model, tokenizer, candidates(tokenizer, two_hop_prompts(two_hop_facts(), "possessive"))
+    )
+    known = (
+        asked[asked["known"]]
+        .assign(shortcut_right=lambda frame: ~frame["kept"])
+        .sort_values(TWO_HOP_KEYS)
+    )
+    known[[*TWO_HOP_KEYS, "shortcut_right"]].to_csv(
+        paths.DATA / "two_hop_known.csv", index=False, lineterminator="\n"
+    )
     print(f"{len(known)} of {len(asked)} facts are known", file=sys.stderr)
 
 

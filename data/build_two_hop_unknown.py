@@ -26,9 +26,17 @@ def main() -> None:
     facts = facts[~facts["collides"]].merge(known, on=TWO_HOP_KEYS, how="left", indicator=True)
     asked = shuffled(facts[facts["_merge"] == "left_only"]).groupby("pair").head(PER_PAIR)
     distinct = asked.drop_duplicates("shortcut_prompt")
-    said, _ = ask(model, tokenizer, distinct["shortcut_prompt"], distinct["pair"] + distinct["r1"] + distinct["r2"])
+    said, _ = ask(
+        model,
+        tokenizer,
+        distinct["shortcut_prompt"],
+        distinct["pair"] + distinct["r1"] + distinct["r2"],
+    )
     by_prompt = dict(zip(distinct["shortcut_prompt"], said, strict=True))
-    right = [by_prompt[prompt] in ids for prompt, ids in zip(asked["shortcut_prompt"], asked["e3_ids"], strict=True)]
+    right = [
+        by_prompt[prompt] in ids
+        for prompt, ids in zip(asked["shortcut_prompt"], asked["e3_ids"], strict=True)
+    ]
     table = asked[TWO_HOP_KEYS].assign(shortcut_right=right).sort_values(TWO_HOP_KEYS)
     table.to_csv(paths.DATA / "two_hop_unknown.csv", index=False, lineterminator="\n")
     print(f"{len(table)} facts of {table['pair'].nunique()} pairs of relations", file=sys.stderr)

@@ -10,12 +10,16 @@ from backattn.training.batches import first_tokens
 from companion.questions.datasets import DATASETS
 from companion.runs import as_asked
 from companion.runs.as_asked import _folded
-from companion.runs.perform import armed, trained_weights
+from companion.runs.perform import trained_weights, with_adapter
 from companion.runs.run import Run, data_hash
 from companion.runs.store import Store
 
 runtime.use_threads()
-PROMPTS = ["France's capital is", "The mother of Anna was born in Tokyo and lives in the", "Mozart's mother is"]
+PROMPTS = [
+    "France's capital is",
+    "The mother of Anna was born in Tokyo and lives in the",
+    "Mozart's mother is",
+]
 
 
 @pytest.fixture(scope="session", params=tiny_names())
@@ -43,29 +47,50 @@ def smollm2():
     return load_model("smollm2")
 
 
-FACTS = [("Bach", "mother", "Anna", "city", "Rome"), ("Mozart", "father", "Leo", "capital", "Paris")]
+FACTS = [
+    ("Bach", "mother", "Anna", "city", "Rome"),
+    ("Mozart", "father", "Leo", "capital", "Paris"),
+]
 
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A run of back attention on eight questions, with weights that are not zero, and its store."""
-    rows = [(f"{e1}{k}", r1, f"{e2}{k}", r2, e3) for k, (e1, r1, e2, r2, e3) in enumerate(FACTS * 60)]
-    frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(pair="made", tested=True)
+    rows = [
+        (f"{e1}{k}", r1, f"{e2}{k}", r2, e3) for k, (e1, r1, e2, r2, e3) in enumerate(FACTS * 60)
+    ]
+    frame = pd.DataFrame(rows, columns=["e1", "r1", "e2", "r2", "e3"]).assign(
+        pair="made", tested=True
+    )
     prompt = frame["e1"] + "'s " + frame["r1"] + "'s " + frame["r2"] + " is"
     frame = frame.assign(
-        prompt=prompt, answer=" " + frame["e3"], group=frame["e2"], e2_aliases="", e3_aliases="", shortcut=""
+        prompt=prompt,
+        answer=" " + frame["e3"],
+        group=frame["e2"],
+        e2_aliases="",
+        e3_aliases="",
+        shortcut="",
     )
     monkeypatch.setitem(DATASETS, "facts", lambda: frame)
-    for user in ("as_asked", "perform"):
+    users = (
+        "runs.as_asked",
+        "runs.perform",
+        "runs.estimate",
+        "measures.memory",
+        "studies.controls.transitions",
+    )
+    for user in users:
         monkeypatch.setattr(
-            f"companion.runs.{user}.questions",
+            f"companion.{user}.questions",
             lambda run, tok, split: first_tokens(
-                tok, asked := as_asked.asked(run, split), [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]]
+                tok,
+                asked := as_asked.asked(run, split),
+                [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]],
             ),
         )
     run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
     store = Store(tmp_path, shipped=None)
-    with armed(run, "float32") as (model, _):
+    with with_adapter(run, "float32") as (model, _):
         for name, p in model.updates.named_parameters():
             torch.nn.init.normal_(p, std=0.2 if name[2] in "qk" else 0.5)
         store.keep(run, {"run": {}}, trained_weights(model))

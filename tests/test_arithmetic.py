@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from companion.runs.perform import armed
+from companion.runs.perform import with_adapter
 from companion.runs.run import SCRATCH, Run
 from companion.studies.other_reasoning_and_cost import arithmetic
 from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
@@ -21,33 +21,51 @@ def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
         a, b = row.pair.split(",")
         shown = row.prompt[: row.start]
         assert f"{a} {row.operator} {b} =" not in shown and f"{b} {row.operator} {a} =" not in shown
-    tokens, (labels,) = smollm2[1](frame["prompt"][5])["input_ids"], arithmetic.groups(smollm2[1], frame.loc[[5]])
+    tokens, (labels,) = (
+        smollm2[1](frame["prompt"][5])["input_ids"],
+        arithmetic.sum_labels(smollm2[1], frame.loc[[5]]),
+    )
     said = {
-        name: [smollm2[1].decode([t]).strip() for t, own in zip(tokens, labels, strict=True) if own == name]
+        name: [
+            smollm2[1].decode([t]).strip()
+            for t, own in zip(tokens, labels, strict=True)
+            if own == name
+        ]
         for name in set(labels)
     }
-    assert said["entity"] == frame["pair"][5].split(",") or said["entity"] == frame["pair"][5].split(",")[::-1]
+    assert (
+        said["entity"] == frame["pair"][5].split(",")
+        or said["entity"] == frame["pair"][5].split(",")[::-1]
+    )
     assert said["relation"] == [frame["operator"][5]] and said["last"] == [""]
 
 
 def test_long_sums_are_continued_digit_by_digit():
     run = Run("2-digit", "2 layers", 0, 1e-3, 2, SCRATCH, 0, 8, 16, 64, 8, 8, "float32", width=40)
-    with armed(run, "float32") as (model, tokenizer):
+    with with_adapter(run, "float32") as (model, tokenizer):
         frames = [arithmetic.long_sums(run, tokenizer, digit) for digit in (2, 3)]
         for tens, ones in zip(*(frame.to_dict("records") for frame in frames), strict=True):
-            assert ones["prompt"] == tens["prompt"] + tens["answer"] and len(tens["prompt"]) == 6 + 2
+            assert (
+                ones["prompt"] == tens["prompt"] + tens["answer"] and len(tens["prompt"]) == 6 + 2
+            )
             a, b = (int(x) for x in ones["prompt"].split("=")[0].split(ones["operator"]))
-            assert int(ones["prompt"].split("=")[1] + ones["answer"]) == (a + b if ones["operator"] == "+" else a - b)
-        labels = arithmetic.groups(tokenizer, frames[1])[0]
-        assert labels.tolist() == ["entity"] * 2 + ["relation"] + ["entity"] * 2 + ["context"] * 3 + ["last"]
-        right = arithmetic.answered(model, tokenizer, frames[1])
-        for prompt, answer, own in zip(frames[1]["prompt"], frames[1]["answer"], right, strict=True):
+            assert int(ones["prompt"].split("=")[1] + ones["answer"]) == (
+                a + b if ones["operator"] == "+" else a - b
+            )
+        labels = arithmetic.sum_labels(tokenizer, frames[1])[0]
+        assert labels.tolist() == ["entity"] * 2 + ["relation"] + ["entity"] * 2 + [
+            "context"
+        ] * 3 + ["last"]
+        right = arithmetic.answered_right(model, tokenizer, frames[1])
+        for prompt, answer, own in zip(
+            frames[1]["prompt"], frames[1]["answer"], right, strict=True
+        ):
             ids = torch.tensor([tokenizer.convert_tokens_to_ids(list(prompt))])
             with torch.no_grad():
                 token = int(model(ids).logits[0, -1].argmax())
             assert own == (token == tokenizer.convert_tokens_to_ids(answer))
         said = frames[1].assign(answer=tokenizer.decode([token]))
-        assert arithmetic.answered(model, tokenizer, said)[-1]
+        assert arithmetic.answered_right(model, tokenizer, said)[-1]
 
 
 def steps(*ends) -> pd.DataFrame:
@@ -61,7 +79,9 @@ def steps(*ends) -> pd.DataFrame:
 
 def knockouts(*needed, behind=False):
     high = -0.1 if behind else 0.5
-    return pd.DataFrame({"stage": list("ABCD"), "needed": needed, "difference_high": high, "n": 8, "draws": 9})
+    return pd.DataFrame(
+        {"stage": list("ABCD"), "needed": needed, "difference_high": high, "n": 8, "draws": 9}
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,12 @@ def knockouts(*needed, behind=False):
         (((1, 2), (1, 2), (1, 2)), (True, True, True, True), False, "reproduced"),
         (((1, 2), (1, 2), (1, 2)), (True, True, False, True), False, "partly"),
         (((1, 2), (-2, -1), (1, 2)), (False, False, False, False), False, "partly"),
-        (((0.1, 0.3), (0.1, 0.3), (0.1, 0.3)), (False, False, False, False), False, "not at this scale"),
+        (
+            ((0.1, 0.3), (0.1, 0.3), (0.1, 0.3)),
+            (False, False, False, False),
+            False,
+            "not at this scale",
+        ),
         (((-1, 2), (-2, -1), (-2, -1)), (False, False, False, False), True, "not at this scale"),
         (((-2, -1), (-2, -1), (-2, -1)), (False, False, False, False), False, "not at this scale"),
         (((-2, -1), (-2, -1), (-2, -1)), (False, False, False, False), True, "contradicted"),
@@ -83,4 +108,6 @@ def test_q2_follows_its_rule(ends, needed, behind, verdict):
 
 def test_q2_wants_four_stages():
     with pytest.raises(ValueError, match="stages A to D"):
-        arithmetic_has_stages({"one": (steps((1, 2), (1, 2), (1, 2)), 9)}, knockouts(*[True] * 4).head(3))
+        arithmetic_has_stages(
+            {"one": (steps((1, 2), (1, 2), (1, 2)), 9)}, knockouts(*[True] * 4).head(3)
+        )

@@ -17,9 +17,13 @@ from backattn.models.tokens import Batch, encode
 
 CONFIGS = {
     "one source": BackAttentionConfig(source_layer=1, dim=8),
-    "two heads, per layer": BackAttentionConfig(source_layer=1, dim=8, heads=2, softmax="per-layer"),
+    "two heads, per layer": BackAttentionConfig(
+        source_layer=1, dim=8, heads=2, softmax="per-layer"
+    ),
     "two sources": BackAttentionConfig(source_layer=(0, 2), dim=8),
-    "high states only, raw": BackAttentionConfig(source_layer=1, dim=8, memory_layers=(3, 4), norm=False),
+    "high states only, raw": BackAttentionConfig(
+        source_layer=1, dim=8, memory_layers=(3, 4), norm=False
+    ),
     "own layer only": BackAttentionConfig(source_layer=1, dim=8, memory_layers=(1,)),
 }
 
@@ -47,7 +51,11 @@ def trained(model, config, size=0.3, **options):
 def logits(model, batch, **options):
     with torch.no_grad():
         return model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False, **options
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **options,
         ).logits
 
 
@@ -84,14 +92,18 @@ def test_two_passes_equal_a_plain_reimplementation(fresh):
     for i in range(len(new)):
         pairs = [(t, j) for t in range(1, 5) for j in range(i + 1)]
         query = update.q_proj.weight @ n(states[1][i])
-        scores = torch.stack([query @ (update.k_proj.weight @ n(states[t][j])) / 8**0.5 for t, j in pairs])
+        scores = torch.stack(
+            [query @ (update.k_proj.weight @ n(states[t][j])) / 8**0.5 for t, j in pairs]
+        )
         values = torch.stack([update.v_proj.weight @ n(states[t][j]) for t, j in pairs])
         new[i] += update.o_proj.weight @ (scores.softmax(0) @ values)
     h = new[None]
     with torch.no_grad(), wrapped.disable_adapter():
         for t in range(1, 4):
             args, kwargs = kept[t]
-            h = arch.blocks[t].module(h, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+            h = arch.blocks[t].module(
+                h, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"}
+            )
             h = h[0] if isinstance(h, tuple) else h
         expected = arch.unembedding_module(arch.final_norm_module(h))
     if arch.softcap:
@@ -104,9 +116,9 @@ def test_is_causal(fresh, config):
     wrapped = trained(model, config)
     batch = encode(tok, PROMPTS[1:2])
     before = logits(wrapped, batch)
-    changed = batch.ids.clone()
+    changed = batch.input_ids.clone()
     changed[:, 5:] = 7
-    after = logits(wrapped, type(batch)(changed, batch.mask))
+    after = logits(wrapped, type(batch)(changed, batch.attention_mask))
     assert torch.allclose(before[:, :5], after[:, :5], atol=1e-5)
     assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
 
@@ -128,16 +140,22 @@ def test_gradients_reach_the_adapter_and_nothing_else(fresh, config):
     wrapped = trained(model, config)
     batch = encode(tok, PROMPTS, "left")
     optimiser = torch.optim.SGD(wrapped.updates.parameters(), lr=0.1)
-    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    wrapped(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids
+    ).loss.backward()
     optimiser.step()
-    assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(
+        p.grad is None and torch.equal(p, weights[name]) for name, p in model.named_parameters()
+    )
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in wrapped.updates.parameters())
 
 
 def test_an_untrained_adapter_can_begin_to_learn(llama):
     wrapped = get_back_attention_model(load_model("tiny-llama")[0], CONFIGS["one source"])
     batch = encode(llama[1], PROMPTS, "left")
-    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    wrapped(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids
+    ).loss.backward()
     assert wrapped.updates["1"].o_proj.weight.grad.abs().max() > 0
 
 
@@ -145,7 +163,9 @@ def test_a_base_model_from_scratch_gets_gradients_through_both_passes(fresh):
     model, tok = fresh
     wrapped = trained(model, CONFIGS["one source"], freeze_base=False)
     batch = encode(tok, PROMPTS, "left")
-    wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.backward()
+    wrapped(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids
+    ).loss.backward()
     analytic = wrapped._arch.blocks[2].attention_out  # a weight that acts in both passes
     weight = wrapped._arch.blocks[2].get(wrapped._arch.family.attention_out).weight
     assert analytic.weight.shape[0] == wrapped._arch.width
@@ -155,7 +175,13 @@ def test_a_base_model_from_scratch_gets_gradients_through_both_passes(fresh):
     for sign in (1, -1):
         with torch.no_grad():
             weight[place] += sign * step
-            ends.append(wrapped(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids).loss.item())
+            ends.append(
+                wrapped(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    labels=batch.input_ids,
+                ).loss.item()
+            )
             weight[place] -= sign * step
     slope = (ends[0] - ends[1]) / (2 * step)
     assert slope == pytest.approx(weight.grad[place].item(), rel=0.05, abs=1e-3)
@@ -194,11 +220,11 @@ def test_given_first_pass_states_give_the_same(fresh, config, side):
     model, tok = fresh
     wrapped = trained(model, config)
     batch = encode(tok, PROMPTS, side)
-    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    states = wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)
     assert states.shape[0] == len(wrapped.needed)
     whole = logits(wrapped, batch)
     given = logits(wrapped, batch, first_pass=states)
-    real = batch.mask.bool()
+    real = batch.attention_mask.bool()
     assert torch.allclose(whole[real], given[real], atol=1e-5)
     assert torch.allclose(logits(wrapped, batch)[real], whole[real])  # and the layers work again
 
@@ -208,18 +234,20 @@ def test_cached_generation_equals_full_recomputation(fresh, config):
     wrapped = trained(model, config)
     batch = encode(tok, PROMPTS, "left")
     made = wrapped.generate(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
         max_new_tokens=6,
         min_new_tokens=6,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    start = batch.ids.shape[1]
+    start = batch.input_ids.shape[1]
     for step in range(6):
         ids = made.sequences[:, : start + step]
-        mask = torch.cat([batch.mask, torch.ones(len(ids), step, dtype=batch.mask.dtype)], 1)
+        mask = torch.cat(
+            [batch.attention_mask, torch.ones(len(ids), step, dtype=batch.attention_mask.dtype)], 1
+        )
         full = logits(wrapped, type(batch)(ids, mask))[:, -1]
         assert torch.allclose(made.logits[step], full, atol=1e-4), step
 
@@ -228,31 +256,50 @@ def test_new_tokens_in_one_pass_follow_their_definition(fresh, config):
     """Against full recomputation in which new tokens do not see their own memory, and leave what their pass made."""
     model, tok = fresh
     wrapped = trained(model, config)
-    batch, extra = encode(tok, PROMPTS, "left"), torch.tensor([[11, 12, 13], [14, 15, 16], [17, 18, 19]])
-    ids, ones = batch.ids, torch.ones(3, 1, dtype=batch.mask.dtype)
-    cache, mask, start = DynamicCache(config=model.config), batch.mask, ids.shape[1]
+    batch, extra = (
+        encode(tok, PROMPTS, "left"),
+        torch.tensor([[11, 12, 13], [14, 15, 16], [17, 18, 19]]),
+    )
+    ids, ones = batch.input_ids, torch.ones(3, 1, dtype=batch.attention_mask.dtype)
+    cache, mask, start = DynamicCache(config=model.config), batch.attention_mask, ids.shape[1]
     memory = _states_before(wrapped, ids, mask, first=True)  # [M, B, T, D]
     wrapped.one_pass = True
     with torch.no_grad():
-        wrapped(input_ids=ids, attention_mask=mask, position_ids=batch.position_ids, past_key_values=cache)
+        wrapped(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            past_key_values=cache,
+        )
         for step in range(3):
             ids, mask = torch.cat([ids, extra[:, step : step + 1]], 1), torch.cat([mask, ones], 1)
             place = (mask.cumsum(-1) - 1).clamp(min=0)
             fast = wrapped(
-                input_ids=ids[:, -1:], attention_mask=mask, position_ids=place[:, -1:], past_key_values=cache
+                input_ids=ids[:, -1:],
+                attention_mask=mask,
+                position_ids=place[:, -1:],
+                past_key_values=cache,
             ).logits[:, -1]
             memory = torch.cat([memory, torch.zeros_like(memory[:, :, :1])], 2)  # not seen
             cells = torch.ones(1, ids.shape[1], 1, ids.shape[1], dtype=torch.bool)
             for new in range(start, ids.shape[1]):
                 cells[:, new, :, new:] = False
             cells = cells.expand(-1, -1, len(wrapped.memory_layers), -1)
-            with wrapped.edited(cells if wrapped.two_passes else None, memory if wrapped.two_passes else None):
-                full = wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, -1]
+            with wrapped.edited(
+                cells if wrapped.two_passes else None, memory if wrapped.two_passes else None
+            ):
+                full = wrapped(
+                    input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False
+                ).logits[:, -1]
                 memory[:, :, -1] = _states_before(wrapped, ids, mask)[:, :, -1]
             assert torch.allclose(fast, full, atol=1e-4)
     wrapped.one_pass = False
-    kept = wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, -1]
-    assert torch.allclose(kept, fast, atol=1e-4) != wrapped.two_passes  # two passes give something else
+    kept = wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[
+        :, -1
+    ]
+    assert (
+        torch.allclose(kept, fast, atol=1e-4) != wrapped.two_passes
+    )  # two passes give something else
 
 
 def _states_before(wrapped, ids, mask, first=False):
@@ -270,7 +317,9 @@ def _states_before(wrapped, ids, mask, first=False):
         return hook
 
     handles = [blocks[0].register_forward_pre_hook(enters, with_kwargs=True, prepend=True)]
-    handles += [block.register_forward_hook(leaves(layer + 1)) for layer, block in enumerate(blocks)]
+    handles += [
+        block.register_forward_hook(leaves(layer + 1)) for layer, block in enumerate(blocks)
+    ]
     place = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         wrapped(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False)
@@ -282,7 +331,10 @@ def _states_before(wrapped, ids, mask, first=False):
 def test_one_pass_says_what_it_cannot_do(llama):
     model, _ = llama
     ids = torch.tensor([[5, 6, 7]])
-    wrapped, cache = get_back_attention_model(model, CONFIGS["one source"]), DynamicCache(config=model.config)
+    wrapped, cache = (
+        get_back_attention_model(model, CONFIGS["one source"]),
+        DynamicCache(config=model.config),
+    )
     wrapped(ids, past_key_values=cache)
     wrapped.one_pass = True
     with pytest.raises(ValueError, match="neither edited nor mapped"), wrapped.attention_maps():
@@ -302,8 +354,8 @@ def test_beams_follow_their_memory(fresh):
     wrapped = trained(model, CONFIGS["one source"])
     batch = encode(tok, PROMPTS[:2], "left")
     made = wrapped.generate(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
         max_new_tokens=4,
         min_new_tokens=4,
         num_beams=3,
@@ -312,8 +364,8 @@ def test_beams_follow_their_memory(fresh):
         return_dict_in_generate=True,
         output_scores=True,
     )
-    start = batch.ids.shape[1]
-    mask = torch.cat([batch.mask, torch.ones(2, 4, dtype=batch.mask.dtype)], 1)
+    start = batch.input_ids.shape[1]
+    mask = torch.cat([batch.attention_mask, torch.ones(2, 4, dtype=batch.attention_mask.dtype)], 1)
     logs = logits(wrapped, type(batch)(made.sequences, mask))[:, start - 1 : -1].log_softmax(-1)
     scores = logs.gather(-1, made.sequences[:, start:, None]).sum((1, 2))
     assert torch.allclose(made.sequences_scores, scores, atol=1e-3)
@@ -325,15 +377,17 @@ def test_several_tokens_at_once_on_a_filled_cache(llama):
     batch = encode(tok, PROMPTS[1:2])
     cache = DynamicCache()
     with torch.no_grad():
-        wrapped(input_ids=batch.ids[:, :4], past_key_values=cache, use_cache=True)
-        rest = wrapped(input_ids=batch.ids[:, 4:], past_key_values=cache, use_cache=True).logits
+        wrapped(input_ids=batch.input_ids[:, :4], past_key_values=cache, use_cache=True)
+        rest = wrapped(
+            input_ids=batch.input_ids[:, 4:], past_key_values=cache, use_cache=True
+        ).logits
     assert torch.allclose(rest, logits(wrapped, batch)[:, 4:], atol=1e-4)
 
 
 def test_a_cache_filled_without_the_adapter_is_refused(llama):
     model, tok = load_model("tiny-llama")
     wrapped = trained(model, CONFIGS["one source"])
-    ids, cache = encode(tok, PROMPTS[1:2]).ids, DynamicCache()
+    ids, cache = encode(tok, PROMPTS[1:2]).input_ids, DynamicCache()
     with wrapped.disable_adapter(), torch.no_grad():
         wrapped(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="while the adapter was off"):
@@ -343,8 +397,10 @@ def test_a_cache_filled_without_the_adapter_is_refused(llama):
 def test_static_caches_and_odd_masks_are_refused(llama):
     model, tok = load_model("tiny-llama")
     wrapped = trained(model, CONFIGS["one source"])
-    ids = encode(tok, PROMPTS[:1]).ids
-    with pytest.raises(ValueError, match=r"DynamicCache|\[batch, time\]"):  # older ones mask it first
+    ids = encode(tok, PROMPTS[:1]).input_ids
+    with pytest.raises(
+        ValueError, match=r"DynamicCache|\[batch, time\]"
+    ):  # older ones mask it first
         wrapped.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"\[batch, time\]"):
         wrapped(input_ids=ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1]))
@@ -360,7 +416,7 @@ def test_attention_maps_sum_to_one_and_are_those_of_the_update(fresh, config):
         logits(wrapped, batch)
     assert sorted(maps) == list(config.sources)
     for weights in maps.values():
-        assert weights.shape[-2:] == (len(wrapped.memory_layers), batch.ids.shape[1])
+        assert weights.shape[-2:] == (len(wrapped.memory_layers), batch.input_ids.shape[1])
         assert torch.allclose(weights.sum((-1, -2)), torch.ones(()), atol=1e-5)
         hidden = weights[2, :, -1, :, : int(batch.start[2])]
         assert hidden.abs().max() == 0  # padding is not read
@@ -370,7 +426,7 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
     model, tok = fresh
     wrapped = trained(model, config)
     batch = encode(tok, PROMPTS, "left")
-    shape = 1, 1, len(wrapped.memory_layers), batch.ids.shape[1]
+    shape = 1, 1, len(wrapped.memory_layers), batch.input_ids.shape[1]
     everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     before = logits(wrapped, batch)
     with wrapped.edited(everything):
@@ -393,57 +449,82 @@ def test_last_tokens_alone_are_asked_again_with_a_cache(fresh, config):
     """Given the first pass and a cache of the whole texts, the last tokens give what the whole texts give."""
     model, _ = fresh
     wrapped = trained(model, config)
-    batch = Batch(torch.randint(5, 50, (2, 3)), torch.tensor([[0, 1, 1], [1, 1, 1]]))  # shorter than a sliding window
-    width, memory = batch.ids.shape[1], len(wrapped.memory_layers)
-    cells = torch.rand(len(batch.ids), width, memory, width) < 0.5
+    batch = Batch(
+        torch.randint(5, 50, (2, 3)), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    )  # shorter than a sliding window
+    width, memory = batch.input_ids.shape[1], len(wrapped.memory_layers)
+    cells = torch.rand(len(batch.input_ids), width, memory, width) < 0.5
     cells[:, :-2] = True
-    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    states = wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)
     with torch.no_grad():
-        known = {"attention_mask": batch.mask, "position_ids": batch.position_ids}
-        cache = wrapped(batch.ids, **known, use_cache=True).past_key_values
+        known = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        cache = wrapped(batch.input_ids, **known, use_cache=True).past_key_values
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         with wrapped.edited(cells):
             whole = logits(wrapped, batch, first_pass=states)
         for _ in range(2):  # it leaves the cache as it is
             with wrapped.edited(cells[:, -2:]):
                 given = {"first_pass": states[:, :, -2:], "past_key_values": cache}
-                last = wrapped(batch.ids[:, -2:], batch.mask, position_ids=batch.position_ids[:, -2:], **given)
-            assert torch.allclose(last.logits, whole[:, -2:], atol=1e-5) and last.past_key_values is None
+                last = wrapped(
+                    batch.input_ids[:, -2:],
+                    batch.attention_mask,
+                    position_ids=batch.position_ids[:, -2:],
+                    **given,
+                )
+            assert (
+                torch.allclose(last.logits, whole[:, -2:], atol=1e-5)
+                and last.past_key_values is None
+            )
     assert (whole[:, -2:] - logits(wrapped, batch)[:, -2:]).abs().max() > 1e-4
     assert all(
         torch.equal(layer.keys, k) and torch.equal(layer.values, v)
         for layer, (k, v) in zip(cache.layers, before, strict=True)
     )
-    assert torch.allclose(logits(wrapped, batch, first_pass=states)[:, -2:], logits(wrapped, batch)[:, -2:], atol=1e-5)
+    assert torch.allclose(
+        logits(wrapped, batch, first_pass=states)[:, -2:], logits(wrapped, batch)[:, -2:], atol=1e-5
+    )
 
 
 def test_what_a_sliding_window_has_dropped_is_not_made_up():
     model, tok = load_model("tiny-gemma3")
     wrapped = trained(model, CONFIGS["one source"])
     batch = encode(tok, PROMPTS[1:2])
-    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
-    cache = wrapped(batch.ids, use_cache=True).past_key_values
+    states = wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)
+    cache = wrapped(batch.input_ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sliding window"):
-        wrapped(batch.ids[:, -1:], batch.mask, first_pass=states[:, :, -1:], past_key_values=cache)
+        wrapped(
+            batch.input_ids[:, -1:],
+            batch.attention_mask,
+            first_pass=states[:, :, -1:],
+            past_key_values=cache,
+        )
 
 
 def test_a_cache_of_other_texts_is_refused(llama):
     model, tok = llama
     wrapped = get_back_attention_model(model, CONFIGS["one source"])
     batch = encode(tok, PROMPTS[:1])
-    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)[:, :, -1:]
-    given = {"first_pass": states, "past_key_values": wrapped(batch.ids[:, :2], use_cache=True).past_key_values}
+    states = wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)[
+        :, :, -1:
+    ]
+    given = {
+        "first_pass": states,
+        "past_key_values": wrapped(batch.input_ids[:, :2], use_cache=True).past_key_values,
+    }
     with pytest.raises(ValueError, match="attention_mask"):
-        wrapped(batch.ids[:, -1:], **given)
+        wrapped(batch.input_ids[:, -1:], **given)
     with pytest.raises(ValueError, match="holds 2 tokens"):
-        wrapped(batch.ids[:, -1:], batch.mask, **given)
+        wrapped(batch.input_ids[:, -1:], batch.attention_mask, **given)
     wrapped.unload()
 
 
 def test_cells_of_another_shape_are_refused(llama):
     model, _ = llama
     wrapped = get_back_attention_model(model, CONFIGS["high states only, raw"])
-    with pytest.raises(ValueError, match="2 memory layers"), wrapped.edited(torch.ones(1, 1, 3, 5, dtype=bool)):
+    with (
+        pytest.raises(ValueError, match="2 memory layers"),
+        wrapped.edited(torch.ones(1, 1, 3, 5, dtype=bool)),
+    ):
         pass
     ids, first = torch.tensor([[1, 2, 3]]), torch.ones(1, 1, 2, 2, dtype=bool)
     cache = wrapped(ids[:, :2]).past_key_values
@@ -479,14 +560,25 @@ def test_fp32_adapter_on_a_bf16_base():
 def test_works_in_trainer_and_pipeline(tmp_path, caplog):
     model, tok = load_model("tiny-llama")
     wrapped = get_back_attention_model(model, CONFIGS["one source"])
-    rows = [{"input_ids": ids, "labels": ids} for ids in encode(tok, PROMPTS[:1] * 8).ids.tolist()]
+    rows = [
+        {"input_ids": ids, "labels": ids} for ids in encode(tok, PROMPTS[:1] * 8).input_ids.tolist()
+    ]
     settings = TrainingArguments(
-        str(tmp_path / "run"), max_steps=12, learning_rate=0.05, report_to="none", use_cpu=True, disable_tqdm=True
+        str(tmp_path / "run"),
+        max_steps=12,
+        learning_rate=0.05,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     trainer = Trainer(model=wrapped, args=settings, train_dataset=rows)
-    before = wrapped(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])).loss
+    before = wrapped(
+        input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])
+    ).loss
     trainer.train()
-    after = wrapped(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])).loss
+    after = wrapped(
+        input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["labels"]])
+    ).loss
     assert after < before - 0.1
     trainer.save_model(str(tmp_path / "kept"))
     kept = {p.name: p.stat().st_size for p in (tmp_path / "kept").iterdir()}
@@ -550,7 +642,7 @@ def test_layers_with_a_forward_of_their_own_keep_it():
     layer.forward = lambda *args, **kwargs: (calls.append(1), ordinary(*args, **kwargs))[1]
     wrapped = trained(model, CONFIGS["one source"])
     batch = encode(tok, PROMPTS)
-    states = wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+    states = wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)
     logits(wrapped, batch, first_pass=states)
     calls.clear()
     logits(wrapped, batch)
@@ -571,7 +663,7 @@ def test_an_interrupt_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         logits(wrapped, batch)
     with pytest.raises(KeyboardInterrupt):
-        wrapped.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+        wrapped.first_pass_states(batch.input_ids, batch.attention_mask, batch.position_ids)
     handle.remove()
     with wrapped.disable_adapter():
         assert torch.equal(logits(wrapped, batch), before)
@@ -584,9 +676,9 @@ def test_outputs_that_would_mix_both_passes_are_refused(llama):
     batch = encode(tok, PROMPTS)
     for what in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match="both passes"):
-            wrapped(input_ids=batch.ids, **{what: True})
+            wrapped(input_ids=batch.input_ids, **{what: True})
         with wrapped.disable_adapter(), torch.no_grad():
-            wrapped(input_ids=batch.ids, **{what: True})
+            wrapped(input_ids=batch.input_ids, **{what: True})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from companion import paths
-from companion.measures.two_hop import contrast, donors, pair_ids, read_conflict
+from companion.measures.two_hop import contrast, donors, first_token_pairs, read_conflict
 from companion.questions import asking
 from companion.questions.asking import OUTCOMES, candidates, outcome
 from companion.questions.facts import published_two_hop, two_hop_facts
@@ -43,12 +43,12 @@ from companion.studies.failure_analysis.patching_grid import (
     against_donor,
     back_patching,
     back_patching_helps,
+    cross_fitted_choice,
     grid_keys,
     halves,
-    honest_choice,
     load_grid,
-    mending_table,
     merge_grids,
+    repair_table,
     save_grid,
     staircase_error,
 )
@@ -63,7 +63,15 @@ FACTS = pd.DataFrame(
         ("x", "Nice", "country", "France", "capital", "Paris"),
     ],
     columns=["pair", "e1", "r1", "e2", "r2", "e3"],
-).assign(shortcut="", type1="city", type2="country", type3="city", e2_aliases="", e3_aliases="", split="train")
+).assign(
+    shortcut="",
+    type1="city",
+    type2="country",
+    type3="city",
+    e2_aliases="",
+    e3_aliases="",
+    split="train",
+)
 
 
 # ---------------------------------------------------------------- facts
@@ -83,7 +91,9 @@ def test_the_facts_are_many_and_split_by_bridge_entity():
     assert set(frame["split"]) == {"train", "validation", "test"}
     same = frame["type2"] == frame["type3"]
     assert frame.loc[same, "pair"].nunique() >= 2 and frame.loc[~same, "pair"].nunique() >= 6
-    assert ((frame["e1"] != frame["e2"]) & (frame["e2"] != frame["e3"]) & (frame["e1"] != frame["e3"])).all()
+    assert (
+        (frame["e1"] != frame["e2"]) & (frame["e2"] != frame["e3"]) & (frame["e1"] != frame["e3"])
+    ).all()
 
 
 def test_the_card_counts_what_is_there():
@@ -99,7 +109,10 @@ def test_the_card_counts_what_is_there():
     [
         ("pair,e1,r1,e2,r2,e3,type2,split\n", "lacks column 'type3'"),
         ("pair,e1,e1,r1,e2,r2,e3,type2,type3,split\n", "repeats column 'e1'"),
-        ("pair,e1,r1,e2,r2,e3,type2,type3,split\np,a,r,b,s,c,t,t,train\np,a,r,,s,c,t,t,train\n", "empty 'e2' in row 3"),
+        (
+            "pair,e1,r1,e2,r2,e3,type2,type3,split\np,a,r,b,s,c,t,t,train\np,a,r,,s,c,t,t,train\n",
+            "empty 'e2' in row 3",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_its_column_or_row(tmp_path, text, message):
@@ -129,15 +142,27 @@ def published(tmp_path):
 
 def test_twohop_is_read_from_a_folder(published, monkeypatch):
     row = published_two_hop(published.parents[1]).iloc[0]
-    assert (row["e1"], row["e2"], row["e3"], row["pair"]) == ("Mozart", "Anna", "Leopold", "human-mother-spouse")
+    assert (row["e1"], row["e2"], row["e3"], row["pair"]) == (
+        "Mozart",
+        "Anna",
+        "Leopold",
+        "human-mother-spouse",
+    )
     assert row["e2_aliases"] == "Anna Maria"
-    assert TEMPLATES["of"].say(row["e1"], row["r1"], row["r2"]) == "The spouse of the mother of Mozart is"
+    assert (
+        TEMPLATES["of"].say(row["e1"], row["r1"], row["r2"])
+        == "The spouse of the mother of Mozart is"
+    )
     monkeypatch.setenv("BACKATTN_DATASETS", str(published.parents[1]))
     assert len(published_two_hop()) == 1
 
 
 def test_twohop_is_asked_in_every_wording(published):
-    people = ("Bach", "Elisabeth", "Ambrosius"), ("Verdi", "Luigia", "Carlo"), ("Liszt", "Maria", "Adam")
+    people = (
+        ("Bach", "Elisabeth", "Ambrosius"),
+        ("Verdi", "Luigia", "Carlo"),
+        ("Liszt", "Maria", "Adam"),
+    )
     more = [
         f"{i},{i},{a},{b},{c},[],[],[],human,human,mother,spouse,the mother of {{}},the spouse of {{}},p\n"
         for i, (a, b, c) in enumerate(people, 1)
@@ -149,7 +174,11 @@ def test_twohop_is_asked_in_every_wording(published):
         assert len(asked) == 2
         for row in asked.itertuples():
             spans = (row.two_hop[slice(*span)] for span in (row.e1_span, row.r1_span, row.r2_span))
-            assert [text.lower() for text in spans] == [row.e1.lower(), "the mother of", "the spouse of"]
+            assert [text.lower() for text in spans] == [
+                row.e1.lower(),
+                "the mother of",
+                "the spouse of",
+            ]
 
 
 def test_twohop_with_another_checksum_column_or_template_is_refused(published):
@@ -159,7 +188,9 @@ def test_twohop_with_another_checksum_column_or_template_is_refused(published):
     with pytest.raises(ValueError, match="sha256 differs"):
         published_two_hop(folder, sha256="0" * 64)
     published.write_text(PUBLISHED.replace("the mother of {}", "the mother of"))
-    with pytest.raises(ValueError, match=r"row 2: the template 'the mother of' must have the slot \{\} once"):
+    with pytest.raises(
+        ValueError, match=r"row 2: the template 'the mother of' must have the slot \{\} once"
+    ):
         published_two_hop(folder)
     published.write_text(PUBLISHED.replace("e3_label", "e3"))
     with pytest.raises(ValueError, match="lacks column 'e3_label'"):
@@ -180,7 +211,9 @@ def test_twohop_is_fetched_once_and_must_stay_the_same(tmp_path, monkeypatch, pu
 def test_twohop_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
     monkeypatch.setattr("companion.questions.facts.CACHE", tmp_path)
-    monkeypatch.setattr("companion.questions.facts.TWO_HOP_URL", (tmp_path / "nowhere.csv").as_uri())
+    monkeypatch.setattr(
+        "companion.questions.facts.TWO_HOP_URL", (tmp_path / "nowhere.csv").as_uri()
+    )
     with pytest.raises(OSError, match="set BACKATTN_DATASETS to that folder"):
         published_two_hop()
     assert os.listdir(tmp_path) == []
@@ -206,8 +239,12 @@ def test_no_real_prompt_shows_its_answer_in_the_examples():
     """Over many facts: no name or alias of e1, e2 or e3 stands in front of the question."""
     written = two_hop_prompts(two_hop_facts(), per_pair=200)
     for row in written.itertuples():
-        names = {row.e1, row.e2, row.e3, *row.e2_aliases.split("|"), *row.e3_aliases.split("|")} - {""}
-        front = row.head + row.first.rpartition(". ")[0] + "." + row.second.rpartition(". ")[0] + "."
+        names = {row.e1, row.e2, row.e3, *row.e2_aliases.split("|"), *row.e3_aliases.split("|")} - {
+            ""
+        }
+        front = (
+            row.head + row.first.rpartition(". ")[0] + "." + row.second.rpartition(". ")[0] + "."
+        )
         shown = [name for name in names if re.search(rf"\b{re.escape(name)}\b", front)]
         assert not shown, (shown, front)
 
@@ -216,19 +253,30 @@ def test_the_head_of_a_pair_keeps_the_files_order():
     facts = two_hop_facts()
     kin = facts[facts["pair"] == "person-kin-kin"]
     order = {tuple(row): index for index, row in enumerate(kin[["e1", "r1", "r2"]].to_numpy())}
-    places = [order[tuple(row)] for row in two_hop_prompts(kin, per_pair=20)[["e1", "r1", "r2"]].to_numpy()]
+    places = [
+        order[tuple(row)]
+        for row in two_hop_prompts(kin, per_pair=20)[["e1", "r1", "r2"]].to_numpy()
+    ]
     assert places == sorted(places)
 
 
 def test_aliases_are_whole_names():
     frame = two_hop_facts()
-    words = {word for name in ("e2_aliases", "e3_aliases") for cell in frame[name] for word in cell.split("|")} - {""}
+    words = {
+        word
+        for name in ("e2_aliases", "e3_aliases")
+        for cell in frame[name]
+        for word in cell.split("|")
+    } - {""}
     assert "Holland" in words and "UAE" in words and min(map(len, words)) > 1
 
 
 def test_an_entity_that_is_not_in_its_prompt_is_named_with_its_row():
     frame = FACTS.assign(e1=[*FACTS["e1"][:-1], "iPhone"])  # the sentence begins with a capital
-    with pytest.raises(ValueError, match=rf"Fact {len(FACTS) - 1} \(.*iPhone\): 'iPhone' does not occur in the prompt"):
+    with pytest.raises(
+        ValueError,
+        match=rf"Fact {len(FACTS) - 1} \(.*iPhone\): 'iPhone' does not occur in the prompt",
+    ):
         two_hop_prompts(frame, examples="none")
 
 
@@ -278,31 +326,48 @@ class Words:
         self.known = {}
 
     def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [self.known.setdefault(word, len(self.known)) for word in text.split()]}
+        return {
+            "input_ids": [self.known.setdefault(word, len(self.known)) for word in text.split()]
+        }
 
 
 def test_collisions_are_found_and_aliases_cleaned():
     words = Words()
     frame = FACTS.copy()
-    frame.loc[0, ["e3", "e3_aliases"]] = "New Rome", "Eternal|Berlin|Tokyo City"  # an answer, and like one
+    frame.loc[0, ["e3", "e3_aliases"]] = (
+        "New Rome",
+        "Eternal|Berlin|Tokyo City",
+    )  # an answer, and like one
     frame.loc[1, "e3"] = "New Paris"  # begins like New Rome
     frame.loc[3, "e2"] = "Tokyo Land"  # e2 begins like its own e3
     frame.loc[4, "shortcut"] = "Oslo"  # same as e3: no outcome of its own
     found = candidates(words, frame)
     assert found["collides"].tolist() == [True, True, False, True, False, False]
-    first = {words.known[word] for word in ("New", "Eternal", "Berlin")}  # Tokyo City begins like Tokyo: left out
+    first = {
+        words.known[word] for word in ("New", "Eternal", "Berlin")
+    }  # Tokyo City begins like Tokyo: left out
     assert found["e3_ids"][0] == first
     assert found["shortcut_ids"][4] == frozenset()
 
 
 def test_outcomes():
-    ids = {"e3": frozenset([1, 2]), "e2": frozenset([3]), "shortcut": frozenset(), "e1": frozenset([4])}
+    ids = {
+        "e3": frozenset([1, 2]),
+        "e2": frozenset([3]),
+        "shortcut": frozenset(),
+        "e1": frozenset([4]),
+    }
     assert [outcome(token, ids) for token in (2, 3, 4, 9)] == ["e3", "e2", "e1", "other"]
 
 
 def test_what_is_written_is_matched_by_words_and_aliases():
     row = next(FACTS.assign(e3_aliases="Urbs Aeterna", shortcut="Milano").head(1).itertuples())
-    texts = {"the Urbs Aeterna": "e3", "Romeo": "other", "Italy, whose capital is Rome": "e2", "Milano": "shortcut"}
+    texts = {
+        "the Urbs Aeterna": "e3",
+        "Romeo": "other",
+        "Italy, whose capital is Rome": "e2",
+        "Milano": "shortcut",
+    }
     assert {text: _named(text, row) for text in texts} == texts
 
 
@@ -319,7 +384,10 @@ def test_shares_add_up_and_an_empty_set_is_an_error():
 def test_wilson_is_the_textbooks():
     low, high = intervals.wilson(8, 10)
     z, p, n = 1.959964, 0.8, 10
-    middle, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / 4 / n**2) ** 0.5
+    middle, half = (
+        (p + z**2 / 2 / n) / (1 + z**2 / n),
+        z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / 4 / n**2) ** 0.5,
+    )
     assert np.allclose((low, high), (middle - half, middle + half), atol=1e-5)
 
 
@@ -338,7 +406,9 @@ def test_the_filter_asks_step_by_step(llama, monkeypatch):
         asked_of.append((form, len(prompts)))
         entity = "e2" if form == "first" else "e3"
         rows = [frame[form].tolist().index(prompt) for prompt in prompts]
-        return np.array([min(frame[f"{entity}_ids"][r]) if knows[form][r] else -5 for r in rows]), None
+        return np.array(
+            [min(frame[f"{entity}_ids"][r]) if knows[form][r] else -5 for r in rows]
+        ), None
 
     monkeypatch.setattr("companion.studies.failure_analysis.census.ask", ask)
     monkeypatch.setattr("companion.questions.asking.ask", ask)
@@ -360,7 +430,9 @@ def test_contrast_finds_a_difference_within_strata_and_none_between():
     draw = np.random.default_rng(0)
     strata, clusters = np.repeat(["a", "b"], 60), np.arange(120)
     right = np.r_[draw.random(60) < 0.8, draw.random(60) < 0.2]
-    values = np.stack([draw.normal(size=120) + 5 * (strata == "a"), draw.normal(size=120) + 1.5 * right], axis=1)
+    values = np.stack(
+        [draw.normal(size=120) + 5 * (strata == "a"), draw.normal(size=120) + 1.5 * right], axis=1
+    )
     test = contrast(values, right, strata, clusters, permutations=400)
     assert abs(test["difference"][0]) < 0.6 and test["p"][0] > 0.05
     assert abs(test["difference"][1] - 1.5) < 0.6 and test["p"][1] < 0.05
@@ -384,15 +456,15 @@ def test_the_honest_pair_is_chosen_on_the_other_half():
     right = np.zeros(8, dtype=bool)  # without a patch
     success[:4, 0, 2] = True  # mends the whole first half and nothing else
     success[4:6, 1, 3] = True  # mends half of the second
-    chosen, pairs = honest_choice(success, first)
+    chosen, pairs = cross_fitted_choice(success, first)
     assert pairs == [(0, 2), (1, 3)]
     assert not chosen.any()  # neither pair helps the half on which it was not chosen
-    nothing = honest_choice(np.zeros_like(success), first)[1]
+    nothing = cross_fitted_choice(np.zeros_like(success), first)[1]
     assert all(target < source for target, source in nothing)
-    table = mending_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
+    table = repair_table({"r1": success}, right, [f"e{i}" for i in range(8)]).iloc[0]
     assert table["oracle"] == 6 / 8
     most = np.arange(8) > 0
-    everyone = mending_table({"r1": success}, most, [f"e{i}" for i in range(8)]).iloc[0]
+    everyone = repair_table({"r1": success}, most, [f"e{i}" for i in range(8)]).iloc[0]
     assert everyone["net"] < 0 and everyone["broken"] > 0  # what was right is broken by the pair
 
 
@@ -469,7 +541,14 @@ def test_c4_by_rule(means, ps, verdict):
 
 
 def patched(net, honest, oracle):
-    row = {"oracle": 0.5, "oracle_low": 0.4, "oracle_high": 0.6, "honest": 0.1, "honest_low": 0.05, "honest_high": 0.2}
+    row = {
+        "oracle": 0.5,
+        "oracle_low": 0.4,
+        "oracle_high": 0.6,
+        "honest": 0.1,
+        "honest_low": 0.05,
+        "honest_high": 0.2,
+    }
     row |= {"net": net, "net_low": net - 0.1, "net_high": net + 0.1, "wrong": 50}
     mending = pd.DataFrame([{"arm": arm, **row} for arm in PATCH_ARMS])
     rows = [
@@ -487,7 +566,11 @@ def test_c6_by_rule():
 
 
 def bridged(lead, share):
-    rows = [{"wording": w, "outcome": o, "share": 0.2, "low": 0.1, "high": 0.3} for w in TEMPLATES for o in OUTCOMES]
+    rows = [
+        {"wording": w, "outcome": o, "share": 0.2, "low": 0.1, "high": 0.3}
+        for w in TEMPLATES
+        for o in OUTCOMES
+    ]
     around = {
         "lead": lead,
         "lead_low": lead - 0.1,
@@ -508,7 +591,9 @@ def test_c3_by_rule():
 
 def test_the_lead_of_e2_is_over_failures():
     rows = [("x", "e2")] * 6 + [("x", "e1")] * 2 + [("x", "other")] * 2
-    table = bridge_lead(pd.DataFrame(rows, columns=["w", "outcome"]).assign(e2=range(10)), "w").iloc[0]
+    table = bridge_lead(
+        pd.DataFrame(rows, columns=["w", "outcome"]).assign(e2=range(10)), "w"
+    ).iloc[0]
     assert (table["share"], round(table["lead"], 9), table["n"]) == (0.6, 0.4, 10)
     assert table["lead_low"] < 0.4 < table["lead_high"]
 
@@ -534,7 +619,10 @@ def test_a_leak_from_the_future_would_be_seen(llama, written, monkeypatch):
     def open_mask(self, *args, attention_mask=None, **kwargs):
         time = kwargs["input_ids"].shape[1]
         return original(
-            self, *args, attention_mask=attention_mask.new_zeros(len(attention_mask), 1, time, time).float(), **kwargs
+            self,
+            *args,
+            attention_mask=attention_mask.new_zeros(len(attention_mask), 1, time, time).float(),
+            **kwargs,
         )
 
     monkeypatch.setattr(module, "forward", open_mask)
@@ -566,8 +654,10 @@ def test_the_difference_read_is_the_models_own_at_the_end(llama, written):
     from backattn.models.tokens import encode
 
     reading = read_conflict(*llama, written)
-    logs = next_log_probs(llama[0], encode(llama[1], written["two_hop"].tolist(), side="left")).numpy()
-    ids = pair_ids(llama[1], written)
+    logs = next_log_probs(
+        llama[0], encode(llama[1], written["two_hop"].tolist(), side="left")
+    ).numpy()
+    ids = first_token_pairs(llama[1], written)
     expected = [row[e3] - row[e2] for row, (e3, e2) in zip(logs, ids, strict=True)]
     assert np.allclose(reading.difference[:, 3, -1], expected, atol=1e-3)
 
@@ -582,7 +672,12 @@ def test_a_grid_is_kept_read_and_compared(llama, written, tmp_path):
     fresh = back_patching(model, tokenizer, written, [1])
     keys = grid_keys(written)
     merged, compared = merge_grids(fresh, shipped, keys)
-    assert merged.keys == keys and compared["prompts"] == 1 and compared["said"] == 1.0 and compared["log_prob"] < 1e-2
+    assert (
+        merged.keys == keys
+        and compared["prompts"] == 1
+        and compared["said"] == 1.0
+        and compared["log_prob"] < 1e-2
+    )
     for arm in PATCH_ARMS:
         assert (merged.said[arm] == whole.said[arm]).all()
     shipped.said["r1"][1] += 1

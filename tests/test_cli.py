@@ -23,7 +23,10 @@ GOOD = ["n = 3", "import pathlib\nprint('n is', n)", "(FOLDER / 'made.txt').writ
 def write(folder, name, cells):
     folder.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.v4.new_notebook()
-    notebook.cells = [nbformat.v4.new_markdown_cell("# A title"), *map(nbformat.v4.new_code_cell, cells)]
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell("# A title"),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
     notebook.cells[1].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
@@ -40,7 +43,9 @@ def place(tmp_path, monkeypatch):
 
 
 def good_cells(place, profile="smoke"):
-    return [cell.replace("FOLDER", f"pathlib.Path({str(place / 'build' / profile)!r})") for cell in GOOD]
+    return [
+        cell.replace("FOLDER", f"pathlib.Path({str(place / 'build' / profile)!r})") for cell in GOOD
+    ]
 
 
 def run(*options):
@@ -51,7 +56,12 @@ def test_a_good_notebook_is_run_noted_and_then_skipped(place, capsys):
     write(place / "notebooks", "01_good", good_cells(place))
     assert run() == 0
     shown = capsys.readouterr().out
-    assert "[1/1] 01_good" in shown and "A title" in shown and "peak memory" in shown and "wrote 2 files" in shown
+    assert (
+        "[1/1] 01_good" in shown
+        and "A title" in shown
+        and "peak memory" in shown
+        and "wrote 2 files" in shown
+    )
     made = place / "build/smoke/made.txt"
     stamp = made.stat().st_mtime_ns
     assert run() == 0
@@ -79,7 +89,11 @@ def test_what_changed_is_run_again(place, capsys, monkeypatch, change):
 
 
 def test_a_failing_cell_is_shown_with_its_source_and_the_way_on(place, capsys):
-    write(place / "notebooks", "01_bad", ["n = 3", "print('fine')", "total = n / (n - 3)  # the culprit"])
+    write(
+        place / "notebooks",
+        "01_bad",
+        ["n = 3", "print('fine')", "total = n / (n - 3)  # the culprit"],
+    )
     write(place / "notebooks", "02_good", good_cells(place))
     assert run() == 1
     shown = capsys.readouterr().out
@@ -97,7 +111,11 @@ def test_a_failing_cell_is_shown_with_its_source_and_the_way_on(place, capsys):
 
 
 def test_a_dead_kernel_is_called_that(place, capsys):
-    write(place / "notebooks", "01_dead", ["n = 3", "import os\nos._exit(9)  # as if the system had killed it"])
+    write(
+        place / "notebooks",
+        "01_dead",
+        ["n = 3", "import os\nos._exit(9)  # as if the system had killed it"],
+    )
     assert run() == 1
     shown = capsys.readouterr().out
     assert "The kernel died" in shown and "memory" in shown
@@ -162,7 +180,9 @@ def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(pl
     assert (place / "data/runs.jsonl").exists() and not (place / "data/01").exists()
     took = json.loads((place / "data/MANIFEST.json").read_text())["runs"]["full"]["01_good"]
     assert took["training_seconds"] == 5
-    assert nbformat.read(path, as_version=4).cells[1].execution_count is None  # the notebook is the paper profile's
+    assert (
+        nbformat.read(path, as_version=4).cells[1].execution_count is None
+    )  # the notebook is the paper profile's
 
 
 def test_runs_of_several_notebooks_are_joined(tmp_path):
@@ -218,24 +238,45 @@ def test_a_changed_committed_number_is_named(tmp_path, column):
     file = tmp_path / "figures/01_flow_map.csv"
     frame = pd.read_csv(file)
     row = int(frame["mean"].abs().sort_values().index[int(0.6 * len(frame))])  # not a large one
-    frame.loc[row, column] = frame.loc[row, column] + 1 if column == "layer" else frame.loc[row, column] * 1.2
+    frame.loc[row, column] = (
+        frame.loc[row, column] + 1 if column == "layer" else frame.loc[row, column] * 1.2
+    )
     frame.to_csv(file, index=False)
     problems = tables.compare(paths.FIGURES, tmp_path / "figures")
     assert len(problems) == 1
-    assert "01_flow_map.csv" in problems[0] and f"column {column}" in problems[0] and f"row {row + 2}" in problems[0]
+    assert (
+        "01_flow_map.csv" in problems[0]
+        and f"column {column}" in problems[0]
+        and f"row {row + 2}" in problems[0]
+    )
 
 
 def test_small_differences_between_machines_pass_and_words_do_not(tmp_path):
-    for name, value, word in (("one", 1.0, "partly"), ("two", 1.01, "partly"), ("three", 1.01, "reproduced")):
+    for name, value, word in (
+        ("one", 1.0, "partly"),
+        ("two", 1.01, "partly"),
+        ("three", 1.01, "reproduced"),
+    ):
         (tmp_path / name).mkdir()
-        pd.DataFrame({"x": [value, 3.0], "verdict": [word, "partly"]}).to_csv(tmp_path / name / "t.csv", index=False)
+        pd.DataFrame({"x": [value, 3.0], "verdict": [word, "partly"]}).to_csv(
+            tmp_path / name / "t.csv", index=False
+        )
     assert tables.compare(tmp_path / "two", tmp_path / "one") == []
     assert "reproduced in row 2" in tables.compare(tmp_path / "three", tmp_path / "one")[0]
     assert "was not made" in tables.compare(tmp_path / "empty", tmp_path / "one")[0]
 
 
 def nbval(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-lax",
+        str(path),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=paths.ROOT)
 
 
@@ -274,10 +315,16 @@ def test_check_reports_each_step_and_fails_when_one_does(monkeypatch, tmp_path, 
         return subprocess.CompletedProcess(command, 1 if "--nbval-lax" in command else 0)
 
     monkeypatch.setattr(cli.subprocess, "run", pretend)
-    monkeypatch.setattr(cli.tables, "compare", lambda *_: ["t.csv, column x: 1 in row 2, the committed file says 2"])
+    monkeypatch.setattr(
+        cli.tables, "compare", lambda *_: ["t.csv, column x: 1 in row 2, the committed file says 2"]
+    )
     assert check() == 1
     shown = capsys.readouterr().out
-    assert "passed  unit tests" in shown and "FAILED  committed notebooks" in shown and "FAILED  numbers" in shown
+    assert (
+        "passed  unit tests" in shown
+        and "FAILED  committed notebooks" in shown
+        and "FAILED  numbers" in shown
+    )
     assert "changed: t.csv" in shown
     assert any("ruff" in part for command in commands for part in command)
 
@@ -297,4 +344,8 @@ def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
     monkeypatch.setattr(cli, "execute", full)
     assert main(["--profile", "smoke"]) == 1
     said = capsys.readouterr().err
-    assert "the disk is full" in said and "run the same command again" in said and "Traceback" not in said
+    assert (
+        "the disk is full" in said
+        and "run the same command again" in said
+        and "Traceback" not in said
+    )

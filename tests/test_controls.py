@@ -11,19 +11,19 @@ from backattn import load_model
 from backattn.adapters.arms import make_arm
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from companion.measures.memory import high_layers, readers
+from companion.measures.memory import high_layers, memory_probes
 from companion.questions.asking import OUTCOMES
 from companion.runs import perform
 from companion.runs.as_asked import asked
-from companion.runs.perform import armed, trained_weights
+from companion.runs.perform import trained_weights, with_adapter
 from companion.studies.controls.memory import (
     OFF,
     ONLY_HIGH,
     TRAINED,
     _edits,
+    align_to_length,
     gain_is_flow,
     high_states_of_r1_matter,
-    lent,
     mean_of_others,
     memory_table,
     memory_tests,
@@ -32,20 +32,20 @@ from companion.studies.controls.memory import (
 from companion.studies.controls.transitions import (
     bridge_failures_mended,
     knowledge_table,
-    mended_differences,
-    mended_shares,
     no_knowledge_no_gain,
+    repaired_differences,
+    repaired_shares,
     transition_table,
     transitions,
-    with_kept,
+    with_stored_arms,
 )
 
 
 def test_memory_is_counted_from_the_end():
     memory = torch.arange(5.0)[None, :, None]
-    assert lent(memory, 3).flatten().tolist() == [2, 3, 4]
-    assert lent(memory, 5).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert lent(memory, 7).flatten().tolist() == [0, 0, 0, 1, 2, 3, 4]
+    assert align_to_length(memory, 3).flatten().tolist() == [2, 3, 4]
+    assert align_to_length(memory, 5).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert align_to_length(memory, 7).flatten().tolist() == [0, 0, 0, 1, 2, 3, 4]
 
 
 def test_the_mean_leaves_a_question_itself_out():
@@ -65,7 +65,10 @@ def test_memory_that_is_lent_is_read(llama):
         torch.nn.init.normal_(p, std=0.3)
     one, two = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 9, 10, 8]])
     with torch.no_grad():
-        states = [wrapped.first_pass_states(ids, torch.ones_like(ids), torch.arange(4)[None]) for ids in (one, two)]
+        states = [
+            wrapped.first_pass_states(ids, torch.ones_like(ids), torch.arange(4)[None])
+            for ids in (one, two)
+        ]
         plain = wrapped(one, use_cache=False).logits
         with wrapped.edited(memory=states[0]):
             assert torch.allclose(wrapped(one, use_cache=False).logits, plain, atol=1e-5)
@@ -83,16 +86,27 @@ def test_memory_that_is_lent_is_read(llama):
         by_hand = model(one, use_cache=False).logits
         handle.remove()
     wrapped.unload()
-    assert given and torch.allclose(other, by_hand, atol=1e-4) and (other - plain).abs().max() > 1e-3
+    assert (
+        given and torch.allclose(other, by_hand, atol=1e-4) and (other - plain).abs().max() > 1e-3
+    )
 
 
 def test_memory_of_another_shape_is_refused(llama):
     wrapped = get_back_attention_model(llama[0], BackAttentionConfig(1, 4))
-    with pytest.raises(ValueError, match="4 memory layers"), wrapped.edited(memory=torch.zeros(3, 1, 2, 32)):
+    with (
+        pytest.raises(ValueError, match="4 memory layers"),
+        wrapped.edited(memory=torch.zeros(3, 1, 2, 32)),
+    ):
         pass
-    with pytest.raises(ValueError, match="use_cache=False"), wrapped.edited(memory=torch.zeros(4, 1, 3, 32)):
+    with (
+        pytest.raises(ValueError, match="use_cache=False"),
+        wrapped.edited(memory=torch.zeros(4, 1, 3, 32)),
+    ):
         wrapped(torch.tensor([[1, 2, 3]]), use_cache=True)
-    for edit in ({"memory": torch.zeros(4, 1, 3, 32)}, {"cells": torch.ones(1, 1, 4, 3, dtype=torch.bool)}):
+    for edit in (
+        {"memory": torch.zeros(4, 1, 3, 32)},
+        {"cells": torch.ones(1, 1, 4, 3, dtype=torch.bool)},
+    ):
         with pytest.raises(ValueError, match="this pass has"), wrapped.edited(**edit):
             wrapped(torch.tensor([[1, 2]]), use_cache=False)
     wrapped.unload()
@@ -107,13 +121,15 @@ def made(kept):
 def test_every_edit_is_what_it_says(kept, made):
     run, store = kept
     log_prob = made.pivot(index="question", columns="test", values="log_prob")
-    for reader in readers([run], store):
+    for reader in memory_probes([run], store):
         trained = reader.ask()[0]
         assert np.allclose(log_prob[TRAINED], trained)
         assert np.allclose(reader.ask(memory=reader.states())[0], trained, atol=1e-5)
         reader.wrapped.enabled = False
         with torch.no_grad():
-            logits = reader.wrapped(torch.tensor([reader.items.prompts[0]]), use_cache=False).logits[0, -1]
+            logits = reader.wrapped(
+                torch.tensor([reader.items.prompts[0]]), use_cache=False
+            ).logits[0, -1]
         plain = logits.log_softmax(-1)[reader.items.answers[0][0]].item()
         assert log_prob[OFF][0] == pytest.approx(plain, abs=1e-4)
     edits = log_prob.drop(columns=[TRAINED, OFF])
@@ -123,7 +139,7 @@ def test_every_edit_is_what_it_says(kept, made):
 def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     """What the first question's queries may read, by the name of the edit: cells [T, M, T]."""
     run, store = kept
-    reader, seen = next(readers([run], store)), {}
+    reader, seen = next(memory_probes([run], store)), {}
     edits = _edits(reader)
     labels, layers = reader.labels[0], np.array(reader.memory_layers)  # 1 … 4
 
@@ -142,11 +158,16 @@ def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     edits["only r1"]()
     assert (seen["now"] == (everywhere & (labels == "r1"))).all()
     edits["only the low third, 1–2"]()
-    assert (seen["now"] == (np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool))).all()
+    assert (
+        seen["now"] == (np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool))
+    ).all()
     for place, route in zip(("r1", "e1"), ONLY_HIGH, strict=True):
         edits[route]()
         high = np.isin(layers, high_layers(4))
-        assert not seen["now"][:-1].any() and (seen["now"][-1] == high[:, None] & (labels == place)).all()
+        assert (
+            not seen["now"][:-1].any()
+            and (seen["now"][-1] == high[:, None] & (labels == place)).all()
+        )
     edits["the last position alone reads"]()
     assert not seen["now"][:-1].any() and seen["now"][-1].all()
     edits[OFF]()
@@ -156,7 +177,7 @@ def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
 def test_one_memory_layer_has_no_layers_to_choose_from(kept):
     run, store = kept
     own = dataclasses.replace(run, arm="same layer")
-    with armed(own, "float32") as (model, _):
+    with with_adapter(own, "float32") as (model, _):
         for p in model.updates.parameters():
             torch.nn.init.normal_(p, std=0.3)
         store.keep(own, {"run": {}}, trained_weights(model))
@@ -167,7 +188,14 @@ def answered(log_probs: dict[str, list[float]]) -> pd.DataFrame:
     parts = []
     for test, values in log_probs.items():
         names = [f"e{k % 6}" for k in range(len(values))]
-        part = {"seed": 0, "question": range(len(values)), "e2": names, "test": test, "log_prob": values, "right": 1.0}
+        part = {
+            "seed": 0,
+            "question": range(len(values)),
+            "e2": names,
+            "test": test,
+            "log_prob": values,
+            "right": 1.0,
+        }
         part["alike"] = [True, False] * (len(values) // 2)
         parts.append(pd.DataFrame(part))
     return pd.concat(parts)
@@ -198,18 +226,19 @@ def test_transitions_follow_the_model(kept):
     made = transitions([run], store)
     lora = dataclasses.replace(run, arm="residual LoRA")
     store.keep(lora, {"run": {}, "right": "10101010"}, {})
-    other = with_kept(made, [lora], store)
+    other = with_stored_arms(made, [lora], store)
     assert other[other["arm"] == "residual LoRA"]["right"].tolist() == [True, False] * 4
     assert other["before"].tolist() == [*made["before"]] * 2
     with pytest.raises(ValueError, match="same questions"):
-        with_kept(made.assign(e2="another"), [lora], store)
+        with_stored_arms(made.assign(e2="another"), [lora], store)
     assert len(made) == 8 and set(made["before"]) | set(made["after"]) <= set(OUTCOMES)
-    with perform.trained(run, store) as (model, tokenizer), torch.no_grad():
+    with perform.load_trained(run, store) as (model, tokenizer), torch.no_grad():
         for row, fact in zip(made.itertuples(), asked(run, "test").itertuples(), strict=True):
             ids = tokenizer(fact.prompt, return_tensors="pt")["input_ids"]
             said = tokenizer.decode(model(ids, use_cache=False).logits[0, -1].argmax())
             first = {
-                name: tokenizer.decode(tokenizer(f" {getattr(fact, name)}")["input_ids"][:1]) for name in ("e2", "e3")
+                name: tokenizer.decode(tokenizer(f" {getattr(fact, name)}")["input_ids"][:1])
+                for name in ("e2", "e3")
             }
             assert (row.after == "e3") == (said == first["e3"])
             assert row.after != "e2" or said == first["e2"]
@@ -219,7 +248,12 @@ def named(arm: str, before: str, after: str) -> pd.DataFrame:
     """One letter per question: 3 (e3), 2 (e2), o (other)."""
     names = {"3": "e3", "2": "e2", "o": "other"}
     rows = [(names[a], names[b]) for a, b in zip(before, after, strict=True)]
-    about = {"arm": arm, "seed": 0, "question": range(len(rows)), "e2": [f"b{k % 5}" for k in range(len(rows))]}
+    about = {
+        "arm": arm,
+        "seed": 0,
+        "question": range(len(rows)),
+        "e2": [f"b{k % 5}" for k in range(len(rows))],
+    }
     table = pd.DataFrame(rows, columns=["before", "after"]).assign(**about)
     return table.assign(right=table["after"] == "e3", pair="one")
 
@@ -234,21 +268,29 @@ def test_mended_failures_are_counted():
     table = transition_table(made).set_index(["arm", "before", "after"])
     assert table.loc[("back attention", "e2", "e3")].to_list() == [8, 0.8]
     assert table.loc[("back attention", "e3", "other")].to_list() == [1, 1.0]
-    mended = mended_shares(made).set_index(["arm", "before"])
-    assert mended.loc[("back attention", "e2"), "share"] == 0.8 and mended.loc[("same layer", "other"), "share"] == 0
-    assert mended.loc[("back attention", "any"), "n"] == 20 and np.isnan(mended.loc[("same layer", "e1"), "share"])
-    more = mended_differences(made).set_index("more")
+    mended = repaired_shares(made).set_index(["arm", "before"])
+    assert (
+        mended.loc[("back attention", "e2"), "share"] == 0.8
+        and mended.loc[("same layer", "other"), "share"] == 0
+    )
+    assert mended.loc[("back attention", "any"), "n"] == 20 and np.isnan(
+        mended.loc[("same layer", "e1"), "share"]
+    )
+    more = repaired_differences(made).set_index("more")
     assert more.loc["than other failures", "difference"] == pytest.approx(0.4)
-    assert more.loc["than same layer", "difference"] == pytest.approx(0.4) and (more["low"] <= more["difference"]).all()
+    assert (
+        more.loc["than same layer", "difference"] == pytest.approx(0.4)
+        and (more["low"] <= more["difference"]).all()
+    )
     # Within pairs: in "two" nothing of either kind is mended, and it has no failure that says e2.
     split = made.assign(pair=np.where(made["question"] < 15, "one", "two"))
-    assert mended_differences(split).set_index("more").loc["than other failures", "difference"] == (
-        pytest.approx(0.8 - made["right"][:20][10:15].mean())
-    )
+    assert repaired_differences(split).set_index("more").loc[
+        "than other failures", "difference"
+    ] == (pytest.approx(0.8 - made["right"][:20][10:15].mean()))
     with pytest.raises(ValueError, match="same questions"):
-        mended_differences(made[(made["arm"] != "same layer") | (made["question"] > 3)])
+        repaired_differences(made[(made["arm"] != "same layer") | (made["question"] > 3)])
     with pytest.raises(ValueError, match="no failures"):
-        mended_differences(made[made["before"] != "e2"])
+        repaired_differences(made[made["before"] != "e2"])
 
 
 def test_several_source_layers_have_a_module_each():
@@ -291,7 +333,17 @@ def test_q1_follows_its_rule(ends, verdict):
 )
 def test_n2_follows_its_rule(other, same, verdict):
     mended = pd.DataFrame(
-        [{"arm": "back attention", "before": "e2", "share": 0.5, "low": 0, "high": 1, "n": 9, "names": 4}]
+        [
+            {
+                "arm": "back attention",
+                "before": "e2",
+                "share": 0.5,
+                "low": 0,
+                "high": 1,
+                "n": 9,
+                "names": 4,
+            }
+        ]
     )
     rows = [less(*other, more="than other failures"), less(*same, more="than same layer")]
     assert bridge_failures_mended(mended, pd.DataFrame(rows)).verdict == verdict
@@ -308,7 +360,12 @@ def kept_rows(**ends) -> pd.DataFrame:
         "only": "only r1",
     }
     rows = [
-        {"test": name, "low": 0.4, "high": 0.6, **dict(zip(("low", "high"), ends.get(k, (0.4, 0.6)), strict=True))}
+        {
+            "test": name,
+            "low": 0.4,
+            "high": 0.6,
+            **dict(zip(("low", "high"), ends.get(k, (0.4, 0.6)), strict=True)),
+        }
         for k, name in names.items()
     ]
     return pd.DataFrame(rows).assign(kept=0.5, n=9)
@@ -329,9 +386,9 @@ def test_n3_follows_its_rule(route, hidden, verdict):
     assert high_states_of_r1_matter({"one": kept_rows(**everything, **others)}).verdict == verdict
     if verdict == "reproduced":  # what holds of e1 too is not r1's
         for name, own in (("other", hidden), ("route of e1", route)):
-            assert high_states_of_r1_matter({"one": kept_rows(**everything, **others | {name: own})}).verdict == (
-                "partly"
-            )
+            assert high_states_of_r1_matter(
+                {"one": kept_rows(**everything, **others | {name: own})}
+            ).verdict == ("partly")
 
 
 def test_n3_tells_what_it_rests_on():
@@ -351,19 +408,37 @@ def test_n3_tells_what_it_rests_on():
 )
 def test_b3_follows_its_rule(same, mean, own, verdict):
     difference = pd.DataFrame([less(*own, other="same layer", dataset="all")])
-    claim = gain_is_flow({"one": kept_rows(same=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference)
-    assert claim.verdict == verdict and "own layer: another" in claim.ours and "[70%, 80%]" in claim.ours
+    claim = gain_is_flow(
+        {"one": kept_rows(same=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference
+    )
+    assert (
+        claim.verdict == verdict
+        and "own layer: another" in claim.ours
+        and "[70%, 80%]" in claim.ours
+    )
 
 
 def test_gains_are_compared_within_pairs_of_relations():
     """Pair "b" is left out: too few unknown. Of "a" and "c" each counts half, however many questions it has."""
 
     def rows(pair, before, after):
-        about = {"e2": [f"{pair}{k % 4}" for k in range(len(before))], "pair": pair, "collides": False}
+        about = {
+            "e2": [f"{pair}{k % 4}" for k in range(len(before))],
+            "pair": pair,
+            "collides": False,
+        }
         names = {"3": "e3", "o": "other"}
-        return pd.DataFrame({**about, "before": [names[x] for x in before], "right": [x == "3" for x in after]})
+        return pd.DataFrame(
+            {**about, "before": [names[x] for x in before], "right": [x == "3" for x in after]}
+        )
 
-    known = pd.concat([rows("a", "o" * 40, "3" * 40), rows("b", "o" * 20, "3" * 20), rows("c", "o" * 10, "o" * 10)])
+    known = pd.concat(
+        [
+            rows("a", "o" * 40, "3" * 40),
+            rows("b", "o" * 20, "3" * 20),
+            rows("c", "o" * 10, "o" * 10),
+        ]
+    )
     unknown = pd.concat(
         [
             rows("c", "o", "o").assign(collides=True),
@@ -392,7 +467,10 @@ def test_gains_are_compared_within_pairs_of_relations():
 )
 def test_b5_follows_its_rule(more, unknown, verdict):
     ends = {"known": (0.1, 0.3), "unknown": unknown, "known less unknown": more}
-    rows = [{"questions": name, "low": low, "high": high, "gain": 0.1} for name, (low, high) in ends.items()]
+    rows = [
+        {"questions": name, "low": low, "high": high, "gain": 0.1}
+        for name, (low, high) in ends.items()
+    ]
     table = pd.DataFrame(rows).assign(before=0.1, after=0.2, n=9, pairs=3)
     assert no_knowledge_no_gain(table).verdict == verdict
 

@@ -17,15 +17,23 @@ def table():
     from backattn import load_model
 
     model, _ = load_model("tiny-llama")
-    return costs.cost_table(model, source_layers=[1, 3], contexts=[4, 12], dim=4, new_tokens=3, repeats=2)
+    return costs.cost_table(
+        model, source_layers=[1, 3], contexts=[4, 12], dim=4, new_tokens=3, repeats=2
+    )
 
 
 def test_every_setting_has_every_way(table):
     assert len(table) == 3 * 2 * 2 and set(table["way"]) == set(costs.WAYS)
     assert (table[["timed_first", "timed_each", "cache"]] > 0).all().all()
     plain = table[table["way"] == costs.PLAIN]
-    assert (plain[["first_ratio", "each_ratio", "first_layers", "each_layers", "bound"]] == 1).all().all()
-    assert table[table["way"] == costs.TWICE]["bound"].tolist() == pytest.approx([1.75, 1.75, 1.25, 1.25])
+    assert (
+        (plain[["first_ratio", "each_ratio", "first_layers", "each_layers", "bound"]] == 1)
+        .all()
+        .all()
+    )
+    assert table[table["way"] == costs.TWICE]["bound"].tolist() == pytest.approx(
+        [1.75, 1.75, 1.25, 1.25]
+    )
 
 
 def test_operations_are_those_of_the_model(table, llama):
@@ -39,7 +47,9 @@ def test_operations_are_those_of_the_model(table, llama):
     once = 2 * model.config.hidden_size * model.config.vocab_size
     layers = table.set_index(["way", "source_layer", "context"])["first_layers"][costs.TWICE, 1, 12]
     assert layers == pytest.approx((twice - once) / (plain - once)) and layers > 1.75
-    assert at[costs.PLAIN, 1, 12] == plain and at[costs.TWICE, 1, 12] == at[costs.ONCE, 1, 12] == twice
+    assert (
+        at[costs.PLAIN, 1, 12] == plain and at[costs.TWICE, 1, 12] == at[costs.ONCE, 1, 12] == twice
+    )
 
 
 def test_one_pass_saves_the_second_run_of_the_layers(table, llama):
@@ -58,8 +68,15 @@ def test_thought_is_what_fits_into_the_time(table):
     thought = costs.tokens_of_thought(table, answer=5).set_index(["way", "source_layer", "context"])
     by = table.set_index(["way", "source_layer", "context"])
     mine, plain = by.loc[(costs.TWICE, 1, 12)], by.loc[(costs.PLAIN, 1, 12)]
-    longer = mine["first_flops"] + 4 * mine["each_flops"] - plain["first_flops"] - 4 * plain["each_flops"]
-    assert thought.loc[(costs.TWICE, 1, 12), "thought"] == pytest.approx(longer / plain["each_flops"])
+    longer = (
+        mine["first_flops"]
+        + 4 * mine["each_flops"]
+        - plain["first_flops"]
+        - 4 * plain["each_flops"]
+    )
+    assert thought.loc[(costs.TWICE, 1, 12), "thought"] == pytest.approx(
+        longer / plain["each_flops"]
+    )
     assert (thought.loc[costs.ONCE, "thought"] < thought.loc[costs.TWICE, "thought"]).all()
 
 
@@ -68,12 +85,20 @@ def test_answers_in_one_pass(kept, monkeypatch):
     store.keep(run, {"run": {}, "right": "1" * 8}, store.weights(run))
     seen = []
     monkeypatch.setattr(
-        costs, "written", lambda model, *_: seen.append(model.one_pass) or torch.tensor([1, 0] * 4).numpy()
+        costs,
+        "written",
+        lambda model, *_: seen.append(model.one_pass) or torch.tensor([1, 0] * 4).numpy(),
     )
     answered = costs.one_pass_answers([run], store, count=8)
     assert seen == [False, True] and len(answered) == 8
     row = costs.one_pass_table(answered.assign(one=[1, 1] * 4)).iloc[0]
-    assert (row["two"], row["one"], row["difference"], row["n"], row["seeds"]) == (0.5, 1, 0.5, 8, 1)
+    assert (row["two"], row["one"], row["difference"], row["n"], row["seeds"]) == (
+        0.5,
+        1,
+        0.5,
+        8,
+        1,
+    )
     assert row["low"] <= 0.5 <= row["high"]
 
 
@@ -86,11 +111,18 @@ def test_measured_times_are_not_compared(tmp_path, table):
 
 
 @pytest.mark.parametrize(
-    "first, each, verdict", [(1.8, 1.75, "reproduced"), (1.8, 1.6, "partly"), (2.2, 1.3, "contradicted")]
+    "first, each, verdict",
+    [(1.8, 1.75, "reproduced"), (1.8, 1.6, "partly"), (2.2, 1.3, "contradicted")],
 )
 def test_q3_follows_its_rule(first, each, verdict):
-    ways = [(costs.PLAIN, 1.0, 1.0, 1.0), (costs.TWICE, first, each, 1.8), (costs.ONCE, first, 1.0, 1.8)]
+    ways = [
+        (costs.PLAIN, 1.0, 1.0, 1.0),
+        (costs.TWICE, first, each, 1.8),
+        (costs.ONCE, first, 1.0, 1.8),
+    ]
     table = pd.DataFrame(ways, columns=["way", "first_layers", "each_layers", "bound"])
     table = table.assign(source_layer=6, context=64, first_ratio=1.7, each_ratio=1.5)
-    answered = pd.DataFrame([{"dataset": "1DC", "difference": -0.01, "low": -0.03, "high": 0.01, "n": 90, "seeds": 3}])
+    answered = pd.DataFrame(
+        [{"dataset": "1DC", "difference": -0.01, "low": -0.03, "high": 0.01, "n": 90, "seeds": 3}]
+    )
     assert costs_as_computed(table, answered).verdict == verdict

@@ -53,18 +53,3 @@ def test_the_librarys_floors_name_only_listed_packages():
     listed = {re.split("==", line[2:])[0].lower() for line in pip_lines()[1:]}
     assert {re.split(r"[>=<]", name)[0].lower() for name in project["dependencies"]} <= listed
     assert project["requires-python"] == ">=3.11,<3.14"
-
-
-def test_imports_only_go_down():
-    """Outside of its functions a module imports only from its own room or from rooms that README names before it."""
-    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    line = next(line for line in readme.splitlines() if "`lib/`" in line)
-    rooms = [re.findall(r"`(\w+)`", room) for room in line.split("only downward:")[1].split("·")]
-    floor = {module: place for place, room in enumerate(rooms) for module in room}
-    modules = {path.stem: path for path in (paths.ROOT / "lib/backattn").glob("*.py") if path.stem != "__init__"}
-    assert floor.keys() == modules.keys()
-    for name, path in modules.items():
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                for other in [node.module] if node.module else [alias.name for alias in node.names]:
-                    assert floor[other] <= floor[name], f"{name} imports {other}, which lies above it"

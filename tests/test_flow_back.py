@@ -9,7 +9,7 @@ from backattn import flow_back, load_model, logit_flow
 from backattn.models.activations import capture
 from backattn.models.lens import Lens
 from backattn.models.tokens import encode
-from companion.studies.stage_discovery import agreement, hand_back
+from companion.studies.stage_discovery import agreement, normaliser_diagnostics
 
 
 @pytest.mark.parametrize("route", ["parts", "linear"])
@@ -54,8 +54,12 @@ def test_linear_direct_flow_is_each_sublayers_own_share_of_the_logit(llama):
     lens, last = Lens(stream.arch), stream.hidden[-1, 0, -1]
     row = lens.weight[flow.answer_ids[0]] - lens.weight.mean(0)
     gradient = lens.norm.adjoint(row, lens.scale(last))
-    ffn = back.frame[(back.frame["kind"] == "ffn") & (back.frame["position"] == stream.hidden.shape[2] - 1)]
-    neurons = torch.stack([stream.ffn[i, 0, -1] - b.ffn_out.bias for i, b in enumerate(stream.arch.blocks)])
+    ffn = back.frame[
+        (back.frame["kind"] == "ffn") & (back.frame["position"] == stream.hidden.shape[2] - 1)
+    ]
+    neurons = torch.stack(
+        [stream.ffn[i, 0, -1] - b.ffn_out.bias for i, b in enumerate(stream.arch.blocks)]
+    )
     assert np.allclose(ffn["direct"], neurons @ gradient, atol=1e-5)
 
 
@@ -70,7 +74,9 @@ def test_linear_is_one_backward_pass_of_the_frozen_model(llama):
     for layer, block in enumerate(stream.arch.blocks):
         norm = block.norm("attention_norm")
         x = norm.linear(h, norm.scale(stream.hidden[layer, 0]))
-        v = (x @ block.value.weight.T + block.value.bias).unflatten(-1, (block.kv_heads, block.head_dim))
+        v = (x @ block.value.weight.T + block.value.bias).unflatten(
+            -1, (block.kv_heads, block.head_dim)
+        )
         v = v.repeat_interleave(block.heads // block.kv_heads, dim=1)
         mixed = torch.einsum("hqk,khd->qhd", stream.weights[layer][0], v).flatten(1)
         h = h + mixed @ block.attention_out.weight.T + block.attention_out.bias
@@ -93,7 +99,9 @@ def test_no_flow_reaches_positions_from_which_nothing_is_read(llama):
     back = flow_back(model, tokenizer, flow)
     lengths = [len(tokenizer(p)["input_ids"]) for p in PROMPTS]
     assert back.frame.groupby("prompt")["position"].max().tolist() == [n - 1 for n in lengths]
-    top = back.frame[(back.frame["kind"] == "ffn") & (back.frame["layer"] == model.config.num_hidden_layers - 1)]
+    top = back.frame[
+        (back.frame["kind"] == "ffn") & (back.frame["layer"] == model.config.num_hidden_layers - 1)
+    ]
     earlier = top[top["position"] < np.array(lengths)[top["prompt"]] - 1]
     assert earlier["flow"].abs().max() == 0  # the last FFN of an earlier position reaches no output
 
@@ -111,7 +119,9 @@ def test_routes_agree_better_than_shuffled_ones(tiny):
     flow = logit_flow(model, tokenizer, PROMPTS, method="exact")
     one, other = (flow_back(model, tokenizer, flow, route=route) for route in ("parts", "linear"))
     agree = agreement(one, other)
-    shuffled = other.frame.assign(flow=other.frame["flow"].sample(frac=1, random_state=0).to_numpy())
+    shuffled = other.frame.assign(
+        flow=other.frame["flow"].sample(frac=1, random_state=0).to_numpy()
+    )
     other.frame = shuffled
     assert agree["pearson"].mean() > 0.5 > agreement(one, other)["pearson"].abs().mean()
 
@@ -119,12 +129,14 @@ def test_routes_agree_better_than_shuffled_ones(tiny):
 def test_hand_back_reports_amplification_where_the_normaliser_is_small(tiny):
     model, tokenizer = tiny
     flow = logit_flow(model, tokenizer, PROMPTS, method="exact")
-    table = hand_back(model, tokenizer, flow, prompts=[0, 2])
+    table = normaliser_diagnostics(model, tokenizer, flow, prompts=[0, 2])
     assert set(table["prompt"]) == {0, 2}
     assert table["normaliser"].between(0, 1 + 1e-5).all()
     assert (table["amplification"] >= 1 - 1e-5).all()
     small = table["normaliser"] < table["normaliser"].quantile(0.1)
-    assert table.loc[small, "amplification"].median() > 3 * table.loc[~small, "amplification"].median()
+    assert (
+        table.loc[small, "amplification"].median() > 3 * table.loc[~small, "amplification"].median()
+    )
 
 
 def test_neurons_with_a_vanishing_coefficient_are_withheld_and_counted():
@@ -134,7 +146,9 @@ def test_neurons_with_a_vanishing_coefficient_are_withheld_and_counted():
         model.transformer.h[1].mlp.c_fc.bias[7] = 0
     flow = logit_flow(model, tokenizer, PROMPTS[:1], method="exact")
     frame = flow.frame
-    neuron = frame.index[(frame["kind"] == "ffn") & (frame["layer"] == 1) & (frame["neuron"] == 7)][0]
+    neuron = frame.index[(frame["kind"] == "ffn") & (frame["layer"] == 1) & (frame["neuron"] == 7)][
+        0
+    ]
     frame.loc[neuron, "increase"] = 0.5
     back = flow_back(model, tokenizer, flow)
     assert back.conservation.loc[0, "withheld"] == pytest.approx(0.5, abs=0.01)
@@ -167,4 +181,4 @@ def test_wrong_use_is_refused(llama, change):
         flow_back(*llama, flow, route=change.get("route", "parts"))
     if "level" in change:
         with pytest.raises(ValueError, match="no neurons"):
-            hand_back(*llama, flow)
+            normaliser_diagnostics(*llama, flow)

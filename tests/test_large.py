@@ -9,7 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model, logit_flow, runtime
+from backattn import (
+    BackAttentionConfig,
+    BackAttentionModel,
+    get_back_attention_model,
+    load_model,
+    logit_flow,
+    runtime,
+)
 from backattn.adapters.arms import make_arm
 from backattn.models.checkpoint import weight_bytes
 from backattn.models.decoder import in_one_place
@@ -42,7 +49,9 @@ def spread(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("backattn.models.load.CACHE", tmp_path)
     monkeypatch.setattr("backattn.models.packaged.CACHE", tmp_path)
     whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
-    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # less than ROOM asks for
+    monkeypatch.setattr(
+        runtime, "free_bytes", lambda device="cpu": whole
+    )  # less than ROOM asks for
     return load_model(str(folder))
 
 
@@ -69,10 +78,14 @@ def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
         first = wrapped.first_pass_states(batch["input_ids"], batch["attention_mask"], places)
         out = wrapped(**batch, position_ids=places, first_pass=first).logits
         out.sum().backward()
-        outs.append((wrapped(**batch, use_cache=False).logits, out, wrapped.updates["1"].q_proj.weight.grad))
+        outs.append(
+            (wrapped(**batch, use_cache=False).logits, out, wrapped.updates["1"].q_proj.weight.grad)
+        )
         states.append(first)
         made.append(wrapped.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0))
-        wrapped.save_pretrained(tmp_path / "adapter")  # the hash of the unembedding is that of the whole model
+        wrapped.save_pretrained(
+            tmp_path / "adapter"
+        )  # the hash of the unembedding is that of the whole model
         wrapped.unload()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*outs, strict=True))
     assert torch.equal(*states) and torch.equal(*made)
@@ -81,7 +94,9 @@ def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
 
 def test_an_arm_is_trained_on_a_spread_model(spread):
     model, tokenizer = spread
-    items = numbers(tokenizer, pd.DataFrame({"prompt": ["one plus two is"] * 4, "answer": [" 3"] * 4}))
+    items = numbers(
+        tokenizer, pd.DataFrame({"prompt": ["one plus two is"] * 4, "answer": [" 3"] * 4})
+    )
     wrapped = make_arm("back attention", model, 1, 4)
     curve = loop.train(wrapped, items, Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
     wrapped.unload()
@@ -97,7 +112,10 @@ def test_a_model_that_fits_is_whole(folder):
     model, _ = load_model(str(folder))
     assert in_one_place(model)
     auto, _ = load_model(str(folder), device="auto")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True)
+    )
 
 
 def test_weights_are_counted_without_them():
@@ -115,7 +133,10 @@ def learnt():
     def train(**options):
         torch.manual_seed(0)
         model, tokenizer = load_model("tiny-llama")
-        rows = [(f"{a} plus {b} is", f" {n}") for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])]
+        rows = [
+            (f"{a} plus {b} is", f" {n}")
+            for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])
+        ]
         items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
         wrapped = make_arm("back attention", model, 1, 4)
         curve = loop.train(wrapped, items, Recipe(10, 0.01, batch_size=6), items, **options)
@@ -135,8 +156,8 @@ def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, monkeypatch, capsy
 
     def tight(model, batch, *args):
         if torch.is_grad_enabled():
-            sizes.append(len(batch.ids))
-        if len(batch.ids) > 2:
+            sizes.append(len(batch.input_ids))
+        if len(batch.input_ids) > 2:
             raise torch.OutOfMemoryError("no room")
         return ordinary(model, batch, *args)
 
@@ -151,7 +172,10 @@ def gradients(pieces: int):
     """(those that a batch of six leaves, those of its mean loss)."""
     torch.manual_seed(0)
     model, tokenizer = load_model("tiny-llama")
-    rows = [(f"{a} plus {b} is", f" {n}") for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])]
+    rows = [
+        (f"{a} plus {b} is", f" {n}")
+        for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])
+    ]
     items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
     wrapped = make_arm("LoRA q,v", model, 1, 4)
     weights = [p for p in wrapped.parameters() if p.requires_grad]
@@ -162,7 +186,9 @@ def gradients(pieces: int):
     logits = answer_logits(wrapped, batch)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert loss == pytest.approx(mean.item(), abs=1e-5)
-    return [p.grad for p in weights if p.grad is not None], torch.autograd.grad(mean, weights, allow_unused=True)
+    return [p.grad for p in weights if p.grad is not None], torch.autograd.grad(
+        mean, weights, allow_unused=True
+    )
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4, 6])
@@ -218,20 +244,34 @@ world, made = runtime.world(), sum(store.result(run) is not None for run in runs
 
 def test_two_processes_train_together(tmp_path):
     (tmp_path / "runs.py").write_text(SHARED)
-    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    several = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     several += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     results, said = [], []  # "processes, finished runs", as each process sees it
     for name, how in (("one", []), ("two", several)):
         command = [sys.executable, *how, str(tmp_path / "runs.py"), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr
         said.append([path.read_text() for path in sorted((tmp_path / name).glob("said-*"))])
         files = sorted((tmp_path / name).rglob("result.json"))
         results.append({path.parent.name: pd.read_json(path, typ="series") for path in files})
     assert said == [["1 3"], ["2 3", "2 3"]]
-    alone, shared = (torch.load(tmp_path / name / "gradients.pt", weights_only=True) for name in ("one", "two"))
+    alone, shared = (
+        torch.load(tmp_path / name / "gradients.pt", weights_only=True) for name in ("one", "two")
+    )
     assert min(g.abs().max() for g in alone) > 1e-4
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(alone, shared, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(alone, shared, strict=True)
+    )
     assert results[0].keys() == results[1].keys() and len(results[0]) == 3
     for key, one in results[0].items():
         other = results[1][key]
@@ -258,7 +298,13 @@ def test_more_processes_than_questions_is_an_error(learnt, monkeypatch):
 def sizes(monkeypatch):
     """A plan on one small dataset."""
     monkeypatch.setattr("companion.runs.estimate.REPEATS", 1)
-    return {"every_arm_on": ["1DC"], "core_arms_on": ["1DC"], "source_layer": 1, "dim": 4, "steps": 4}
+    return {
+        "every_arm_on": ["1DC"],
+        "core_arms_on": ["1DC"],
+        "source_layer": 1,
+        "dim": 4,
+        "steps": 4,
+    }
 
 
 def test_an_estimate_counts_what_is_unfinished(tmp_path, sizes):
@@ -290,7 +336,9 @@ def test_a_batch_of_more_layers_keeps_more(sizes):
     model, _ = load_model("tiny-llama")
     about = (3, 8, 4, torch.device("cpu"), torch.float32)
     kept = [estimate._timed(model.config, layers, *about)[2] for layers in (1, 2, 3)]
-    assert kept[0] < kept[1] < kept[2] and kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.1)
+    assert kept[0] < kept[1] < kept[2] and kept[2] - kept[1] == pytest.approx(
+        kept[1] - kept[0], rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -307,6 +355,9 @@ def test_the_launcher_says_what_it_takes_and_stops(folder, tmp_path, monkeypatch
         "companion.runs.estimate.main_runs",
         lambda *a, **sizes: plan(*a, **{**sizes, "every_arm_on": ["1DC"], "core_arms_on": []}),
     )
-    assert launch.main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--estimate"]) == 0
+    assert (
+        launch.main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--estimate"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "runs to make" in said and "GiB are free, so that it fits" in said

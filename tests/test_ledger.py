@@ -8,10 +8,19 @@ import pytest
 from companion import paths
 from companion.report import tables
 from companion.report.verdicts import VERDICTS
-from companion.studies.back_attention_training import one_layer_matches_two, raises_accuracy, small
+from companion.studies.back_attention_training import (
+    adapter_size,
+    one_layer_matches_two,
+    raises_accuracy,
+)
 from companion.studies.capacity import small_keeps_its_gain
 from companion.studies.claims import IDS, whole_ledger
-from companion.studies.controls.memory import gain_is_flow, high_states_of_r1_matter, r1_is_needed, several_layers_help
+from companion.studies.controls.memory import (
+    gain_is_flow,
+    high_states_of_r1_matter,
+    r1_is_needed,
+    several_layers_help,
+)
 from companion.studies.controls.transitions import bridge_failures_mended, no_knowledge_no_gain
 from companion.studies.failure_analysis.census import conflict_not_ignorance, failures_say_bridge
 from companion.studies.failure_analysis.conflict import late_influence, same_states
@@ -20,7 +29,11 @@ from companion.studies.layer_ablation import low_layers_are_best
 from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
 from companion.studies.other_reasoning_and_cost.costs import costs_as_computed
 from companion.studies.other_reasoning_and_cost.prompts import other_prompts_too
-from companion.studies.stage_discovery import entity_cannot_tell, one_after_the_other, stages_in_order
+from companion.studies.stage_discovery import (
+    entity_cannot_tell,
+    one_after_the_other,
+    stages_in_order,
+)
 from companion.studies.what_it_reads import brings_high_states
 
 TABLES = paths.FIGURES / "tables"
@@ -52,7 +65,10 @@ def test_an_own_table_comes_first_and_a_missing_row_is_named(tmp_path):
     own = read("03_claims").assign(verdict="contradicted")
     own.to_csv(tmp_path / "03_claims.csv", index=False)
     by = whole_ledger([tmp_path, TABLES]).set_index("id")
-    assert set(by.loc["C7", ["verdict"]]) == {"contradicted"} and by.loc["C5", "verdict"] == "reproduced"
+    assert (
+        set(by.loc["C7", ["verdict"]]) == {"contradicted"}
+        and by.loc["C5", "verdict"] == "reproduced"
+    )
     own[own["id"] != "C7"].to_csv(tmp_path / "03_claims.csv", index=False)
     with pytest.raises(ValueError, match="no row C7"):
         whole_ledger([tmp_path, TABLES])
@@ -62,20 +78,27 @@ def test_an_own_table_comes_first_and_a_missing_row_is_named(tmp_path):
 
 def test_files_that_it_names_are_there(ledger):
     for row in ledger[ledger["figure"] != "none"].itertuples():
-        assert any((paths.FIGURES / f"{row.figure}{suffix}").exists() for suffix in (".png", ".csv")), row.figure
+        assert any(
+            (paths.FIGURES / f"{row.figure}{suffix}").exists() for suffix in (".png", ".csv")
+        ), row.figure
         for notebook in row.notebook.split(", "):
             assert (paths.NOTEBOOKS / f"{notebook}.ipynb").exists()
 
 
 def test_verdicts_follow_from_the_tables(ledger):
     """Every rule whose inputs are tables, asked again."""
-    census, three_way = read("02_census"), pd.DataFrame([{"wording": "possessive", "outcome": "e2"}])
+    census, three_way = (
+        read("02_census"),
+        pd.DataFrame([{"wording": "possessive", "outcome": "e2"}]),
+    )
     census = census[census["examples"] == "one-hop"]
     overall = read("03_differences")
     memory = {name: read(table) for name, table in (("a", "07_memory"), ("b", "07_gemma_memory"))}
     share = read("06_sizes")
     sources, less = read("07_sources"), read("07_sources_differences")
-    sources = sources[(sources["arm"] == "back attention") & (sources["sources"].astype(str) != "6")]
+    sources = sources[
+        (sources["arm"] == "back attention") & (sources["sources"].astype(str) != "6")
+    ]
     conflict = pd.read_csv(paths.FIGURES / "01_conflict.csv")
     stage_b = read("01_stages").set_index("stage").loc["B", "middle"]
     arms = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
@@ -94,7 +117,11 @@ def test_verdicts_follow_from_the_tables(ledger):
             read("04_unrest"),
             read("04_layers"),
             read("04_differences"),
-            (read("04_arithmetic_chosen"), read("04_arithmetic_against_six"), read("04_arithmetic_differences")),
+            (
+                read("04_arithmetic_chosen"),
+                read("04_arithmetic_against_six"),
+                read("04_arithmetic_differences"),
+            ),
         ),
         brings_high_states(
             {
@@ -102,12 +129,18 @@ def test_verdicts_follow_from_the_tables(ledger):
                 "b": (read("05_gemma_high_share"), read("05_gemma_tests"), (15, 17)),
             }
         ),
-        small(read("03_sizes")),
-        small_keeps_its_gain(share.loc[(share["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")),
-        several_layers_help(
-            sources, less[less["less"] == "layer 6 alone"], less[less["less"] == "residual LoRA there"]
+        adapter_size(read("03_sizes")),
+        small_keeps_its_gain(
+            share.loc[(share["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
         ),
-        arithmetic_has_stages({"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}, read("08_knockouts")),
+        several_layers_help(
+            sources,
+            less[less["less"] == "layer 6 alone"],
+            less[less["less"] == "residual LoRA there"],
+        ),
+        arithmetic_has_stages(
+            {"a": (read("08_order"), 9), "b": (read("08_scratch_order"), 9)}, read("08_knockouts")
+        ),
         other_prompts_too(read("08_prompts_differences"), arms[:2]),
         costs_as_computed(read("08_costs"), read("08_one_pass")),
         bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
@@ -144,7 +177,8 @@ def test_readme_shows_it(ledger):
 def test_b1_follows_its_rule(ends, verdict):
     pairs = [("A", "C relation"), ("B", "C relation"), ("B", "D")]
     rows = [
-        {"earlier": a, "later": b, "gap": 0.0, "low": e[0], "high": e[1]} for (a, b), e in zip(pairs, ends, strict=True)
+        {"earlier": a, "later": b, "gap": 0.0, "low": e[0], "high": e[1]}
+        for (a, b), e in zip(pairs, ends, strict=True)
     ]
     assert one_after_the_other(pd.DataFrame(rows), 9).verdict == verdict
 
@@ -175,6 +209,8 @@ def test_b2_follows_its_rule(right, bridge, other, verdict):
     ],
 )
 def test_b4_follows_its_rule(own, hidden, verdict):
-    donor = pd.DataFrame([{"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}])
+    donor = pd.DataFrame(
+        [{"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}]
+    )
     table = pd.DataFrame([{"test": "r1 hidden", "kept": 0.5, "low": hidden[0], "high": hidden[1]}])
     assert r1_is_needed(donor, {"one": table}).verdict == verdict

@@ -30,7 +30,9 @@ def test_layers_telescope_to_the_models_log_probability(tiny, norm):
     assert last["log_prob_after"] == pytest.approx(plain.max().item(), abs=1e-4)
     assert flow.answer_ids[0] == plain.argmax().item()
     steps = flow.frame[flow.frame["prompt"] == 0]
-    assert np.allclose(steps["log_prob_after"].iloc[:-1], steps["log_prob_before"].iloc[1:], atol=1e-6)
+    assert np.allclose(
+        steps["log_prob_after"].iloc[:-1], steps["log_prob_before"].iloc[1:], atol=1e-6
+    )
 
 
 def naive_neurons(model, tokenizer, prompt: str, norm: str) -> pd.DataFrame:
@@ -99,7 +101,9 @@ def test_screen_scores_its_neurons_exactly_and_keeps_the_largest(tiny, norm):
         assert len(mine) == 60
         top = exact[(exact["prompt"] == prompt) & exact["neuron"].notna()].nlargest(15, "increase")
         found += len(top.merge(mine, on=KEYS))
-    assert found >= 0.9 * 15 * len(PROMPTS)  # first order can miss one; benchmarks/logit_flow.py measures how often
+    assert found >= 0.9 * 15 * len(
+        PROMPTS
+    )  # first order can miss one; benchmarks/logit_flow.py measures how often
     joined = screen[screen["neuron"].notna()].merge(exact, on=KEYS, suffixes=("", "_exact"))
     assert (joined["increase"] - joined["increase_exact"]).abs().max() <= 1e-5
 
@@ -114,11 +118,15 @@ def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
     flow = logit_flow(model, tokenizer, PROMPTS, level="head")
     heads = flow.frame[flow.frame["kind"] == "attention"]
     lengths = [len(tokenizer(p)["input_ids"]) for p in PROMPTS]
-    assert len(heads) == model.config.num_hidden_layers * model.config.num_attention_heads * sum(lengths)
+    assert len(heads) == model.config.num_hidden_layers * model.config.num_attention_heads * sum(
+        lengths
+    )
     stream = capture(model, encode(tokenizer, PROMPTS[:1]))
     lens = Lens(stream.arch)
     base, scale = stream.hidden[2, 0, -1], lens.scale(stream.hidden[-1, 0, -1])
-    mine = heads[(heads["prompt"] == 0) & (heads["layer"] == 2)].set_index(["head", "position"])["increase"]
+    mine = heads[(heads["prompt"] == 0) & (heads["layer"] == 2)].set_index(["head", "position"])[
+        "increase"
+    ]
     for head, position in [(0, 0), (3, 1), (1, lengths[0] - 1)]:
         state = base + head_contributions(stream, 2)[0, head, position]
         expected = (lens.log_probs(state, scale) - lens.log_probs(base, scale))[flow.answer_ids[0]]
@@ -130,7 +138,9 @@ def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
 @pytest.mark.parametrize("level", ["layer", "head", "neuron"])
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny, level):
     model, tokenizer = tiny
-    together = logit_flow(model, tokenizer, PROMPTS, level=level, method="exact", batch_size=2).frame
+    together = logit_flow(
+        model, tokenizer, PROMPTS, level=level, method="exact", batch_size=2
+    ).frame
     for index, prompt in enumerate(PROMPTS):
         alone = logit_flow(model, tokenizer, prompt, level=level, method="exact").frame
         mine = together[together["prompt"] == index]
@@ -198,7 +208,14 @@ def test_one_answer_per_prompt(llama):
 
 @pytest.mark.parametrize(
     "option",
-    [{"level": "block"}, {"norm": "none"}, {"method": "fast"}, {"top_k": 0}, {"top_k": 2.5}, {"batch_size": 0}],
+    [
+        {"level": "block"},
+        {"norm": "none"},
+        {"method": "fast"},
+        {"top_k": 0},
+        {"top_k": 2.5},
+        {"batch_size": 0},
+    ],
 )
 def test_unknown_options_name_the_known_ones(llama, option):
     with pytest.raises(ValueError, match=r"choose one of|at least 1"):
@@ -249,7 +266,9 @@ def test_nan_is_caught(llama):
         flow.check()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(prompts=st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=4))
 def test_any_text_telescopes(llama, prompts):
     assert logit_flow(*llama, prompts, level="neuron", top_k=20).check() <= 1e-4

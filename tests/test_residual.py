@@ -26,7 +26,10 @@ def close(found, expected, tolerance=1e-5):
 def test_contributions_sum_to_the_state_before_the_final_norm(stream):
     assert stream.decomposition_error() <= 1e-5
     for layer in range(stream.layers):  # every layer, not only the last
-        close(stream.hidden[layer] + stream.attention[layer] + stream.ffn[layer], stream.hidden[layer + 1])
+        close(
+            stream.hidden[layer] + stream.attention[layer] + stream.ffn[layer],
+            stream.hidden[layer + 1],
+        )
 
 
 def test_lens_of_the_last_state_is_the_models_log_softmax(stream):
@@ -49,14 +52,16 @@ def test_heads_and_source_positions_sum_to_attention(stream):
     for layer, block in enumerate(stream.arch.blocks):
         post = block.norm("attention_post")
         scale = stream.batch.at_last(stream.post_scale("attention", layer))
-        total = head_contributions(stream, layer).sum((1, 2)) + post.linear(block.attention_out.bias, scale)
+        total = head_contributions(stream, layer).sum((1, 2)) + post.linear(
+            block.attention_out.bias, scale
+        )
         close(total, stream.batch.at_last(stream.attention[layer]))
 
 
 def test_attention_reads_no_padding_and_no_later_position(stream):
     for layer in range(stream.layers):
         weights = stream.weights[layer]  # [B, H, query, source]
-        real = stream.batch.mask.bool()
+        real = stream.batch.attention_mask.bool()
         causal = torch.ones(weights.shape[-2:]).tril().bool()
         for b in range(len(real)):
             rows = weights[b][:, real[b]]
@@ -77,9 +82,16 @@ def test_neuron_coefficients_come_from_the_input_weights(stream):
         gate, up = block.ffn_in
         x = block.norm("ffn_norm")(stream.ffn_input(layer))
         u = x @ up.weight.T + up.bias
-        m = block.activation(u) if gate is None else block.activation(x @ gate.weight.T + gate.bias) * u
+        m = (
+            block.activation(u)
+            if gate is None
+            else block.activation(x @ gate.weight.T + gate.bias) * u
+        )
         close(m, stream.neurons[layer])
-        v = block.norm("attention_norm")(stream.attention_input(layer)) @ block.value.weight.T + block.value.bias
+        v = (
+            block.norm("attention_norm")(stream.attention_input(layer)) @ block.value.weight.T
+            + block.value.bias
+        )
         close(v.unflatten(-1, (block.kv_heads, block.head_dim)), stream.values[layer])
 
 
@@ -90,14 +102,17 @@ def test_batched_equals_single_under_padding(tiny, side):
     for index, prompt in enumerate(PROMPTS):
         alone = capture(model, encode(tokenizer, [prompt]))
         assert torch.allclose(together.logits[index], alone.logits[0], atol=1e-5)
-        real = together.batch.mask[index].bool()
+        real = together.batch.attention_mask[index].bool()
         assert torch.allclose(together.hidden[:, index, real], alone.hidden[:, 0], atol=1e-4)
 
 
 def test_eager_equals_sdpa_and_the_setting_returns(tiny):
     model, tokenizer = tiny
     batch, before = encode(tokenizer, PROMPTS, side="left"), model.config._attn_implementation
-    eager, plain = capture(model, batch), capture(model, batch, detail=False)  # only detail needs eager
+    eager, plain = (
+        capture(model, batch),
+        capture(model, batch, detail=False),
+    )  # only detail needs eager
     assert torch.allclose(eager.logits, plain.logits, atol=1e-5)
     assert model.config._attn_implementation == before
 
@@ -112,7 +127,10 @@ def test_no_hook_survives_an_exception(tiny):
     with pytest.raises(IndexError):
         capture(model, Batch(torch.tensor([[10**6]]), torch.ones(1, 1, dtype=torch.long)))
     block = describe(model).blocks[0]
-    with pytest.raises(RuntimeError, match="on purpose"), hooks((block.module, "input", lambda x: None)):
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        hooks((block.module, "input", lambda x: None)),
+    ):
         assert hook_count(model) == before + 1
         raise RuntimeError("on purpose")
     assert hook_count(model) == before
@@ -133,9 +151,15 @@ def test_hook_functions_can_edit_inputs_and_outputs(llama):
     model, tokenizer = llama
     batch, block = encode(tokenizer, PROMPTS[:1]), describe(model).blocks[1]
     plain = capture(model, batch, detail=False)
-    for target, side in ((block.module, "input"), (block.attention, "output"), (block.ffn_result, "output")):
+    for target, side in (
+        (block.module, "input"),
+        (block.attention, "output"),
+        (block.ffn_result, "output"),
+    ):
         with hooks((target, side, lambda x: x + 1.0)):
-            assert not torch.allclose(capture(model, batch, detail=False).logits, plain.logits, atol=1e-3)
+            assert not torch.allclose(
+                capture(model, batch, detail=False).logits, plain.logits, atol=1e-3
+            )
 
 
 def test_self_check_passes_on_every_family(tiny):
@@ -149,7 +173,9 @@ def test_self_check_names_what_does_not_add_up():
     model, _ = load_model("tiny-llama")
     layer = model.model.layers[1]
     forward = layer.forward
-    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.01  # a residual multiplier, as in Granite
+    layer.forward = lambda *args, **kwargs: (
+        forward(*args, **kwargs) * 1.01
+    )  # a residual multiplier, as in Granite
     with pytest.raises(UnsupportedModelError, match="residual contributions miss"):
         self_check(model)
 

@@ -19,7 +19,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backattn import BackAttentionConfig, BackAttentionModel, get_back_attention_model, load_model, logit_flow
+from backattn import (
+    BackAttentionConfig,
+    BackAttentionModel,
+    get_back_attention_model,
+    load_model,
+    logit_flow,
+)
 from backattn.adapters.arms import make_arm
 from backattn.adapters.saving import AdapterError
 from backattn.models.checkpoint import ModelLoadError
@@ -45,7 +51,9 @@ ODD = st.one_of(
     st.sampled_from(STRANGE),
     st.binary(min_size=1, max_size=12).map(lambda raw: raw.decode("latin-1")),
 ).filter(str.strip)
-FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +75,13 @@ def test_back_attention_takes_any_text(llama, wrapped, prompts, side):
     """Finite, and each text alone is what it is in a padded batch."""
     batch = encode(llama[1], prompts, side)
     with torch.no_grad():
-        together = wrapped(batch.ids, batch.mask, position_ids=batch.position_ids, use_cache=False).logits
-        assert together[batch.mask.bool()].isfinite().all()
+        together = wrapped(
+            batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+        ).logits
+        assert together[batch.attention_mask.bool()].isfinite().all()
         for row, prompt in enumerate(prompts):
             alone = encode(llama[1], [prompt])
-            own = wrapped(alone.ids, alone.mask, use_cache=False).logits[0, -1]
+            own = wrapped(alone.input_ids, alone.attention_mask, use_cache=False).logits[0, -1]
             assert torch.allclose(own, batch.at_last(together)[row], atol=2e-4)
 
 
@@ -79,11 +89,19 @@ def test_back_attention_takes_any_text(llama, wrapped, prompts, side):
 @given(prompt=ODD, count=st.integers(1, 4))
 def test_cached_generation_is_recomputation_for_any_text(llama, wrapped, prompt, count):
     batch = encode(llama[1], [prompt])
-    made = wrapped.generate(batch.ids, attention_mask=batch.mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    made = wrapped.generate(
+        batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
     with torch.no_grad():
-        whole = wrapped(made[:, :-1], use_cache=False).logits[0, batch.ids.shape[1] - 1 :]
-    chosen = whole.gather(-1, made[0, batch.ids.shape[1] :, None])[:, 0]
-    assert (whole.max(-1).values - chosen < 1e-3).all()  # what was written is what recomputation writes, or a tie
+        whole = wrapped(made[:, :-1], use_cache=False).logits[0, batch.input_ids.shape[1] - 1 :]
+    chosen = whole.gather(-1, made[0, batch.input_ids.shape[1] :, None])[:, 0]
+    assert (
+        whole.max(-1).values - chosen < 1e-3
+    ).all()  # what was written is what recomputation writes, or a tie
 
 
 @FUZZ
@@ -189,7 +207,9 @@ def test_a_model_that_brings_code_is_refused(llama, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     proof = tmp_path / "harm"
-    (tmp_path / "modeling_own.py").write_text(f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n")
+    (tmp_path / "modeling_own.py").write_text(
+        f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n"
+    )
     about = json.loads((tmp_path / "config.json").read_text())
     about |= {
         "model_type": "own",
@@ -242,14 +262,21 @@ def runner(tmp_path):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 notebook = nbformat.v4.new_notebook()
-                own = [c.replace("FOLDER", repr(str(place / "build/smoke"))).replace("NAME", stem) for c in CELLS]
+                own = [
+                    c.replace("FOLDER", repr(str(place / "build/smoke"))).replace("NAME", stem)
+                    for c in CELLS
+                ]
                 notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in own]
                 notebook.cells[0].metadata["tags"] = ["parameters"]
                 nbformat.write(notebook, path)
         (tmp_path / "runner.py").write_text(KILLED)
         command = [sys.executable, str(tmp_path / "runner.py"), str(place)]
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     return make
@@ -269,14 +296,20 @@ def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runner, tmp_path):
         process = runner("killed")
         time.sleep(float(draw.uniform(0.3, 1.0)) * took)
         with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
-            for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            for one in [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]:
                 one.kill()  # the kernel, too
         process.wait(timeout=60)
         for path in products(tmp_path / "killed").values():
             assert path.endswith(b"]")  # never half a file
     process = runner("killed")
     assert process.wait(timeout=300) == 0, process.stdout.read()
-    assert products(tmp_path / "killed") == products(tmp_path / "whole") and len(products(tmp_path / "whole")) == 6
+    assert (
+        products(tmp_path / "killed") == products(tmp_path / "whole")
+        and len(products(tmp_path / "whole")) == 6
+    )
 
 
 def test_two_runs_at_once_make_everything_once(runner, tmp_path):

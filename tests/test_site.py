@@ -15,7 +15,10 @@ def root(tmp_path_factory):
 
 
 def test_every_page_is_there_and_no_link_is_broken(root):
-    pages = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.html")}
+    pages = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in root.rglob("*.html")
+    }
     pages = {name: text for name, text in pages.items() if not name.startswith("_static")}
     wanted = {"index.html", *(f"{name}.html" for name in site.PAGES)}
     assert wanted | {f"notebooks/{path.stem}.html" for path in notebooks()} <= set(pages)
@@ -38,6 +41,8 @@ def test_figures_are_shown_and_code_is_folded(root):
 
 
 def test_a_page_that_links_to_nothing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "ledger_page", lambda: "# What held\n\n[gone](notebooks/10_nothing.ipynb)\n")
+    monkeypatch.setattr(
+        site, "ledger_page", lambda: "# What held\n\n[gone](notebooks/10_nothing.ipynb)\n"
+    )
     with pytest.raises(RuntimeError, match="10_nothing"):
         site.build(tmp_path / "html", notebooks())

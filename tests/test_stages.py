@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backattn import flow_back, logit_flow
-from backattn.analysis.knockouts import Knockout, Trial, group_means
+from backattn.analysis.knockouts import Knockout, KnockoutProbe, group_means
 from backattn.models.activations import capture
 from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import encode
@@ -50,7 +50,9 @@ def test_grouping_loses_no_flow(llama, prompts, groups):
     flow = logit_flow(*llama, prompts["prompt"], top_k=30)
     back = flow_back(*llama, flow)
     grouped = grouped_flow(back, groups)
-    assert grouped["flow"].sum() == pytest.approx(back.frame.query("kind != 'embedding'")["flow"].sum(), rel=1e-4)
+    assert grouped["flow"].sum() == pytest.approx(
+        back.frame.query("kind != 'embedding'")["flow"].sum(), rel=1e-4
+    )
     assert set(grouped["group"]) == set(GROUPS)
     profiles = stage_profiles(grouped)
     assert np.allclose(profiles["C"], profiles["C relation"] + profiles["C last"])
@@ -64,19 +66,24 @@ def test_grouping_loses_no_flow(llama, prompts, groups):
 ALONE = range(60)  # sixty prompts, each its own cluster
 
 
-def synthetic(centre: float, n: int = 60, layers: int = 30, noise: float = 0.02, seed: int = 0) -> np.ndarray:
+def synthetic(
+    centre: float, n: int = 60, layers: int = 30, noise: float = 0.02, seed: int = 0
+) -> np.ndarray:
     shape = np.exp(-0.5 * ((np.arange(layers) - centre) / 2) ** 2)
     return shape + noise * np.random.default_rng(seed).standard_normal((n, layers))
 
 
 def test_planted_stages_are_found_in_order():
     profiles = {
-        stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 12, 18, 25), strict=True))
+        stage: synthetic(centre, seed=i)
+        for i, (stage, centre) in enumerate(zip("ABCD", (5, 12, 18, 25), strict=True))
     }
     table = stage_table(profiles, ALONE).set_index("stage")
     assert table["peak"].tolist() == [5, 12, 18, 25]
     assert (table["begin"] < table["middle"]).all() and (table["middle"] < table["end"]).all()
-    assert ((table["middle_low"] <= table["middle"]) & (table["middle"] <= table["middle_high"])).all()
+    assert (
+        (table["middle_low"] <= table["middle"]) & (table["middle"] <= table["middle_high"])
+    ).all()
     order = order_table(profiles, ALONE)
     assert order["after"].all() and order["step"].all()
     assert trend_test(profiles)["p"] < 1e-6
@@ -86,7 +93,8 @@ def test_planted_stages_are_found_in_order():
 
 def test_a_planted_wrong_order_is_not_called_ordered():
     profiles = {
-        stage: synthetic(centre, seed=i) for i, (stage, centre) in enumerate(zip("ABCD", (5, 23, 8, 26), strict=True))
+        stage: synthetic(centre, seed=i)
+        for i, (stage, centre) in enumerate(zip("ABCD", (5, 23, 8, 26), strict=True))
     }
     order = order_table(profiles, ALONE)
     assert order["after"].tolist() == [True, False, True]
@@ -149,7 +157,9 @@ def test_tables_by_label_hold_all_and_each_label():
     assert sorted(table["label"].unique()) == ["all", "x", "y"]
     assert table["middle"].between(9, 11).all()
     bands = profile_bands(profiles, ALONE)
-    assert (bands["low"] <= bands["high"]).all() and bands.loc[bands["layer"] == 10, "share"].min() > 0.1
+    assert (bands["low"] <= bands["high"]).all() and bands.loc[
+        bands["layer"] == 10, "share"
+    ].min() > 0.1
 
 
 # ---------------------------------------------------------------- knock-outs
@@ -157,7 +167,9 @@ def test_tables_by_label_hold_all_and_each_label():
 
 def log_probs(model_and_tokenizer, prompts, groups, knockouts, means):
     ids = [1] * len(prompts)
-    return Trial(*model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means).log_probs(knockouts)
+    return KnockoutProbe(
+        *model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means
+    ).log_probs(knockouts)
 
 
 def test_knocking_out_nothing_changes_nothing(tiny):
@@ -199,7 +211,8 @@ def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
     some = [Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
     seen, ordinary = [], next_log_probs
     monkeypatch.setattr(
-        "backattn.analysis.knockouts.next_log_probs", lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1]
+        "backattn.analysis.knockouts.next_log_probs",
+        lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1],
     )
     quick = log_probs(tiny, frame, labels, some, means)
     assert len(seen) == 1  # a batch
@@ -233,8 +246,12 @@ def test_contest_reads_the_models_own_logits_at_the_end(llama, prompts, groups):
     alone = range(len(prompts))
     table = contest(model, tokenizer, prompts["prompt"].tolist(), groups, correct, other, alone)
     logits = capture(model, encode(tokenizer, prompts["prompt"].tolist())).logits
-    final = table[(table["position"] == "last") & (table["layer"] == model.config.num_hidden_layers)]
-    assert final["mean"].item() == pytest.approx((logits[:, 5] - logits[:, 9]).mean().item(), abs=1e-3)
+    final = table[
+        (table["position"] == "last") & (table["layer"] == model.config.num_hidden_layers)
+    ]
+    assert final["mean"].item() == pytest.approx(
+        (logits[:, 5] - logits[:, 9]).mean().item(), abs=1e-3
+    )
     with pytest.raises(ValueError, match="ask more facts"):
         contest(model, tokenizer, [], [], [], [], [])
 
@@ -250,7 +267,12 @@ def test_other_relation_uses_each_pair_both_ways():
     )
     rows = other_relation(known)
     pairs = sorted(zip(rows["answer_id"], rows["answer_id_other"], strict=True))
-    assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1)]  # never against the same token, never another subject
+    assert pairs == [
+        (1, 2),
+        (1, 2),
+        (2, 1),
+        (2, 1),
+    ]  # never against the same token, never another subject
 
 
 def test_the_entity_cannot_tell_in_the_bare_form(tiny):
@@ -262,7 +284,11 @@ def test_the_entity_cannot_tell_in_the_bare_form(tiny):
     ids = rows["answer_id"].tolist(), rows["answer_id_other"].tolist()
     table = contest(model, tokenizer, rows["prompt"].tolist(), labels, *ids, rows["subject"])
     by = table.groupby("position")["mean"]
-    assert by.apply(lambda x: x.abs().max())["entity"] < 1e-4 < by.apply(lambda x: x.abs().max())["last"]
+    assert (
+        by.apply(lambda x: x.abs().max())["entity"]
+        < 1e-4
+        < by.apply(lambda x: x.abs().max())["last"]
+    )
 
 
 # ---------------------------------------------------------------- verdicts
@@ -276,7 +302,15 @@ def contest_table(entity, relation, last):
             low = 1.0 if since is not None and layer >= since else -1.0
             scale = 0.1 if since is None else 10.0
             low, high = scale * low, scale * (low + 1)
-            rows.append({"position": position, "layer": layer, "mean": (low + high) / 2, "low": low, "high": high})
+            rows.append(
+                {
+                    "position": position,
+                    "layer": layer,
+                    "mean": (low + high) / 2,
+                    "low": low,
+                    "high": high,
+                }
+            )
     return pd.DataFrame(rows).assign(clusters=5)
 
 
@@ -296,12 +330,20 @@ def test_the_verdict_on_c2_follows_its_rule(since, verdict):
 
 @pytest.mark.parametrize(
     ("after", "needed", "verdict"),
-    [([True] * 3, True, "reproduced"), ([True, False, True], True, "partly"), ([False] * 3, False, "contradicted")],
+    [
+        ([True] * 3, True, "reproduced"),
+        ([True, False, True], True, "partly"),
+        ([False] * 3, False, "contradicted"),
+    ],
 )
 def test_the_verdict_on_c1_follows_its_rule(after, needed, verdict):
-    order = pd.DataFrame({"earlier": list("ABC"), "later": list("BCD"), "gap": 3, "low": 1.0, "high": 5.0})
+    order = pd.DataFrame(
+        {"earlier": list("ABC"), "later": list("BCD"), "gap": 3, "low": 1.0, "high": 5.0}
+    )
     order = order.assign(after=after, step=True)
-    knockouts = pd.DataFrame({"stage": ["A", "A above 0", "B", "C above 0", "D"], "needed": [True] + [needed] * 4})
+    knockouts = pd.DataFrame(
+        {"stage": ["A", "A above 0", "B", "C above 0", "D"], "needed": [True] + [needed] * 4}
+    )
     assert stages_in_order(order, knockouts, n=9).verdict == verdict
 
 

@@ -13,7 +13,7 @@ from companion import paths
 from companion.questions import asking
 from companion.questions.asking import score
 from companion.questions.facts import facts as the_facts
-from companion.questions.prompts import ends, position_groups, single_hop, span
+from companion.questions.prompts import last_token_positions, position_groups, single_hop, span
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def test_the_shipped_facts_are_what_the_script_makes(tmp_path, facts):
 def test_facts_are_unique_and_do_not_echo(facts):
     assert not facts.duplicated(["relation", "subject"]).any()
     echoed = [
-        a.lower() in s.lower() or s.lower() in a.lower() for s, a in zip(facts["subject"], facts["answer"], strict=True)
+        a.lower() in s.lower() or s.lower() in a.lower()
+        for s, a in zip(facts["subject"], facts["answer"], strict=True)
     ]
     assert not any(echoed)
     assert facts["relation"].nunique() >= 4
@@ -41,7 +42,10 @@ def test_facts_are_unique_and_do_not_echo(facts):
     [
         ("relation,subject\ncapital,France\n", "lacks column 'answer'"),
         ("relation,subject,answer,answer\ncapital,France,Paris,Paris\n", "repeats column 'answer'"),
-        ("relation,subject,answer\ncapital,France,Paris\ncapital,Spain,\n", "empty 'answer' in row 3"),
+        (
+            "relation,subject,answer\ncapital,France,Paris\ncapital,Spain,\n",
+            "empty 'answer' in row 3",
+        ),
     ],
 )
 def test_a_bad_table_names_its_column_or_row(tmp_path, text, message):
@@ -88,7 +92,11 @@ def test_position_groups_name_every_token(llama, facts):
         assert len(labels) == len(offsets)
         assert labels[-1] == "last" and list(labels).count("last") == 1
         for name, (begin, end) in (("entity", row.entity), ("relation", row.relation_span)):
-            covered = [row.prompt[a:b] for label, (a, b) in zip(labels, offsets, strict=True) if label == name]
+            covered = [
+                row.prompt[a:b]
+                for label, (a, b) in zip(labels, offsets, strict=True)
+                if label == name
+            ]
             assert "".join(covered).strip() == row.prompt[begin:end]
 
 
@@ -99,9 +107,9 @@ def test_an_entity_that_is_not_in_the_prompt_is_named():
 
 def test_a_prompt_without_a_place_is_an_error():
     labels = [np.array(["entity", "relation", "last"]), np.array(["entity", "entity", "last"])]
-    assert ends(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
+    assert last_token_positions(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
     with pytest.raises(ValueError, match="'relation'"):
-        ends(labels, ["entity", "relation"])
+        last_token_positions(labels, ["entity", "relation"])
 
 
 def test_score_agrees_with_asking_one_by_one(llama, facts):
@@ -123,9 +131,9 @@ def test_known_keeps_only_what_the_first_token_can_tell(llama):
             "tokens": [1, 1, 2, 1],
         }
     )
-    assert len(asking.known(scored)) == 1
+    assert len(asking.answerable(scored)) == 1
     with pytest.raises(ValueError, match="answers none"):
-        asking.known(scored.assign(correct=False))
+        asking.answerable(scored.assign(correct=False))
 
 
 def test_the_paper_notebook_has_its_two_hundred_prompts(smollm2, facts):
@@ -133,7 +141,7 @@ def test_the_paper_notebook_has_its_two_hundred_prompts(smollm2, facts):
     model, tokenizer = smollm2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        known = asking.known(score(model, tokenizer, single_hop(facts, per_relation=40)))
+        known = asking.answerable(score(model, tokenizer, single_hop(facts, per_relation=40)))
     assert known["relation"].nunique() >= 4
     assert len(known) >= 200 / 3
     assert np.isfinite(known["log_prob"]).all()

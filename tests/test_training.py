@@ -38,14 +38,14 @@ from companion.questions.compositions import INVENTED, RELATIONS, compositions
 from companion.questions.datasets import (
     DATASETS,
     OTHER_PROMPTS,
-    guessed,
-    guessed_by_kind,
     in_context,
     load,
+    majority_baseline,
+    majority_baseline_by_kind,
     multiarith,
+    near_duplicate_groups,
     one_digit_composite,
     svamp,
-    twins,
     two_digit,
     two_hop,
 )
@@ -53,7 +53,14 @@ from companion.questions.facts import two_hop_facts
 from companion.questions.splits import FOLDS, SPLITS, _turn, draw, place_of, split
 from companion.runs import as_asked
 from companion.runs.as_asked import test_groups
-from companion.runs.perform import armed, before_and_after, forward_flops, perform, put_weights, recheck
+from companion.runs.perform import (
+    before_and_after,
+    forward_flops,
+    put_weights,
+    recheck,
+    train_and_test,
+    with_adapter,
+)
 from companion.runs.plans import (
     CORE_ARMS,
     MOST_RATES,
@@ -78,7 +85,11 @@ NOTEBOOK_03 = NOTEBOOKS / "03_back_attention_training.ipynb"
 
 PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
 OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *OTHER_PROMPTS]
-TWICE = ("two-hop", "question", "code")  # ask some questions twice: the capital of a country of a city, of a company
+TWICE = (
+    "two-hop",
+    "question",
+    "code",
+)  # ask some questions twice: the capital of a country of a city, of a company
 
 
 # ---------------------------------------------------------------- datasets
@@ -123,14 +134,22 @@ def test_arithmetic_is_right_and_no_first_step_is_seen_before():
     assert len(composite) == 6_561
     for row in composite.sample(300, random_state=0).itertuples():
         assert int(row.answer) == eval(row.prompt.rstrip("="))
-    digits = composite["prompt"].str.extract(r"\((\d).(\d)\)").apply(lambda row: tuple(sorted(row)), axis=1)
-    assert not set(digits[composite["split"] == "test"]) & set(digits[composite["split"] == "train"])
+    digits = (
+        composite["prompt"]
+        .str.extract(r"\((\d).(\d)\)")
+        .apply(lambda row: tuple(sorted(row)), axis=1)
+    )
+    assert not set(digits[composite["split"] == "test"]) & set(
+        digits[composite["split"] == "train"]
+    )
 
 
 def test_other_wordings_ask_the_same_questions():
     plain, question, code = (load(name) for name in ("two-hop", "question", "code"))
     row = plain.index[plain["prompt"] == "Dubliners's author's country is"]
-    assert question["prompt"][row].tolist() == ["Question: What is the country of the author of Dubliners? Answer:"]
+    assert question["prompt"][row].tolist() == [
+        "Question: What is the country of the author of Dubliners? Answer:"
+    ]
     assert code["prompt"][row].tolist() == ["country(author(Dubliners)) ="]
     for other in (question, code):
         assert other.drop(columns="prompt").equals(plain.drop(columns="prompt"))
@@ -144,7 +163,10 @@ def test_a_first_hop_in_context_is_said_once_and_needed():
     assert frame.groupby(["r1", "e2", "r2"]).size().nunique() == 1
     for row in frame.itertuples():
         *said, asked = re.split(r"(?<=\.) ", row.prompt)
-        assert f"{row.e1}'s {row.r1} is {row.e2}." in said and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
+        assert (
+            f"{row.e1}'s {row.r1} is {row.e2}." in said
+            and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
+        )
         bridges = {s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said}
         assert len({s.split("'s ")[0] for s in said}) == len(said) == len(bridges) == 3
         assert len({_turn(name) for name in bridges}) == 1
@@ -155,12 +177,17 @@ def test_a_first_hop_in_context_is_said_once_and_needed():
 def test_the_most_frequent_answer_is_guessed(monkeypatch):
     names = [f"g{i}" for i in range(400)]
     answers = ["often" if i % 4 else "seldom" for i in range(400)]
-    frame = pd.DataFrame({"prompt": names, "answer": answers, "group": names, "r2": "r", "tested": True})
+    frame = pd.DataFrame(
+        {"prompt": names, "answer": answers, "group": names, "r2": "r", "tested": True}
+    )
     monkeypatch.setitem(DATASETS, "made up", lambda: frame)
-    assert guessed("made up") == pytest.approx(0.75, abs=0.03)
-    assert 0.1 < guessed("in context") < 0.4
-    floor = guessed_by_kind()
-    assert list(floor.index) == ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"] and 0 < floor.min() < floor.max() < 0.15
+    assert majority_baseline("made up") == pytest.approx(0.75, abs=0.03)
+    assert 0.1 < majority_baseline("in context") < 0.4
+    floor = majority_baseline_by_kind()
+    assert (
+        list(floor.index) == ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"]
+        and 0 < floor.min() < floor.max() < 0.15
+    )
 
 
 def test_compositions_hold_out_what_they_say():
@@ -176,13 +203,17 @@ def test_compositions_hold_out_what_they_say():
         for kind, fact in zip(row.kind.split("/"), (first, second), strict=True):
             seen[kind].add(fact)
         if row.kind == "ID/ID":
-            (trained if row.split == "train" else held).update([("first", first), ("second", second)])
+            (trained if row.split == "train" else held).update(
+                [("first", first), ("second", second)]
+            )
         assert row.split != "train" or row.kind == "ID/ID"
     assert held <= trained  # each in its place
     assert not seen["ID"] & seen["OOD"] and 0.15 < len(seen["OOD"]) / len(facts) < 0.25
     held_out = frame[frame["split"] != "train"].groupby(["split", "kind"]).size().unstack()
     assert (
-        (held_out.loc["validation"] == 70).all() and (held_out.loc["test"] == 200).all() and len(held_out.columns) == 4
+        (held_out.loc["validation"] == 70).all()
+        and (held_out.loc["test"] == 200).all()
+        and len(held_out.columns) == 4
     )
     assert not frame["prompt"].duplicated().any() and split(frame, 1).equals(frame)
     with pytest.raises(ValueError, match="only 224 questions of kind OOD/OOD"):
@@ -200,8 +231,12 @@ def test_compositions_are_tuned_alike(tmp_path):
             if store.result(run) is None:
                 pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
     assert {run.arm for run in tried} == set(COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
-    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(final) == 7 * 3
-    assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {(1600, None, 1.0)}
+    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(
+        final
+    ) == 7 * 3
+    assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {
+        (1600, None, 1.0)
+    }
 
 
 def test_tested_two_hop_questions_need_both_hops():
@@ -217,7 +252,11 @@ def test_legs_add_up():
     count = one["prompt"].str.extract(r"have (\d+) ")[0].astype(int)
     legs = (one["answer"] / count).groupby(one["animals"]).agg(["min", "max"])
     assert (legs["min"] == legs["max"]).all()
-    for row in frame[frame["animals"].str.contains("|", regex=False)].sample(200, random_state=0).itertuples():
+    for row in (
+        frame[frame["animals"].str.contains("|", regex=False)]
+        .sample(200, random_state=0)
+        .itertuples()
+    ):
         counts = [int(word) for word in row.prompt.replace(",", " ").split() if word.isdigit()]
         words = row.prompt.partition("have ")[2].partition("?")[0].split(", ")
         kinds = row.animals.split("|")
@@ -236,7 +275,7 @@ def test_texts_that_say_nearly_the_same_are_twins():
         "Bob has N pens and then buys N more at a shop",
         "How tall is a tree of N years",
     ]
-    groups = twins([text.lower().split() for text in texts])
+    groups = near_duplicate_groups([text.lower().split() for text in texts])
     assert groups[0] == groups[1] != groups[2]
 
 
@@ -278,26 +317,33 @@ def test_published_files_are_read_and_checked(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sums():
-    return pd.DataFrame({"prompt": ["one plus two is", "five plus one is", "two is"], "answer": [" 3", " 6", " 12"]})
+    return pd.DataFrame(
+        {"prompt": ["one plus two is", "five plus one is", "two is"], "answer": [" 3", " 6", " 12"]}
+    )
 
 
 def test_batches_are_padded_on_the_left_and_labelled_at_the_end(llama, sums):
     items = numbers(llama[1], sums)
     batch = collate(items, [0, 2])
-    assert batch.mask[:, -1].all() and (batch.ids[batch.mask == 0] == 0).all()
+    assert (
+        batch.attention_mask[:, -1].all()
+        and (batch.input_ids[batch.attention_mask == 0] == 0).all()
+    )
     for place, row in enumerate([0, 2]):
         own = batch.labels[place][batch.labels[place] != IGNORED].tolist()
         assert own == items.answers[row]
-        text = batch.ids[place][batch.mask[place].bool()].tolist()
+        text = batch.input_ids[place][batch.attention_mask[place].bool()].tolist()
         assert text == items.prompts[row] + items.answers[row][:-1]
 
 
 def test_right_means_what_greedy_generation_writes(tiny, sums):
     """`right_answers` against actual generation, with the model's own words as answers."""
     model, tok = tiny
-    items = replace(numbers(tok, sums), goes_on=frozenset())
+    items = replace(numbers(tok, sums), number_continuations=frozenset())
     for row, prompt in enumerate(items.prompts):
-        made = model.generate(torch.tensor([prompt]), max_new_tokens=3, eos_token_id=-1, do_sample=False)[0]
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=3, eos_token_id=-1, do_sample=False
+        )[0]
         items.answers[row] = made[len(prompt) :].tolist()
     assert evaluate(model, items)[0].all()
     items.answers[1][0] = (items.answers[1][0] + 1) % 100
@@ -306,15 +352,17 @@ def test_right_means_what_greedy_generation_writes(tiny, sums):
 
 def test_an_answer_that_goes_on_as_another_number_is_wrong(llama, sums):
     items = numbers(llama[1], sums)
-    assert items.goes_on and all(llama[1].decode([i]).strip()[:1].isdigit() for i in items.goes_on)
+    assert items.number_continuations and all(
+        llama[1].decode([i]).strip()[:1].isdigit() for i in items.number_continuations
+    )
     batch = collate(items, [0])
     logits = torch.zeros(1, batch.labels.shape[1], len(llama[1]))
     for place, token in enumerate(items.answers[0]):
         logits[0, place, token] = 1
     assert right_answers(logits, items, [0], batch).item()
-    logits[0, -1, next(iter(items.goes_on))] = 2
+    logits[0, -1, next(iter(items.number_continuations))] = 2
     assert not right_answers(logits, items, [0], batch).item()
-    logits[0, -1, next(iter(items.goes_on))] = 0
+    logits[0, -1, next(iter(items.number_continuations))] = 0
     logits[0, -1, llama[1](" red")["input_ids"][0]] = 2  # any other end is fine
     assert right_answers(logits, items, [0], batch).item()
 
@@ -332,11 +380,15 @@ def test_first_tokens_accept_aliases(llama, sums):
 def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
     items = numbers(llama[1], sums)
     texts = iter([" 3 pens", "\n6. And", " 12,5"])
-    monkeypatch.setattr(type(llama[1]), "batch_decode", lambda self, rows: [next(texts) for _ in rows])
+    monkeypatch.setattr(
+        type(llama[1]), "batch_decode", lambda self, rows: [next(texts) for _ in rows]
+    )
     order = np.argsort([len(p) for p in items.prompts], kind="stable")
     right = written(llama[0], llama[1], items)
     said = dict(zip(order.tolist(), [" 3 pens", "\n6. And", " 12,5"], strict=True))
-    expected = [bool(re.match(rf"\s*{a.strip()}(?![\d,])", said[row])) for row, a in enumerate(items.texts)]
+    expected = [
+        bool(re.match(rf"\s*{a.strip()}(?![\d,])", said[row])) for row, a in enumerate(items.texts)
+    ]
     assert right.tolist() == expected
     for text, number in (
         (" 75.", "75"),
@@ -413,7 +465,9 @@ def test_the_loop_reads_its_own_position_only():
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         wrapped(ids, use_cache=False)
-        final = wrapped.first_pass_states(ids, torch.ones_like(ids), torch.arange(4)[None])[-1]  # h_L [B, T, D]
+        final = wrapped.first_pass_states(ids, torch.ones_like(ids), torch.arange(4)[None])[
+            -1
+        ]  # h_L [B, T, D]
     expected = update.up(update.down(final / (final.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()))
     assert torch.allclose(seen["out"], expected, atol=1e-5)
 
@@ -427,7 +481,10 @@ def weights_of(model):
 
 def many(tok, count=24):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rows = [(f"{words[i % 10]} plus {words[i // 10]} is", f" {i % 10 + i // 10 + 2}") for i in range(count)]
+    rows = [
+        (f"{words[i % 10]} plus {words[i // 10]} is", f" {i % 10 + i // 10 + 2}")
+        for i in range(count)
+    ]
     return numbers(tok, pd.DataFrame(rows, columns=["prompt", "answer"]))
 
 
@@ -489,7 +546,13 @@ def test_kept_first_passes_give_the_same_training(monkeypatch):
         torch.manual_seed(0)
         model, tok = load_model("tiny-llama")
         wrapped, items = make_arm("back attention", model, 1, 4), many(tok)
-        ends.append((train(wrapped, items, recipe, keep_first_passes=room), weights_of(wrapped), len(counted)))
+        ends.append(
+            (
+                train(wrapped, items, recipe, keep_first_passes=room),
+                weights_of(wrapped),
+                len(counted),
+            )
+        )
     (kept, weights, first), (plain, others, second) = ends
     assert first == second == 1  # computed once with room, never without
     columns = ["step", "loss", "train", "validation"]
@@ -553,8 +616,8 @@ def test_a_run_is_kept_and_not_made_twice(tiny_run, tmp_path, monkeypatch):
     assert [result["run"]["arm"] for result in kept] == ["back attention", "zero-shot"]
     assert [result["trained"] for result in kept] == [4 * 32 * 4, 0]
     assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
-    monkeypatch.setattr("companion.runs.perform.armed", lambda *a: pytest.fail("made twice"))
-    assert perform(tiny_run, store)["right"] == kept[0]["right"]
+    monkeypatch.setattr("companion.runs.perform.with_adapter", lambda *a: pytest.fail("made twice"))
+    assert train_and_test(tiny_run, store)["right"] == kept[0]["right"]
 
 
 @pytest.fixture
@@ -562,37 +625,44 @@ def mixed_run(tiny_run, monkeypatch):
     """A run that gets some questions right and some wrong, and none before training."""
     frame = one_digit_composite()
     two, one = np.arange(len(frame)) % 2 == 1, np.arange(len(frame)) % 3 > 0
-    prompts = [f"{'two' if a else 'five'} plus {'one' if b else 'three'} is" for a, b in zip(two, one, strict=True)]
+    prompts = [
+        f"{'two' if a else 'five'} plus {'one' if b else 'three'} is"
+        for a, b in zip(two, one, strict=True)
+    ]
     questions = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
     monkeypatch.setitem(DATASETS, "mixed", lambda: questions)
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
-    return replace(tiny_run, dataset="mixed", learning_rate=0.05, steps=40, train_items=64, test_items=16)
+    return replace(
+        tiny_run, dataset="mixed", learning_rate=0.05, steps=40, train_items=64, test_items=16
+    )
 
 
 def test_kept_weights_give_the_kept_answers(mixed_run, tmp_path):
     tiny_run, store = mixed_run, Store(tmp_path, shipped=None)
-    result = perform(tiny_run, store)
+    result = train_and_test(tiny_run, store)
     assert set(result["right"]) == {"0", "1"}
     again = recheck([tiny_run], store, 12).iloc[0]
-    assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"]) and 0 < again["kept"] < 1
-    with armed(tiny_run, "float32") as (model, tok):  # untrained it has none right
+    assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"]) and 0 < again[
+        "kept"
+    ] < 1
+    with with_adapter(tiny_run, "float32") as (model, tok):  # untrained it has none right
         assert not evaluate(model, as_asked.questions(tiny_run, tok, "test"))[0].any()
-    with armed(tiny_run, "float32") as (model, tok):
+    with with_adapter(tiny_run, "float32") as (model, tok):
         put_weights(model, store.weights(tiny_run))
         right = evaluate(model, as_asked.questions(tiny_run, tok, "test"))[0]
     assert "".join(map(str, right.astype(int))) == result["right"]
     with (
         pytest.raises(ValueError, match="another arm"),
-        armed(replace(tiny_run, dim=2), "float32") as (model, _),
+        with_adapter(replace(tiny_run, dim=2), "float32") as (model, _),
     ):
         put_weights(model, store.weights(tiny_run))
-    with armed(tiny_run, "float32"):  # the shared model is free again
+    with with_adapter(tiny_run, "float32"):  # the shared model is free again
         pass
 
 
 def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
     store = Store(tmp_path / "runs", shipped=None)
-    result = perform(tiny_run, store)
+    result = train_and_test(tiny_run, store)
     store.ship([tiny_run], with_weights=[tiny_run], folder=tmp_path / "data")
     monkeypatch.setattr("companion.runs.plans.CHECKPOINTS", tmp_path / "data" / "checkpoints")
     monkeypatch.setattr("companion.runs.store.CHECKPOINTS", tmp_path / "data" / "checkpoints")
@@ -603,13 +673,18 @@ def test_shipped_results_stand_in_for_runs(tiny_run, tmp_path, monkeypatch):
     assert len((tmp_path / "data" / "runs.jsonl").read_text().splitlines()) == 1
     with pytest.raises(FileNotFoundError, match="profile full"):
         fresh.weights(replace(tiny_run, seed=5))
-    (tmp_path / "data" / "checkpoints" / f"{tiny_run.key}.safetensors").write_bytes(b"something else")
+    (tmp_path / "data" / "checkpoints" / f"{tiny_run.key}.safetensors").write_bytes(
+        b"something else"
+    )
     with pytest.raises(OSError, match="is not the file that"):
         fresh.weights(tiny_run)
 
 
 def test_keys_tell_runs_apart(tiny_run):
-    others = [replace(tiny_run, **{k: v}) for k, v in dict(seed=1, arm="bias", learning_rate=0.1, steps=7).items()]
+    others = [
+        replace(tiny_run, **{k: v})
+        for k, v in dict(seed=1, arm="bias", learning_rate=0.1, steps=7).items()
+    ]
     assert len({run.key for run in [tiny_run, *others]}) == 5
     assert replace(tiny_run).key == tiny_run.key
 
@@ -625,13 +700,18 @@ def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
 def test_a_plan_without_core_arms_comes_to_an_end():
     store = Store()
     every, none = (main_runs(store, core_arms_on=core) for core in (["1DC"], []))
-    assert none[1] and {run.dataset for run in none[1]} == {"two-hop"} and len(none[1]) < len(every[1])
+    assert (
+        none[1] and {run.dataset for run in none[1]} == {"two-hop"} and len(none[1]) < len(every[1])
+    )
 
 
 def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
     """A renamed field or another default would orphan them, and the notebook would train for hours."""
     store, text = Store(tmp_path), NOTEBOOK_03.read_text().replace('\\"', '"')
-    every, core = (json.loads(re.search(rf"{name}_on = (\[.*?\])", text)[1]) for name in ("every_arm", "core_arms"))
+    every, core = (
+        json.loads(re.search(rf"{name}_on = (\[.*?\])", text)[1])
+        for name in ("every_arm", "core_arms")
+    )
     plans = [
         scratch_runs,
         partial(main_runs, every_arm_on=every, core_arms_on=core),
@@ -649,8 +729,14 @@ def test_shipped_runs_are_all_that_notebook_03_asks_for(tmp_path):
 def parameter(notebook, name):
     """The value of a notebook's parameter."""
     path = next(NOTEBOOK_03.parent.glob(f"{notebook}_*.ipynb"))
-    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
-    found = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
+    cell = next(
+        c
+        for c in nbformat.read(path, as_version=4).cells
+        if "parameters" in c.metadata.get("tags", [])
+    )
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body
+    }
     return found[name]
 
 
@@ -664,7 +750,9 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
     digits = {"field": "source_layer", "values": parameter("04", "second_layers")}
     plans.append(varied_runs(store, dataset=parameter("04", "second_dataset"), **digits))
     anew = [("two-hop", layer) for layer in parameter("04", "retuned")]
-    anew += [(parameter("04", "second_dataset"), layer) for layer in parameter("04", "second_retuned")]
+    anew += [
+        (parameter("04", "second_dataset"), layer) for layer in parameter("04", "second_retuned")
+    ]
     for name, layer in anew:
         plans.append(adapter_runs(store, names=[name], source_layer=layer, arms=CORE_ARMS))
     for tried, final in plans:
@@ -673,8 +761,13 @@ def test_shipped_runs_are_all_that_the_sweeps_of_notebook_04_ask_for(tmp_path):
 
 
 def test_shipped_runs_are_all_that_notebook_06_asks_for(tmp_path):
-    store, own = Store(tmp_path), {name: parameter("06", name) for name in ("source_layer", "steps")}
-    plan = partial(adapter_runs, model=parameter("06", "model_name"), names=[parameter("06", "dataset")], **own)
+    store, own = (
+        Store(tmp_path),
+        {name: parameter("06", name) for name in ("source_layer", "steps")},
+    )
+    plan = partial(
+        adapter_runs, model=parameter("06", "model_name"), names=[parameter("06", "dataset")], **own
+    )
     shape = {"widths": parameter("06", "scratch_widths"), "dims": parameter("06", "scratch_dims")}
     plans = [partial(plan, arms=CORE_ARMS, dim=dim) for dim in parameter("06", "dims")]
     plans += [
@@ -689,31 +782,50 @@ def test_shipped_runs_are_all_that_notebook_06_asks_for(tmp_path):
 def test_shipped_runs_are_all_that_notebooks_07_and_08_ask_for(tmp_path):
     store = Store(tmp_path)
     for layers, dim in parameter("07", "several"):
-        at = {"source_layer": tuple(layers), "dim": dim, "arms": ["back attention", "residual LoRA"]}
+        at = {
+            "source_layer": tuple(layers),
+            "dim": dim,
+            "arms": ["back attention", "residual LoRA"],
+        }
         tried, final = adapter_runs(store, names=["two-hop"], **at)
         assert final and all(store.result(run) for run in tried + final)
     plans = [adapter_runs(store, names=OTHER_PROMPTS, arms=CORE_ARMS, batch_size=16)]
     plans.append(composing_runs(store))
     for tried, final in plans:
         assert final and all(store.result(run) for run in tried + final)
-    shape = {"seeds": [parameter("08", "scratch_seed")], "widths": [parameter("08", "scratch_width")]}
-    learnt = [run for run in scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"]
+    shape = {
+        "seeds": [parameter("08", "scratch_seed")],
+        "widths": [parameter("08", "scratch_width")],
+    }
+    learnt = [
+        run for run in scratch_runs(store, tried_for=750, **shape)[1] if run.arm == "2 layers"
+    ]
     assert [store.weights(run) is not None for run in learnt] == [True]
 
 
 def pretend(store, run, validation, **more):
-    store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {})
+    store.keep(
+        run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1", **more}, {}
+    )
 
 
-def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(tiny_run, tmp_path, monkeypatch):
-    store, ours = Store(tmp_path, shipped=None), [replace(tiny_run, model=m) for m in (SCRATCH, "smollm2")]
+def test_a_run_is_tested_in_the_dtype_that_is_asked_for_and_is_another_run_then(
+    tiny_run, tmp_path, monkeypatch
+):
+    store, ours = (
+        Store(tmp_path, shipped=None),
+        [replace(tiny_run, model=m) for m in (SCRATCH, "smollm2")],
+    )
     keys, seen = [run.key for run in (tiny_run, *ours)], []
     monkeypatch.setenv(runtime.DTYPE, "bfloat16")
-    assert tiny_run.key != keys[0] and [run.key for run in ours] == keys[1:]  # whose results are shipped
+    assert (
+        tiny_run.key != keys[0] and [run.key for run in ours] == keys[1:]
+    )  # whose results are shipped
     monkeypatch.setattr(
-        "companion.runs.perform.tested", lambda run, model, *_: seen.append(model.dtype) or np.array([True])
+        "companion.runs.perform.answer_test",
+        lambda run, model, *_: seen.append(model.dtype) or np.array([True]),
     )
-    perform(tiny_run, store)
+    train_and_test(tiny_run, store)
     assert seen == [torch.bfloat16]
     monkeypatch.setenv(runtime.DTYPE, "float32")
     assert tiny_run.key == keys[0] and store.result(tiny_run) is None
@@ -726,7 +838,9 @@ def test_the_search_goes_on_while_the_best_is_at_an_end(tiny_run, tmp_path):
         if best:
             break
         for run in tried:
-            scores[run.learning_rate] = 1 - abs(np.log(run.learning_rate / 6e-5))  # best far below what is tried first
+            scores[run.learning_rate] = 1 - abs(
+                np.log(run.learning_rate / 6e-5)
+            )  # best far below what is tried first
             pretend(store, run, scores[run.learning_rate])
     assert sorted(scores) == pytest.approx([6.25e-5, 2.5e-4, 1e-3, 4e-3])
     assert best.learning_rate == pytest.approx(6.25e-5) and len(tried) <= MOST_RATES
@@ -746,9 +860,11 @@ def test_a_diverged_run_is_a_result_and_never_the_best(tiny_run, tmp_path):
 
 
 def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("companion.runs.perform.tested", lambda *a: pytest.fail("tested"))
-    result = perform(replace(tiny_run, test_items=0), Store(tmp_path, shipped=None))
-    assert "right" not in result and 0 <= result["validation"] <= 1 and result["validation_loss"] > 0
+    monkeypatch.setattr("companion.runs.perform.answer_test", lambda *a: pytest.fail("tested"))
+    result = train_and_test(replace(tiny_run, test_items=0), Store(tmp_path, shipped=None))
+    assert (
+        "right" not in result and 0 <= result["validation"] <= 1 and result["validation_loss"] > 0
+    )
 
 
 def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_path, monkeypatch):
@@ -757,9 +873,10 @@ def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_pat
     run, store = replace(tiny_run, dataset="SVAMP"), Store(tmp_path, shipped=None)
     for user in ("questions.datasets", "runs.as_asked"):
         monkeypatch.setattr(
-            f"companion.{user}.split", lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187)
+            f"companion.{user}.split",
+            lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187),
         )
-    perform(run, store)
+    train_and_test(run, store)
     monkeypatch.setitem(DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
     assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
 
@@ -767,7 +884,10 @@ def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_pat
 def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("companion.runs.plans.TUNED_ON", {"tiny": "tiny"})
     monkeypatch.setattr("companion.runs.plans.MOST_RATES", 3)
-    store, sizes = Store(tmp_path, shipped=None), dict(source_layer=1, dim=4, batch_size=4, train_items=8)
+    store, sizes = (
+        Store(tmp_path, shipped=None),
+        dict(source_layer=1, dim=4, batch_size=4, train_items=8),
+    )
     sizes |= dict(validation_items=4, test_items=4, dtype="float32", steps=2)
 
     def plan(store):
@@ -780,7 +900,9 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     again = recheck([run for run in runs if run.arm == "bias"], store, 3)
     assert (again["n"] == 3).all() and (again["agree"] == 1).all()
     examples = before_and_after(runs[2], store, 2)
-    assert list(examples.columns) == ["question", "before", "after", "answer"] and len(examples) == 2
+    assert (
+        list(examples.columns) == ["question", "before", "after", "answer"] and len(examples) == 2
+    )
     assert ship([plan], store, tmp_path / "data") == 6 + 12  # 2 arms × 3 rates, 4 arms × 3 seeds
     assert len(list((tmp_path / "data" / "checkpoints").iterdir())) == 3 + 1
     shipped = Store(tmp_path / "empty", tmp_path / "data" / "runs.jsonl")
@@ -790,13 +912,18 @@ def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("companion.runs.store.CHECKPOINTS", tmp_path / "data" / "checkpoints")
     assert ship([plan], store, tmp_path / "later", weights=False) == 18 - 4
     lines = (tmp_path / "later" / "runs.jsonl").read_text().splitlines()
-    assert {json.loads(line)["key"] for line in lines}.isdisjoint(p.stem for p in CHECKPOINTS.iterdir())
+    assert {json.loads(line)["key"] for line in lines}.isdisjoint(
+        p.stem for p in CHECKPOINTS.iterdir()
+    )
     assert len(lines) == 18 - 4
     assert not (tmp_path / "later" / "checkpoints").exists()
 
 
 def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monkeypatch):
-    store, (tried, final) = Store(tmp_path, shipped=None), (["tried"], [tiny_run, replace(tiny_run, arm="few-shot")])
+    store, (tried, final) = (
+        Store(tmp_path, shipped=None),
+        (["tried"], [tiny_run, replace(tiny_run, arm="few-shot")]),
+    )
     monkeypatch.setattr("companion.runs.plans.adapter_runs", lambda *a, **k: (tried, final))
     runs = varied_runs(store, "source_layer", [1, 3], arms=["back attention"])
     assert runs == (tried, [tiny_run, replace(tiny_run, source_layer=3)])
@@ -805,9 +932,12 @@ def test_a_setting_is_varied_at_the_rate_that_was_found(tiny_run, tmp_path, monk
 def test_memory_layers_of_a_run_are_read(tiny_run):
     run = replace(tiny_run, memory_layers=(3, 4))
     assert run.key != tiny_run.key
-    with armed(run, "float32") as (model, _):
+    with with_adapter(run, "float32") as (model, _):
         assert model.memory_layers == (3, 4)
-    with pytest.raises(ValueError, match="no memory"), armed(replace(run, arm="bias"), "float32"):
+    with (
+        pytest.raises(ValueError, match="no memory"),
+        with_adapter(replace(run, arm="bias"), "float32"),
+    ):
         pass
 
 
@@ -821,13 +951,16 @@ def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
             here.setenv(runtime.CLUSTER, cluster.scheduler_address)
             sweep([run, replace(run, seed=1)], store)
             assert store.result(run) and store.result(replace(run, seed=1))
-        for sizes in ({"n_workers": 1, "threads_per_worker": 2}, {"n_workers": 1, "threads_per_worker": 1}):
+        for sizes in (
+            {"n_workers": 1, "threads_per_worker": 2},
+            {"n_workers": 1, "threads_per_worker": 1},
+        ):
             with LocalCluster(**sizes, processes=False, dashboard_address=None) as cluster:
                 here.setenv(runtime.CLUSTER, cluster.scheduler_address)
                 with pytest.raises(OSError, match="two workers or more"):
                     sweep([replace(run, seed=2)], store)
     kept = store.result(run)["right"]
-    assert perform(run, Store(tmp_path / "again", shipped=None))["right"] == kept
+    assert train_and_test(run, Store(tmp_path / "again", shipped=None))["right"] == kept
     monkeypatch.setenv(runtime.CLUSTER, "nowhere")
     with pytest.raises(OSError, match="No dask scheduler"):
         sweep([replace(tiny_run, seed=2)], store)
@@ -835,7 +968,9 @@ def test_runs_are_made_on_a_cluster(tiny_run, tmp_path, monkeypatch):
 
 def test_worked_examples_come_from_training_only(tiny_run, llama):
     run = replace(tiny_run, dataset="1DC", arm="few-shot")
-    plain, shown = (as_asked.questions(r, llama[1], "test") for r in (replace(run, arm="zero-shot"), run))
+    plain, shown = (
+        as_asked.questions(r, llama[1], "test") for r in (replace(run, arm="zero-shot"), run)
+    )
     assert len(shown.prompts[0]) > 4 * len(plain.prompts[0])
     assert shown.prompts[0][-len(plain.prompts[0]) + 1 :] == plain.prompts[0][1:]
     frame = split(load("1DC"), run.fold)
@@ -854,7 +989,9 @@ def test_operations_are_counted_by_hand(llama):
     total = 4 * layer + 2 * width * model.config.vocab_size
     ids = torch.arange(5, 5 + time)[None]
     counted = forward_flops(model, ids)
-    turns = 2 * time * head // 2  # older transformers make the angles of rotary embeddings by a matrix product
+    turns = (
+        2 * time * head // 2
+    )  # older transformers make the angles of rotary embeddings by a matrix product
     assert counted in (total, total + turns)
     total = counted
     wrapped = make_arm("back attention", model, 1, 4)
@@ -871,7 +1008,9 @@ def test_models_from_scratch_of_other_widths(tmp_path):
 
     tried, final = plan()
     assert {run.steps for run in tried} == {750} and {run.test_items for run in tried} == {0}
-    assert len(tried) == 2 * 3 * (3 + 2 * 2) and final == []  # widths, rates, arms: every width and d′ has its own
+    assert (
+        len(tried) == 2 * 3 * (3 + 2 * 2) and final == []
+    )  # widths, rates, arms: every width and d′ has its own
     for run in tried:
         pretend(store, run, 1 - abs(np.log(run.learning_rate / (1e-3 if run.dim != 4 else 2e-3))))
     for run in plan()[0]:
@@ -893,9 +1032,11 @@ def test_models_from_scratch_of_other_widths(tmp_path):
 @pytest.mark.parametrize("arm", SCRATCH_ARMS)
 def test_models_from_scratch(arm):
     run = Run("2-digit", arm, 0, 1e-3, 2, SCRATCH, 0, 8, 16, 64, 8, 8, "float32")
-    with armed(run, "float32") as (model, tok):
+    with with_adapter(run, "float32") as (model, tok):
         items = as_asked.questions(run, tok, "train")
-        assert {len(answer) for answer in items.answers} == {5} and {len(prompt) for prompt in items.prompts} == {6}
+        assert {len(answer) for answer in items.answers} == {5} and {
+            len(prompt) for prompt in items.prompts
+        } == {6}
         text = [tok.decode(ids).replace(" ", "") for ids in (items.prompts[0], items.answers[0])]
         assert int(text[1].rstrip(";")) == eval(re.sub(r"\b0(?=\d)", "", text[0].rstrip("=")))
         assert np.isfinite(train(model, items, run.recipe)["loss"]).all()
@@ -905,19 +1046,31 @@ def test_models_from_scratch(arm):
 
 @pytest.mark.parametrize("arm", COMPOSING_ARMS)
 def test_models_that_compose(arm):
-    run = Run("compositions", arm, 0, 1e-3, 4, SCRATCH, 0, 8, 64, None, None, None, "float32", width=20)
-    with armed(run, "float32") as (model, tok):
+    run = Run(
+        "compositions", arm, 0, 1e-3, 4, SCRATCH, 0, 8, 64, None, None, None, "float32", width=20
+    )
+    with with_adapter(run, "float32") as (model, tok):
         items = as_asked.questions(run, tok, "train")
-        assert {len(prompt) for prompt in items.prompts} == {2, 3} and {len(answer) for answer in items.answers} == {1}
-        assert tok.decode(items.prompts[0] + items.answers[0]) == "".join(as_asked.asked(run, "train").iloc[0][:2])
+        assert {len(prompt) for prompt in items.prompts} == {2, 3} and {
+            len(answer) for answer in items.answers
+        } == {1}
+        assert tok.decode(items.prompts[0] + items.answers[0]) == "".join(
+            as_asked.asked(run, "train").iloc[0][:2]
+        )
         curve = train(model, items, run.recipe, as_asked.questions(run, tok, "validation"))
         assert set(curve["kinds"].iloc[-1]) == {"ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"}
-        assert np.mean(list(curve["kinds"].iloc[-1].values())) == pytest.approx(curve["validation"].iloc[-1])
+        assert np.mean(list(curve["kinds"].iloc[-1].values())) == pytest.approx(
+            curve["validation"].iloc[-1]
+        )
         layers = (model.base_model if isinstance(model, TwoPassModel) else model).model.layers
         assert len(layers) == (4 if arm in ("4 layers", "2 layers, twice") else 2)
         assert (layers[0] is layers[-2]) == (arm != "4 layers")
         if isinstance(model, TwoPassModel):
-            read = {"2 layers + back attention": (0, 1, 2), "2 layers + same layer": (0,), "2 layers + loop": (2,)}
+            read = {
+                "2 layers + back attention": (0, 1, 2),
+                "2 layers + same layer": (0,),
+                "2 layers + loop": (2,),
+            }
             read["2 layers + return"] = (2,)
             assert model.memory_layers == read[arm] and model.two_passes == ("same" not in arm)
             weights = sum(p.numel() for p in model.updates.parameters())
@@ -933,14 +1086,21 @@ def test_weights_from_scratch():
         model, _ = scratch_model(Run("2-digit", arm, dim=160, model=SCRATCH))
         count[arm] = sum(p.numel() for p in model.parameters())
     assert count["1 layer, wide"] == pytest.approx(count["1 layer + back attention"], rel=1e-3)
-    assert count["1 layer, twice"] == count["1 layer"] < count["1 layer + back attention"] < count["2 layers"]
+    assert (
+        count["1 layer, twice"]
+        == count["1 layer"]
+        < count["1 layer + back attention"]
+        < count["2 layers"]
+    )
     assert count["1 layer + back attention"] / count["2 layers"] == pytest.approx(0.567, abs=0.01)
 
 
 PUBLISHED = Path(os.environ.get("BACKATTN_DATASETS", "nowhere"))
 
 
-@pytest.mark.skipif(not (PUBLISHED / "svamp").exists(), reason="set BACKATTN_DATASETS to a folder with the datasets")
+@pytest.mark.skipif(
+    not (PUBLISHED / "svamp").exists(), reason="set BACKATTN_DATASETS to a folder with the datasets"
+)
 def test_published_datasets_as_they_are():
     for name, count in (("SVAMP", 1000), ("MultiArith", 600)):
         frame = split(load(name), 0)

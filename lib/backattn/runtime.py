@@ -42,7 +42,7 @@ def dtype() -> torch.dtype:
     return getattr(torch, name)
 
 
-def world():
+def process_state():
     """The processes that `accelerate launch` started, one where it did not, as accelerate's PartialState; they speak
     over gloo where there is no GPU."""
     from accelerate import PartialState  # may have to be installed first, see `notebook.setup`
@@ -53,7 +53,9 @@ def world():
 def free_bytes(device: str | torch.device = "cpu") -> int:
     """Memory that is free where weights would go: of that GPU, else of the machine."""
     if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, to be used again
         return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
@@ -68,7 +70,13 @@ def progress(items: Iterable | None = None, description: str = "", **options) ->
     if target:
         stream = open(target, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the bar)
         return tqdm(items, desc=description, file=stream, ncols=80, mininterval=1.0, **options)
-    return tqdm(items, desc=description, disable=not (interactive or sys.stderr.isatty()), leave=False, **options)
+    return tqdm(
+        items,
+        desc=description,
+        disable=not (interactive or sys.stderr.isatty()),
+        leave=False,
+        **options,
+    )
 
 
 def hardware() -> str:
@@ -76,7 +84,9 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), name
+        )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     threads = os.environ.get("BACKATTN_THREADS", "1")
     return f"{name}, {threads} of {os.cpu_count()} threads, {psutil.virtual_memory().total // 2**30} GiB{gpu}"

@@ -25,7 +25,7 @@ LIGHT = (
 
 
 @dataclass(frozen=True)
-class Run:
+class Notebook:
     """One execution of one notebook; everything it makes goes below `folder`."""
 
     name: str
@@ -42,7 +42,7 @@ class Run:
         return frame
 
 
-def setup(name: str) -> Run:
+def setup(name: str) -> Notebook:
     """Prepare a notebook: small missing packages, one thread, house style, quiet warnings of others. Safe to repeat."""
     missing = [package for package in LIGHT if importlib.util.find_spec(package) is None]
     if missing:
@@ -51,4 +51,4 @@ def setup(name: str) -> Run:
     figures.style()
     warnings.filterwarnings("ignore", category=FutureWarning)
     profile = os.environ.get(runtime.PROFILE, "interactive")
-    return Run(name, profile, paths.run_folder(profile))
+    return Notebook(name, profile, paths.run_folder(profile))

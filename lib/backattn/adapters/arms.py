@@ -46,7 +46,9 @@ def make_arm(
         raise ValueError(f"{name!r} reads no memory that could be chosen; leave memory_layers out.")
     if name in ("back attention", "same layer"):
         memory = (source_layer,) if name == "same layer" else memory_layers
-        return get_back_attention_model(model, BackAttentionConfig(source_layer, dim, memory_layers=memory))
+        return get_back_attention_model(
+            model, BackAttentionConfig(source_layer, dim, memory_layers=memory)
+        )
     if name == "LoRA q,v":
         return _lora(model, dim)
     arch = describe(model)
@@ -54,8 +56,12 @@ def make_arm(
         return TwoPassModel(model, {source_layer: Bias(arch.width)}, memory=())
     if name == "residual LoRA":
         layers = [source_layer] if isinstance(source_layer, int) else source_layer
-        return TwoPassModel(model, {layer: ResidualLoRA(arch.width, 2 * dim) for layer in layers}, memory=())
-    return TwoPassModel(model, {source_layer: LoopLoRA(arch.width, 2 * dim)}, memory=(len(arch.blocks),))
+        return TwoPassModel(
+            model, {layer: ResidualLoRA(arch.width, 2 * dim) for layer in layers}, memory=()
+        )
+    return TwoPassModel(
+        model, {source_layer: LoopLoRA(arch.width, 2 * dim)}, memory=(len(arch.blocks),)
+    )
 
 
 def _lora(model: nn.Module, dim: int) -> nn.Module:
@@ -64,8 +70,12 @@ def _lora(model: nn.Module, dim: int) -> nn.Module:
     names = ("q_proj", "v_proj")
     linear = [m for name, m in model.named_modules() if name.endswith(names)]
     if not linear:
-        raise ValueError("LoRA on queries and values needs modules named q_proj and v_proj; this model has none.")
+        raise ValueError(
+            "LoRA on queries and values needs modules named q_proj and v_proj; this model has none."
+        )
     per_rank = sum(m.in_features + m.out_features for m in linear)
     rank = max(1, round(4 * dim * describe(model).width / per_rank))
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names), task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(names), task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, settings, autocast_adapter_dtype=True)

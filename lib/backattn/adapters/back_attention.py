@@ -99,7 +99,8 @@ class BackAttentionModel(TwoPassModel):
             **asdict(self.back_attention_config),
         }
         tensors = {
-            _PREFIX + name: t.to(dtype or t.dtype).cpu().contiguous() for name, t in self.adapter_state().items()
+            _PREFIX + name: t.to(dtype or t.dtype).cpu().contiguous()
+            for name, t in self.adapter_state().items()
         }
         with atomic_file(Path(folder) / WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary)
@@ -122,16 +123,26 @@ class BackAttentionModel(TwoPassModel):
             )
         names = BackAttentionConfig.__dataclass_fields__
         try:
-            options = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items() if key in names}
+            options = {
+                key: tuple(v) if isinstance(v, list) else v
+                for key, v in about.items()
+                if key in names
+            }
             wrapped = cls(model, BackAttentionConfig(**options))
         except (TypeError, ValueError) as error:
-            raise AdapterError(f"{folder}/{CONFIG_FILE} does not fit this model: {error}") from error
+            raise AdapterError(
+                f"{folder}/{CONFIG_FILE} does not fit this model: {error}"
+            ) from error
         expected = {_PREFIX + name: t for name, t in wrapped.adapter_state().items()}
-        wrong = sorted({*expected} ^ {*weights}) or sorted(n for n in expected if expected[n].shape != weights[n].shape)
+        wrong = sorted({*expected} ^ {*weights}) or sorted(
+            n for n in expected if expected[n].shape != weights[n].shape
+        )
         wrong += [name for name in weights if not weights[name].isfinite().all()]
         if wrong:
             wrapped.unload()
-            raise AdapterError(f"{folder}/{WEIGHTS_FILE}: {wrong[0]} is missing, unknown, misshapen or not finite.")
+            raise AdapterError(
+                f"{folder}/{WEIGHTS_FILE}: {wrong[0]} is missing, unknown, misshapen or not finite."
+            )
         with torch.no_grad():
             for name, p in wrapped.updates.named_parameters():
                 p.copy_(weights[f"{_PREFIX}updates.{name}"])

@@ -10,7 +10,9 @@ class _SecondPass:
     def __init__(self, cache: Cache, offset: int):
         self._cache, self._offset = cache, offset
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         return self._cache.update(keys, values, layer + self._offset, *args, **kwargs)
 
     def __getattr__(self, name: str):
@@ -21,7 +23,9 @@ class _OnlyPass(_SecondPass):
     """A cache as the only pass of a new token sees it: earlier tokens' second pass; their first pass's layers get the
     new keys and values too, so that all layers stay of one length."""
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         self._cache.update(keys, values, layer, *args, **kwargs)
         return super().update(keys, values, layer, *args, **kwargs)
 

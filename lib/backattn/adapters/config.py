@@ -25,12 +25,20 @@ class BackAttentionConfig:
     softmax: str = "joint"
 
     def __post_init__(self):
-        layers = [self.source_layer] if not isinstance(self.source_layer, tuple | list) else self.source_layer
+        layers = (
+            [self.source_layer]
+            if not isinstance(self.source_layer, tuple | list)
+            else self.source_layer
+        )
         for name, value in (("source_layer", layers), ("memory_layers", self.memory_layers or ())):
             if not all(isinstance(layer, int) for layer in value):
-                raise ValueError(f"{name} must be an integer or several, not {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be an integer or several, not {getattr(self, name)!r}."
+                )
         if not (isinstance(self.dim, int) and isinstance(self.heads, int)):
-            raise ValueError(f"dim and heads must be integers, not {self.dim!r} and {self.heads!r}.")
+            raise ValueError(
+                f"dim and heads must be integers, not {self.dim!r} and {self.heads!r}."
+            )
         if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a positive multiple of heads {self.heads}.")
         if self.softmax not in ("joint", "per-layer"):
@@ -45,10 +53,22 @@ class BackAttentionConfig:
     def memory(self, layers: int) -> tuple[int, ...]:
         """The memory layers of a model with `layers` layers; raises ValueError for a layer that it does not have."""
         sources = self.sources
-        if not sources or len(set(sources)) < len(sources) or not 0 <= sources[0] <= sources[-1] < layers:
-            raise ValueError(f"source_layer {self.source_layer} must name layers of 0 … {layers - 1}, each once.")
+        if (
+            not sources
+            or len(set(sources)) < len(sources)
+            or not 0 <= sources[0] <= sources[-1] < layers
+        ):
+            raise ValueError(
+                f"source_layer {self.source_layer} must name layers of 0 … {layers - 1}, each once."
+            )
         chosen = self.memory_layers
         chosen = tuple(range(sources[0], layers + 1)) if chosen is None else tuple(sorted(chosen))
-        if not chosen or len(set(chosen)) < len(chosen) or not 0 <= chosen[0] <= chosen[-1] <= layers:
-            raise ValueError(f"memory_layers {self.memory_layers} must name states of 0 … {layers}, each once.")
+        if (
+            not chosen
+            or len(set(chosen)) < len(chosen)
+            or not 0 <= chosen[0] <= chosen[-1] <= layers
+        ):
+            raise ValueError(
+                f"memory_layers {self.memory_layers} must name states of 0 … {layers}, each once."
+            )
         return chosen

@@ -37,7 +37,9 @@ class BackAttention(nn.Module):
         memory = self._read(memory)
 
         def project(linear: nn.Linear) -> Tensor:
-            return self._heads(linear(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)  # [B, H·M, S, d]
+            return (
+                self._heads(linear(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)
+            )  # [B, H·M, S, d]
 
         return project(self.k_proj), project(self.v_proj)
 
@@ -56,8 +58,12 @@ class BackAttention(nn.Module):
             mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values)
             return self.o_proj(mixed.transpose(1, 2).flatten(-2))
         if self.config.softmax == "joint":
-            keys, values = (x.unflatten(1, (heads, layers)).flatten(2, 3) for x in (keys, values))  # [B, H, M·S, d]
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen.repeat(1, 1, 1, layers))
+            keys, values = (
+                x.unflatten(1, (heads, layers)).flatten(2, 3) for x in (keys, values)
+            )  # [B, H, M·S, d]
+            mixed = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=seen.repeat(1, 1, 1, layers)
+            )
         else:
             query = query.repeat_interleave(layers, dim=1)  # [B, H·M, T, d]
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
@@ -72,7 +78,9 @@ class BackAttention(nn.Module):
         heads = self.config.heads
         keys = keys.unflatten(1, (heads, keys.shape[1] // heads))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", self._query(h), keys) / math.sqrt(keys.shape[-1])
-        seen = visible[:, None] if visible.dim() == 4 else visible[:, None, :, None]  # [B, 1, T, M or 1, S]
+        seen = (
+            visible[:, None] if visible.dim() == 4 else visible[:, None, :, None]
+        )  # [B, 1, T, M or 1, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
             weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
@@ -89,7 +97,9 @@ class ResidualLoRA(nn.Module):
         self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         return self.up(self.down(normed(h)))
 
 
@@ -129,5 +139,7 @@ class Bias(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None) -> Tensor:
+    def forward(
+        self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None
+    ) -> Tensor:
         return self.bias + torch.zeros_like(h, dtype=self.bias.dtype)

@@ -25,7 +25,9 @@ class AdapterError(OSError):
 
 def unembedding_hash(model: nn.Module) -> str:
     """sha256 of the unembedding in bf16, so that it is the same however the model was loaded."""
-    from accelerate.utils import align_module_device  # may have to be installed first, see `notebook.setup`
+    from accelerate.utils import (
+        align_module_device,  # may have to be installed first, see `notebook.setup`
+    )
 
     head = describe(model).unembedding_module
     with align_module_device(head):  # fetches it where accelerate keeps it elsewhere
@@ -44,13 +46,19 @@ def _read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         about = json.loads(paths[CONFIG_FILE].read_text(encoding="utf-8"))
         kind = about.get("peft_type")
     except (ValueError, AttributeError) as error:
-        raise AdapterError(f"{paths[CONFIG_FILE]} is damaged ({error}). Fetch the adapter again.") from error
+        raise AdapterError(
+            f"{paths[CONFIG_FILE]} is damaged ({error}). Fetch the adapter again."
+        ) from error
     if kind != PEFT_TYPE:
-        raise AdapterError(f"{folder} holds an adapter of type {kind!r}, not {PEFT_TYPE}. Load it with peft.")
+        raise AdapterError(
+            f"{folder} holds an adapter of type {kind!r}, not {PEFT_TYPE}. Load it with peft."
+        )
     try:
         return about, load_file(paths[WEIGHTS_FILE])
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{paths[WEIGHTS_FILE]} is damaged ({error}). Fetch the adapter again.") from error
+        raise AdapterError(
+            f"{paths[WEIGHTS_FILE]} is damaged ({error}). Fetch the adapter again."
+        ) from error
 
 
 def _from_hub(folder: str | Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from backattn.adapters.cache import _cache_in, _OnlyPass, _SecondPass
 from backattn.adapters.modules import BackAttention
 from backattn.models.decoder import describe, runs_on
-from backattn.models.next_token import beginning
+from backattn.models.next_token import cache_prefix
 
 
 @dataclass
@@ -23,7 +23,9 @@ class _Pass:
     past: int  # tokens in the cache before this pass
     mask: Tensor | None  # [B, past + T]
     states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
-    settings: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # layer -> its other arguments
+    settings: dict[int, tuple[tuple, dict]] = field(
+        default_factory=dict
+    )  # layer -> its other arguments
     again: bool = False  # the second pass is running
     single: bool = False  # a new token in one pass, see `BackAttentionModel.one_pass`
 
@@ -41,14 +43,24 @@ class TwoPassModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, updates: dict[int, nn.Module], memory: Sequence[int], freeze_base: bool = True
+        self,
+        model: nn.Module,
+        updates: dict[int, nn.Module],
+        memory: Sequence[int],
+        freeze_base: bool = True,
     ):
         super().__init__()
         self._arch = describe(model)
         if model in _wrapped:
-            raise ValueError("This model carries an adapter already: call unload() on the wrapped model first.")
+            raise ValueError(
+                "This model carries an adapter already: call unload() on the wrapped model first."
+            )
         self.base_model = model
-        self.layers, self.sources, self.memory_layers = len(self._arch.blocks), tuple(sorted(updates)), tuple(memory)
+        self.layers, self.sources, self.memory_layers = (
+            len(self._arch.blocks),
+            tuple(sorted(updates)),
+            tuple(memory),
+        )
         self.two_passes = bool(memory) and max(memory) > self.sources[0]
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
         for layer in self.sources:
@@ -78,13 +90,17 @@ class TwoPassModel(nn.Module):
             self._arch.final_norm_module.register_forward_pre_hook(self._before_final_norm),
         ]
         for layer, block in enumerate(self._arch.blocks):
-            self._handles.append(block.module.register_forward_pre_hook(self._before_layer(layer), with_kwargs=True))
+            self._handles.append(
+                block.module.register_forward_pre_hook(self._before_layer(layer), with_kwargs=True)
+            )
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         self._pass = None  # an interrupt may have left one
         if not self.enabled:
             return
-        if self.two_passes and any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions")):
+        if self.two_passes and any(
+            kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions")
+        ):
             raise ValueError(
                 "With back attention the layers run twice: output_hidden_states and output_attentions would mix both "
                 "passes. Leave them out; see attention_maps() for the memory, first_pass_states() for the first pass."
@@ -96,12 +112,28 @@ class TwoPassModel(nn.Module):
                 "Back attention needs the attention mask as [batch, time] with 1 for real tokens, or none."
             )
         past = 0 if cache is None else int(cache.get_seq_length())
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        single = self.one_pass and self.two_passes and past > 0 and tokens.shape[1] == 1 and self._given is None
-        if single and not all(isinstance(update, BackAttention) for update in self.updates.values()):
-            raise ValueError("One pass is for back attention: this adapter needs a token's own final state.")
+        tokens = (
+            given.get("input_ids")
+            if given.get("input_ids") is not None
+            else given.get("inputs_embeds")
+        )
+        single = (
+            self.one_pass
+            and self.two_passes
+            and past > 0
+            and tokens.shape[1] == 1
+            and self._given is None
+        )
+        if single and not all(
+            isinstance(update, BackAttention) for update in self.updates.values()
+        ):
+            raise ValueError(
+                "One pass is for back attention: this adapter needs a token's own final state."
+            )
         if single and any(edit is not None for edit in (self._cells, self._instead, self._maps)):
-            raise ValueError("In one pass the memory can be neither edited nor mapped: set one_pass to False.")
+            raise ValueError(
+                "In one pass the memory can be neither edited nor mapped: set one_pass to False."
+            )
         self._pass = _Pass(past, mask, single=single)
 
     def _end(self, *_) -> None:
@@ -132,7 +164,9 @@ class TwoPassModel(nn.Module):
         if now.single:
             now.states[self.layers] = args[0]
             for source in self.sources:
-                self._memory_cache(_cache_in(now.settings[0]), source, now).update(*self._remember(source, now))
+                self._memory_cache(_cache_in(now.settings[0]), source, now).update(
+                    *self._remember(source, now)
+                )
             return None
         if self._given is not None:
             self._wake()
@@ -149,10 +183,14 @@ class TwoPassModel(nn.Module):
             memory = self._memory_cache(cache, layer, now)
             visible = self._visible(now, h)[:, :, :-1]  # [B, 1, past]
             own = h.to(memory.keys.device)
-            h = h + self.updates[str(layer)](own, memory.keys, memory.values, visible.to(own.device)).to(h)
+            h = h + self.updates[str(layer)](
+                own, memory.keys, memory.values, visible.to(own.device)
+            ).to(h)
         once = _OnlyPass(cache, self.layers - self.sources[0])
         args = tuple(once if value is cache else value for value in args)
-        return (h, *args), {name: once if value is cache else value for name, value in kwargs.items()}
+        return (h, *args), {
+            name: once if value is cache else value for name, value in kwargs.items()
+        }
 
     def _run_again(self, now: _Pass) -> Tensor:
         """Layers from the lowest source layer on, with the updates: the new state before the final norm [B, T, D]."""
@@ -167,8 +205,15 @@ class TwoPassModel(nn.Module):
             if layer in self.sources:
                 h = h + self._update(layer, h, now)
             args, kwargs = now.settings[layer]
-            args = tuple(second if value is cache else value for value in args) if cache is not None else args
-            kwargs = {k: second if cache is not None and value is cache else value for k, value in kwargs.items()}
+            args = (
+                tuple(second if value is cache else value for value in args)
+                if cache is not None
+                else args
+            )
+            kwargs = {
+                k: second if cache is not None and value is cache else value
+                for k, value in kwargs.items()
+            }
             out = self._arch.blocks[layer].module(h, *args, **kwargs)
             h = out[0] if isinstance(out, tuple) else out
         return h
@@ -184,7 +229,9 @@ class TwoPassModel(nn.Module):
             cache = _cache_in(now.settings[0])
             if cache is not None:
                 if self._instead is not None:
-                    raise ValueError("No other memory can be read where there is a cache: pass use_cache=False.")
+                    raise ValueError(
+                        "No other memory can be read where there is a cache: pass use_cache=False."
+                    )
                 keys, values = self._memory_cache(cache, layer, now).update(keys, values)
             visible = self._visible(now, h)
             if self._cells is not None:
@@ -197,7 +244,9 @@ class TwoPassModel(nn.Module):
         """Raises ValueError when what is edited (see `BackAttentionModel.edited`) does not fit h [B, T, D]."""
         batch, time, _ = h.shape
         if self._instead is not None and self._instead.shape[1:] != h.shape:
-            raise ValueError(f"memory is {list(self._instead.shape[1:])} per layer; this pass has {list(h.shape)}.")
+            raise ValueError(
+                f"memory is {list(self._instead.shape[1:])} per layer; this pass has {list(h.shape)}."
+            )
         if self._cells is not None:
             one, queries, _, positions = self._cells.shape
             if one not in (1, batch) or queries not in (1, time) or positions != past + time:
@@ -227,11 +276,16 @@ class TwoPassModel(nn.Module):
     def _visible(self, now: _Pass, h: Tensor) -> Tensor:
         """Which positions each query may read: [B, T, past + T]. Each sees itself, so that padding gives no NaN."""
         total = now.past + h.shape[1]
-        rows, columns = torch.arange(now.past, total, device=h.device)[:, None], torch.arange(total, device=h.device)
+        rows, columns = (
+            torch.arange(now.past, total, device=h.device)[:, None],
+            torch.arange(total, device=h.device),
+        )
         visible = (columns <= rows).expand(len(h), -1, -1)
         if now.mask is not None:
             if now.mask.shape[1] != total:
-                raise ValueError(f"The attention mask covers {now.mask.shape[1]} tokens; there are {total}.")
+                raise ValueError(
+                    f"The attention mask covers {now.mask.shape[1]} tokens; there are {total}."
+                )
             visible = (visible & now.mask.bool().to(h.device)[:, None]) | (columns == rows)
         return visible
 
@@ -249,12 +303,21 @@ class TwoPassModel(nn.Module):
                 )
         for layer in again:
             sliding = isinstance(layer, DynamicSlidingWindowLayer)
-            cache.layers.append(DynamicSlidingWindowLayer(layer.sliding_window) if sliding else DynamicLayer())
+            cache.layers.append(
+                DynamicSlidingWindowLayer(layer.sliding_window) if sliding else DynamicLayer()
+            )
         cache.layers += [DynamicLayer() for _ in self.sources]
 
     # ------------------------------------------------------------ use
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, first_pass: Tensor | None = None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        first_pass: Tensor | None = None,
+        **kwargs,
+    ):
         """The wrapped model's own forward, with the adapter in force; returns what it returns.
 
         first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is then left out. With a
@@ -274,8 +337,12 @@ class TwoPassModel(nn.Module):
         cache = kwargs.get("past_key_values")
         if cache is not None:
             if attention_mask is None:
-                raise ValueError("With first_pass and a cache pass attention_mask too, of the whole texts.")
-            kwargs["past_key_values"] = beginning(cache, attention_mask.shape[1] - input_ids.shape[1])
+                raise ValueError(
+                    "With first_pass and a cache pass attention_mask too, of the whole texts."
+                )
+            kwargs["past_key_values"] = cache_prefix(
+                cache, attention_mask.shape[1] - input_ids.shape[1]
+            )
         self._given = first_pass
         self._skip(self._arch.blocks)  # only the arguments that each layer would get are wanted
         try:
@@ -301,15 +368,21 @@ class TwoPassModel(nn.Module):
                 module.forward = forward
 
     @torch.no_grad()
-    def first_pass_states(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def first_pass_states(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
         """The states that the second pass needs, from one unmodified pass: [K, B, T, D], in the model's dtype."""
         seen: dict[int, Tensor] = {}
 
         def keep(layer: int):
-            return lambda module, args, kwargs: seen.update({layer: args[0] if args else kwargs["hidden_states"]})
+            return lambda module, args, kwargs: seen.update(
+                {layer: args[0] if args else kwargs["hidden_states"]}
+            )
 
         modules = [*(block.module for block in self._arch.blocks), self._arch.final_norm_module]
-        handles = [modules[t].register_forward_pre_hook(keep(t), with_kwargs=True) for t in self.needed]
+        handles = [
+            modules[t].register_forward_pre_hook(keep(t), with_kwargs=True) for t in self.needed
+        ]
         # A place, not a count: see `training.answer_logits`.
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
         try:
@@ -361,8 +434,16 @@ class TwoPassModel(nn.Module):
 
     def state_dict(self, *args, **kwargs) -> dict:
         """What is trained: the adapter's tensors, and the base model's where they are not frozen."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad or name.startswith("updates.")}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+        trained = {
+            name
+            for name, p in self.named_parameters()
+            if p.requires_grad or name.startswith("updates.")
+        }
+        return {
+            name: value
+            for name, value in super().state_dict(*args, **kwargs).items()
+            if name in trained
+        }
 
     def trainable(self) -> tuple[int, int]:
         """Numbers of weights: (trained, all)."""
@@ -372,7 +453,9 @@ class TwoPassModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print how many weights are trained."""
         trained, total = self.trainable()
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        print(
+            f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+        )
 
     def unload(self) -> nn.Module:
         """Take the adapter off; returns the base model as it was, its weights' requires_grad included."""

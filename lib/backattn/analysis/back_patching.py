@@ -64,14 +64,19 @@ def back_patch(
     said = torch.full((len(prompts), last, last + 1), -1)
     log_probs = torch.full((len(prompts), last, last + 1, wanted), float("nan"))
     for index in progress(range(len(prompts)), "back-patching", unit="prompt"):
-        position, donor = positions[index], donors[index] if donors else (prompts[index], positions[index])
-        hidden = capture(model, _one(model, tokenizer, prompts[index], position), detail=False).hidden[
-            :, 0
-        ]  # [L+1, T, D]
+        position, donor = (
+            positions[index],
+            donors[index] if donors else (prompts[index], positions[index]),
+        )
+        hidden = capture(
+            model, _one(model, tokenizer, prompts[index], position), detail=False
+        ).hidden[:, 0]  # [L+1, T, D]
         given = hidden[:, position]
         if donors:
-            given = capture(model, _one(model, tokenizer, *donor), detail=False).hidden[:, 0, donor[1]]  # [L+1, D]
-        ids = _one(model, tokenizer, prompts[index], position).ids
+            given = capture(model, _one(model, tokenizer, *donor), detail=False).hidden[
+                :, 0, donor[1]
+            ]  # [L+1, D]
+        ids = _one(model, tokenizer, prompts[index], position).input_ids
         settings = _replay_settings(model, arch, ids, position)
         here = hidden[:, position:].to(model.dtype)  # [L+1, P, D]
         active = here[:0]  # [pairs, P, D]
@@ -84,7 +89,9 @@ def back_patch(
                 parts = [block.module(part, *args, **kwargs) for part in active.split(rows)]
                 active = torch.cat([part[0] if isinstance(part, tuple) else part for part in parts])
             logs = _read(arch, active[:, -1])  # [pairs, V]
-        target, source = torch.triu_indices(last, last + 1, 1)  # the order in which the pairs joined
+        target, source = torch.triu_indices(
+            last, last + 1, 1
+        )  # the order in which the pairs joined
         said[index, target, source] = logs.argmax(-1).cpu()
         log_probs[index, target, source] = logs[:, list(tokens[index])].cpu()
     return Patched(said, log_probs)
@@ -92,9 +99,9 @@ def back_patch(
 
 def _one(model, tokenizer, prompt: str, position: int) -> Batch:
     batch = encode(tokenizer, [prompt], device=model.device)
-    if not 0 < position < batch.ids.shape[1]:
+    if not 0 < position < batch.input_ids.shape[1]:
         raise ValueError(
-            f"Position {position} cannot be patched: {prompt!r} has positions 1 to {batch.ids.shape[1] - 1}."
+            f"Position {position} cannot be patched: {prompt!r} has positions 1 to {batch.input_ids.shape[1] - 1}."
         )
     return batch
 
@@ -104,14 +111,20 @@ def _replay_settings(model, arch, ids: Tensor, position: int) -> list[tuple[tupl
     seen: list[tuple[tuple, dict]] = []
 
     def keep(module, args, kwargs):
-        seen.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        seen.append(
+            (args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
+        )
 
     with torch.no_grad():
         cache = model(input_ids=ids[:, :position], use_cache=True, logits_to_keep=1).past_key_values
         past = _Past(cache)
-        handles = [block.module.register_forward_pre_hook(keep, with_kwargs=True) for block in arch.blocks]
+        handles = [
+            block.module.register_forward_pre_hook(keep, with_kwargs=True) for block in arch.blocks
+        ]
         try:
-            model(input_ids=ids[:, position:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(
+                input_ids=ids[:, position:], past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -119,7 +132,9 @@ def _replay_settings(model, arch, ids: Tensor, position: int) -> list[tuple[tupl
     def swap(value):
         return past if value is cache else value
 
-    return [(tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}) for args, kwargs in seen]
+    return [
+        (tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}) for args, kwargs in seen
+    ]
 
 
 def _read(arch, states: Tensor) -> Tensor:
@@ -131,12 +146,20 @@ def _read(arch, states: Tensor) -> Tensor:
 
 
 def back_patch_one(
-    model, tokenizer, prompt: str, position: int, source: int, target: int, donor: tuple[str, int] | None = None
+    model,
+    tokenizer,
+    prompt: str,
+    position: int,
+    source: int,
+    target: int,
+    donor: tuple[str, int] | None = None,
 ) -> Tensor:
     """One pair of `back_patch` by one plain forward pass: next-token log-probabilities [V]. The reference."""
     arch = describe(model)
     given, place = donor or (prompt, position)
-    state = capture(model, _one(model, tokenizer, given, place), detail=False).hidden[source, 0, place]
+    state = capture(model, _one(model, tokenizer, given, place), detail=False).hidden[
+        source, 0, place
+    ]
 
     def put(x: Tensor) -> Tensor:
         x = x.clone()
@@ -145,4 +168,6 @@ def back_patch_one(
 
     batch = _one(model, tokenizer, prompt, position)
     with torch.no_grad(), hooks((arch.blocks[target].module, "input", put)):
-        return model(input_ids=batch.ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        return (
+            model(input_ids=batch.input_ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+        )

@@ -59,15 +59,24 @@ class FlowBack:
         entered was withheld because neurons' coefficients vanish.
         """
         table = self.conservation
-        error, withheld = (table["error"] / table["scale"]).max(), (table["withheld"].abs() / table["scale"]).max()
+        error, withheld = (
+            (table["error"] / table["scale"]).max(),
+            (table["withheld"].abs() / table["scale"]).max(),
+        )
         if not error <= self.tolerance:
-            raise ValueError(f"Flow is not conserved: {error:.2e} of what entered is unaccounted for.")
+            raise ValueError(
+                f"Flow is not conserved: {error:.2e} of what entered is unaccounted for."
+            )
         if not withheld <= 0.01:
-            raise ValueError(f"{withheld:.1%} of the flow was withheld: those neurons' coefficients are near zero.")
+            raise ValueError(
+                f"{withheld:.1%} of the flow was withheld: those neurons' coefficients are near zero."
+            )
         return float(error)
 
 
-def flow_back(model, tokenizer, flow: LogitFlow, route: str = "parts", batch_size: int = 16) -> FlowBack:
+def flow_back(
+    model, tokenizer, flow: LogitFlow, route: str = "parts", batch_size: int = 16
+) -> FlowBack:
     """Trace the answer's log-probability back to every layer and position.
 
     Args:
@@ -86,11 +95,15 @@ def flow_back(model, tokenizer, flow: LogitFlow, route: str = "parts", batch_siz
     for start, batch, stream in _batches(model, tokenizer, flow, batch_size):
         sweep = _Sweep(stream)
         if route == "parts":
-            sweep.enter_neurons(_values_of(flow, start, len(batch.ids)))
+            sweep.enter_neurons(_values_of(flow, start, len(batch.input_ids)))
         else:
-            sweep.enter_logit(torch.tensor(flow.answer_ids[start : start + len(batch.ids)], device=model.device))
+            sweep.enter_logit(
+                torch.tensor(
+                    flow.answer_ids[start : start + len(batch.input_ids)], device=model.device
+                )
+            )
         sweep.run()
-        tokens = [tokenizer.decode([i]) for i in batch.ids.flatten().tolist()]
+        tokens = [tokenizer.decode([i]) for i in batch.input_ids.flatten().tolist()]
         frames.append(sweep.frame(np.array(tokens, dtype=object), start))
         balances.append(sweep.balance(start))
     frame = pd.concat(frames, ignore_index=True)
@@ -99,7 +112,9 @@ def flow_back(model, tokenizer, flow: LogitFlow, route: str = "parts", batch_siz
     return FlowBack(frame, pd.concat(balances, ignore_index=True), route, tolerance)
 
 
-def _batches(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Batch, Stream]]:
+def _batches(
+    model, tokenizer, flow: LogitFlow, batch_size: int
+) -> Iterator[tuple[int, Batch, Stream]]:
     starts = range(0, len(flow.prompts), batch_size)
     for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
         batch = encode(tokenizer, flow.prompts[start : start + batch_size], device=model.device)
@@ -107,7 +122,9 @@ def _batches(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
         answers = torch.tensor(flow.answer_ids[start : start + batch_size], device=model.device)
         found = stream.logits.log_softmax(-1).gather(1, answers[:, None])[:, 0].cpu().numpy()
         if not np.allclose(found, flow.log_prob[start : start + batch_size], atol=flow.tolerance):
-            raise ValueError("This flow was made by another model or tokenizer: pass the ones given to logit_flow.")
+            raise ValueError(
+                "This flow was made by another model or tokenizer: pass the ones given to logit_flow."
+            )
         yield start, batch, stream
 
 
@@ -128,7 +145,9 @@ class _Sweep:
         self.top = torch.zeros_like(hidden[0])  # the part of it that reads the answer directly
         self.neurons_in: dict[tuple[str, int], Tensor] = {}  # importance per unit of coefficient
         per_prompt = hidden.new_zeros(hidden.shape[1], dtype=torch.float64)
-        self.entering, self.withheld, self.scale, self.bias_mass = (per_prompt.clone() for _ in range(4))
+        self.entering, self.withheld, self.scale, self.bias_mass = (
+            per_prompt.clone() for _ in range(4)
+        )
         per_node = hidden[1:, ..., 0]  # [L, B, T]
         self.flow = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
         self.direct = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
@@ -157,9 +176,16 @@ class _Sweep:
                 index = (b, self.batch.last[b], neuron)
             else:
                 holder = self.stream.expanded_values(layer)  # [B, T, H, d]
-                index = (b, self._index(part["position"]) + self.batch.start[b], self._index(part["head"]), neuron)
+                index = (
+                    b,
+                    self._index(part["position"]) + self.batch.start[b],
+                    self._index(part["head"]),
+                    neuron,
+                )
             coefficient = holder[index].double()
-            largest = torch.zeros_like(self.entering).scatter_reduce(0, b, coefficient.abs(), "amax")  # per prompt
+            largest = torch.zeros_like(self.entering).scatter_reduce(
+                0, b, coefficient.abs(), "amax"
+            )  # per prompt
             usable = coefficient.abs() > FLOOR * largest[b]
             self.entering.index_add_(0, b, importance)
             self.scale.index_add_(0, b, importance.abs())
@@ -228,7 +254,9 @@ class _Sweep:
 
         def at_sources(residual: Tensor) -> tuple[Tensor, Tensor]:
             raw = post.adjoint(residual, post_scale)
-            heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # [B, T, H, d] at the queries
+            heads = (raw @ out.weight).unflatten(
+                -1, (block.heads, block.head_dim)
+            )  # [B, T, H, d] at the queries
             return torch.einsum("bhqk,bqhd->bkhd", stream.weights[layer], heads), raw @ out.bias
 
         per_unit, lost = at_sources(covector)
@@ -249,7 +277,7 @@ class _Sweep:
     # -- what comes out
 
     def frame(self, tokens: np.ndarray, first_prompt: int) -> pd.DataFrame:
-        real = self.batch.mask.bool().cpu()
+        real = self.batch.attention_mask.bool().cpu()
         prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
         position = place - self.batch.start.cpu().numpy()[prompt]
         token = tokens.reshape(real.shape)[prompt, place]
@@ -269,7 +297,10 @@ class _Sweep:
 
         parts = [part(0, "embedding", self._embedding(self.covector), self._embedding(self.top))]
         for layer in range(self.stream.layers):
-            parts += [part(layer, kind, self.flow[kind][layer], self.direct[kind][layer]) for kind in self.flow]
+            parts += [
+                part(layer, kind, self.flow[kind][layer], self.direct[kind][layer])
+                for kind in self.flow
+            ]
         return pd.concat(parts, ignore_index=True)
 
     def _embedding(self, covector: Tensor) -> Tensor:
@@ -294,4 +325,6 @@ class _Sweep:
 def _gate_ratio(activated: Tensor, x: Tensor) -> Tensor:
     """act(x) / x, and its limit 1/2 (SiLU and GELU) at x = 0."""
     near = x.abs() < 1e-6
-    return torch.where(near, torch.full_like(x, 0.5), activated / torch.where(near, torch.ones_like(x), x))
+    return torch.where(
+        near, torch.full_like(x, 0.5), activated / torch.where(near, torch.ones_like(x), x)
+    )

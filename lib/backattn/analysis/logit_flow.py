@@ -105,7 +105,10 @@ def logit_flow(
     encode(tokenizer, prompts)  # all input errors before any work
     ids = None if answers is None else answer_ids(tokenizer, answers, len(prompts))
     if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
-        warnings.warn("A prompt ends with a space, and answers begin with one: drop the prompt's.", stacklevel=2)
+        warnings.warn(
+            "A prompt ends with a space, and answers begin with one: drop the prompt's.",
+            stacklevel=2,
+        )
     self_check(model)
 
     frames, layer_frames, own, chosen = [], [], [], []
@@ -113,16 +116,22 @@ def logit_flow(
     for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
         batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
         stream = capture(model, batch, detail=level != "layer")
-        targets = stream.logits.argmax(-1) if ids is None else torch.tensor(ids[start : start + batch_size])
+        targets = (
+            stream.logits.argmax(-1)
+            if ids is None
+            else torch.tensor(ids[start : start + batch_size])
+        )
         reader = _Reader(stream, targets.to(model.device), norm)
         layers = reader.layer_rows()
-        tokens = [_token_texts(tokenizer, batch, index) for index in range(len(batch.ids))]
+        tokens = [_token_texts(tokenizer, batch, index) for index in range(len(batch.input_ids))]
         layer_frames.append(_frame(layers, tokens, start))
         if level == "head":
             frames.append(_frame(reader.head_rows(), tokens, start))
         elif level == "neuron":
             frames.append(_frame(reader.neuron_rows(method, top_k), tokens, start))
-        own.append(stream.logits.log_softmax(-1).gather(1, reader.answer[:, None])[:, 0].cpu().numpy())
+        own.append(
+            stream.logits.log_softmax(-1).gather(1, reader.answer[:, None])[:, 0].cpu().numpy()
+        )
         chosen += targets.tolist()
     return LogitFlow(
         frame=_concat(frames or layer_frames),

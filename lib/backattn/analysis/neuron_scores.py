@@ -23,7 +23,10 @@ CERTIFIED = 1e-6  # largest certified error (nats) of the moment expansion; abov
 
 
 def _token_texts(tokenizer, batch: Batch, index: int) -> list[str]:
-    return [tokenizer.decode([i]) for i in batch.ids[index][batch.mask[index].bool()].tolist()]
+    return [
+        tokenizer.decode([i])
+        for i in batch.input_ids[index][batch.attention_mask[index].bool()].tolist()
+    ]
 
 
 @dataclass
@@ -58,8 +61,13 @@ def _rows(prompt, layer, kind: str, head, neuron, position, before, increase: Te
 
 
 def _frame(rows: list[_Rows], tokens: list[list[str]], first_prompt: int) -> pd.DataFrame:
-    joined = {name: np.concatenate([getattr(r, name) for r in rows]) for name in _Rows.__dataclass_fields__}
-    order = np.lexsort([joined[k] for k in ("position", "neuron", "head", "kind", "layer", "prompt")])
+    joined = {
+        name: np.concatenate([getattr(r, name) for r in rows])
+        for name in _Rows.__dataclass_fields__
+    }
+    order = np.lexsort(
+        [joined[k] for k in ("position", "neuron", "head", "kind", "layer", "prompt")]
+    )
     # Layer rows come in the order of the sum, which sorting by (layer, kind) keeps.
     joined = {name: values[order] for name, values in joined.items()}
     table = sorted({text for row in tokens for text in row})
@@ -74,7 +82,9 @@ def _frame(rows: list[_Rows], tokens: list[list[str]], first_prompt: int) -> pd.
             "head": pd.arrays.IntegerArray(joined["head"], joined["head"] < 0),
             "neuron": pd.arrays.IntegerArray(joined["neuron"], joined["neuron"] < 0),
             "position": joined["position"],
-            "token": pd.Categorical.from_codes(flat[offsets[joined["prompt"]] + joined["position"]], table),
+            "token": pd.Categorical.from_codes(
+                flat[offsets[joined["prompt"]] + joined["position"]], table
+            ),
             "log_prob_before": joined["before"],
             "log_prob_after": joined["before"] + joined["increase"],
             "increase": joined["increase"],
@@ -85,7 +95,9 @@ def _frame(rows: list[_Rows], tokens: list[list[str]], first_prompt: int) -> pd.
 def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
     if len(frames) == 1:
         return frames[0]
-    joint = pd.api.types.union_categoricals([frame["token"] for frame in frames], sort_categories=True)
+    joint = pd.api.types.union_categoricals(
+        [frame["token"] for frame in frames], sort_categories=True
+    )
     whole = pd.concat([frame.drop(columns="token") for frame in frames], ignore_index=True)
     whole.insert(6, "token", joint)
     return whole
@@ -124,13 +136,17 @@ class _Reader:
     def layer_rows(self) -> list[_Rows]:
         rows = []
         rounding = self.stream.arch.model.dtype != torch.float32
-        empty = self.lens.cap(self.lens.offset).log_softmax(-1)[self.answer]  # the lens on an empty state
+        empty = self.lens.cap(self.lens.offset).log_softmax(-1)[
+            self.answer
+        ]  # the lens on an empty state
         before = empty.double()
 
         def step(layer: int, kind: str, state: Tensor) -> None:
             nonlocal before
             after = self.log_prob(state).double()
-            rows.append(_rows(range(self.count), layer, kind, -1, -1, self.end, before, after - before))
+            rows.append(
+                _rows(range(self.count), layer, kind, -1, -1, self.end, before, after - before)
+            )
             before = after
 
         # A running sum, not the captured states: a contribution that is wrong in any layer spoils the end.
@@ -161,10 +177,24 @@ class _Reader:
                 states = base[b] + contributions[b, :, real]  # [H, T, D]
                 scale = self.frozen[b] if self.norm == "final" else None
                 after = torch.cat(
-                    [self.lens.log_probs(s, scale)[:, self.answer[b]] for s in states.flatten(0, 1).split(CHUNK)]
+                    [
+                        self.lens.log_probs(s, scale)[:, self.answer[b]]
+                        for s in states.flatten(0, 1).split(CHUNK)
+                    ]
                 )
                 increase = (after - before[b]).unflatten(0, states.shape[:2])
-                rows.append(_rows(b, layer, "attention", heads, -1, np.arange(self.lengths[b]), before[b], increase))
+                rows.append(
+                    _rows(
+                        b,
+                        layer,
+                        "attention",
+                        heads,
+                        -1,
+                        np.arange(self.lengths[b]),
+                        before[b],
+                        increase,
+                    )
+                )
             middle = self.log_prob(self.middle[layer])
             increase = self.log_prob(self.middle[layer] + self.ffn[layer]) - middle
             rows.append(_rows(range(self.count), layer, "ffn", -1, -1, self.end, middle, increase))
@@ -176,18 +206,26 @@ class _Reader:
         """The sub-layers as groups of neurons, in the order of the residual sum."""
         for layer, block in enumerate(self.stream.arch.blocks):
             alpha = self.batch.at_last(self.stream.weights[layer].transpose(1, 2))  # [B, H, T]
-            coefficient = alpha[..., None] * self.stream.expanded_values(layer).transpose(1, 2)  # [B, H, T, d]
+            coefficient = alpha[..., None] * self.stream.expanded_values(layer).transpose(
+                1, 2
+            )  # [B, H, T, d]
             coefficient = coefficient.permute(0, 2, 1, 3).flatten(2)  # [B, T, H*d]
-            yield self._group(layer, "attention", block, block.attention_out, coefficient, self.hidden[layer])
+            yield self._group(
+                layer, "attention", block, block.attention_out, coefficient, self.hidden[layer]
+            )
             coefficient = self.batch.at_last(self.stream.neurons[layer])[:, None]  # [B, 1, F]
             yield self._group(layer, "ffn", block, block.ffn_out, coefficient, self.middle[layer])
 
-    def _group(self, layer, kind, block: Block, out: Linear, coefficient: Tensor, base: Tensor) -> "_Group":
+    def _group(
+        self, layer, kind, block: Block, out: Linear, coefficient: Tensor, base: Tensor
+    ) -> "_Group":
         post = block.norm(f"{kind}_post")
         post_scale = self.batch.at_last(self.stream.post_scale(kind, layer))  # [B, 1]
         vectors = post.linear(out.weight.T, out.weight.new_ones(()))  # [n, D]
         bias = post.linear(out.bias, post_scale) if out.bias.any() else None  # [B, D]
-        return _Group(layer, kind, vectors, coefficient * post_scale[:, None], base, bias, block.head_dim)
+        return _Group(
+            layer, kind, vectors, coefficient * post_scale[:, None], base, bias, block.head_dim
+        )
 
     def neuron_rows(self, method: str, top_k: int) -> list[_Rows]:
         rows = self._exact_rows() if method == "exact" else self._screened_rows(top_k)
@@ -196,11 +234,22 @@ class _Reader:
                 before = self.log_prob(group.base)
                 increase = self.log_prob(group.base + group.bias) - before
                 rows.append(
-                    _rows(range(self.count), group.layer, f"{group.kind}_bias", -1, -1, self.end, before, increase)
+                    _rows(
+                        range(self.count),
+                        group.layer,
+                        f"{group.kind}_bias",
+                        -1,
+                        -1,
+                        self.end,
+                        before,
+                        increase,
+                    )
                 )
         return rows
 
-    def _shift(self, vectors: Tensor, base: Tensor, b: int, coefficient: Tensor) -> tuple[Tensor | float, Tensor]:
+    def _shift(
+        self, vectors: Tensor, base: Tensor, b: int, coefficient: Tensor
+    ) -> tuple[Tensor | float, Tensor]:
         """Factors (p, q): the logits of base + coefficient · vector are p · base logits + q · direction.
 
         vectors: [k, D]; base: [D] or [k, D]; coefficient: [k] -> p: [k, 1] or 1, q: [k, 1].
@@ -209,11 +258,17 @@ class _Reader:
             return 1.0, (coefficient * self.frozen[b])[:, None]
         norm = self.lens.norm
         centred, vectors = norm.centre(base), norm.centre(vectors)
-        mixed = 2 * coefficient * (vectors * centred).mean(-1) + coefficient**2 * vectors.pow(2).mean(-1)
-        own = torch.rsqrt(centred.pow(2).mean(-1) + mixed + norm.eps)  # scale at base + coefficient · vector  [k]
+        mixed = 2 * coefficient * (vectors * centred).mean(-1) + coefficient**2 * vectors.pow(
+            2
+        ).mean(-1)
+        own = torch.rsqrt(
+            centred.pow(2).mean(-1) + mixed + norm.eps
+        )  # scale at base + coefficient · vector  [k]
         return (own / norm.scale(base)[..., 0])[:, None], (coefficient * own)[:, None]
 
-    def _softmax_scores(self, b: int, shift: tuple, raw: "Tensor | _Picked", directions: "Tensor | _Picked") -> Tensor:
+    def _softmax_scores(
+        self, b: int, shift: tuple, raw: "Tensor | _Picked", directions: "Tensor | _Picked"
+    ) -> Tensor:
         """Answer's log-probability after each neuron, by its own softmax over the vocabulary: [k].
 
         shift: see `_shift`; raw: [V] or [k, V] uncapped base logits without the offset; directions: [k, V].
@@ -224,7 +279,9 @@ class _Reader:
             start = (raw if isinstance(raw, Tensor) and raw.dim() == 1 else raw[part]) * (
                 p[part] if isinstance(p, Tensor) else p
             )
-            logits = self.lens.cap(torch.addcmul(start + self.lens.offset, q[part], directions[part]))  # [64, V]
+            logits = self.lens.cap(
+                torch.addcmul(start + self.lens.offset, q[part], directions[part])
+            )  # [64, V]
             scores[part.cpu()] = (logits[:, self.answer[b]].double() - _logsumexp(logits)).cpu()
         return scores
 
@@ -237,9 +294,13 @@ class _Reader:
 
     def _exact_rows(self) -> list[_Rows]:
         rows = []
-        for group in progress(self.groups(), "exact", total=2 * self.stream.layers, unit="sub-layer"):
+        for group in progress(
+            self.groups(), "exact", total=2 * self.stream.layers, unit="sub-layer"
+        ):
             raw, partition, before = self._base(group)
-            probabilities = (raw + self.lens.offset - partition.float()[:, None]).exp()  # [B, V], used uncapped only
+            probabilities = (
+                raw + self.lens.offset - partition.float()[:, None]
+            ).exp()  # [B, V], used uncapped only
             increase = torch.empty(group.coefficient.shape, dtype=torch.float64)  # [B, T or 1, n]
             expand = self.norm == "final" and self.lens.softcap is None
             for which in torch.arange(len(group.vectors), device=raw.device).split(CHUNK):
@@ -256,14 +317,18 @@ class _Reader:
                     where = doubtful[b].nonzero(as_tuple=True)  # (position, neuron)
                     if len(where[0]):
                         column = where[1].to(raw.device)
-                        shift = self._shift(group.vectors[which[column]], group.base[b], b, coefficient[b][where])
+                        shift = self._shift(
+                            group.vectors[which[column]], group.base[b], b, coefficient[b][where]
+                        )
                         after = self._softmax_scores(b, shift, raw[b], _Picked(directions, column))
                         scores[b][where] = after - before[b].cpu()
                 increase[..., which.cpu()] = scores
             rows += self._group_rows(group, increase, before)
         return rows
 
-    def _expansion(self, directions: Tensor, coefficient: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    def _expansion(
+        self, directions: Tensor, coefficient: Tensor, probabilities: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Importances from the moments of each direction under the base distribution, and where they are doubtful.
 
         With X the direction's entry at a random token of the base distribution, Y = X − E X and c the coefficient,
@@ -297,12 +362,25 @@ class _Reader:
         before = before.cpu()
         for b in range(self.count):
             if group.kind == "ffn":
-                rows.append(_rows(b, group.layer, "ffn", -1, np.arange(n), self.end[b], before[b], increase[b, 0]))
+                rows.append(
+                    _rows(
+                        b,
+                        group.layer,
+                        "ffn",
+                        -1,
+                        np.arange(n),
+                        self.end[b],
+                        before[b],
+                        increase[b, 0],
+                    )
+                )
                 continue
             real = increase[b, self.starts[b] : self.starts[b] + self.lengths[b]]  # [T, H*d]
             head, channel = np.divmod(np.arange(n), group.head_dim)
             position = np.arange(self.lengths[b])[:, None]
-            rows.append(_rows(b, group.layer, "attention", head, channel, position, before[b], real))
+            rows.append(
+                _rows(b, group.layer, "attention", head, channel, position, before[b], real)
+            )
         return rows
 
     def _first_order(self, groups: list["_Group"], b: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -315,7 +393,10 @@ class _Reader:
             raw = self.lens.raw_logits(bases, self.frozen[b] if self.norm == "final" else None)
             score = self.lens.cap(raw).log_softmax(-1)[:, self.answer[b]].sum()
             (gradients,) = torch.autograd.grad(score, bases)  # [2L, D]
-        estimates = [group.coefficient[b] * (group.vectors @ g) for group, g in zip(groups, gradients, strict=True)]
+        estimates = [
+            group.coefficient[b] * (group.vectors @ g)
+            for group, g in zip(groups, gradients, strict=True)
+        ]
         logits = self.lens.cap(raw.detach())
         before = logits[:, self.answer[b]].double() - _logsumexp(logits)
         return raw.detach() - self.lens.offset, before, estimates
@@ -323,24 +404,35 @@ class _Reader:
     def _screened_rows(self, top_k: int) -> list[_Rows]:
         groups = list(self.groups())
         bounds = np.cumsum([0, *(group.coefficient[0].numel() for group in groups)])
-        real = torch.stack([torch.cat([self._is_real(group, b) for group in groups]) for b in range(self.count)])
+        real = torch.stack(
+            [torch.cat([self._is_real(group, b) for group in groups]) for b in range(self.count)]
+        )
         rows = []
         for b in range(self.count):
             raw, before, estimates = self._first_order(groups, b)
-            flat = torch.cat([e.flatten() for e in estimates]).masked_fill(~real[b].to(raw.device), -math.inf)
+            flat = torch.cat([e.flatten() for e in estimates]).masked_fill(
+                ~real[b].to(raw.device), -math.inf
+            )
             chosen = flat.topk(min(top_k, int(real[b].sum()))).indices.sort().values.cpu().numpy()
             owner = np.searchsorted(bounds, chosen, side="right") - 1  # group of each chosen neuron
             inside = chosen - bounds[owner]
             width = np.array([len(group.vectors) for group in groups])[owner]
             position, which = inside // width, inside % width
             coefficient = torch.stack(
-                [groups[g].coefficient[b, t, n] for g, t, n in zip(owner, position, which, strict=True)]
+                [
+                    groups[g].coefficient[b, t, n]
+                    for g, t, n in zip(owner, position, which, strict=True)
+                ]
             )
-            vectors = torch.stack([groups[g].vectors[n] for g, n in zip(owner, which, strict=True)])  # [k, D]
+            vectors = torch.stack(
+                [groups[g].vectors[n] for g, n in zip(owner, which, strict=True)]
+            )  # [k, D]
             places = torch.from_numpy(owner).to(raw.device)
             bases = torch.stack([group.base[b] for group in groups])[places]  # [k, D]
             shift = self._shift(vectors, bases, b, coefficient)
-            after = self._softmax_scores(b, shift, _Picked(raw, places), self.lens.directions(vectors))
+            after = self._softmax_scores(
+                b, shift, _Picked(raw, places), self.lens.directions(vectors)
+            )
             increase = after - before[places].cpu()
             for g in np.unique(owner):
                 group, mine = groups[g], owner == g
@@ -350,7 +442,16 @@ class _Reader:
                     where = position[mine] - self.starts[b]
                 base = before[g].item()
                 rows.append(
-                    _rows(b, group.layer, group.kind, head, neuron, where, base, increase[torch.from_numpy(mine)])
+                    _rows(
+                        b,
+                        group.layer,
+                        group.kind,
+                        head,
+                        neuron,
+                        where,
+                        base,
+                        increase[torch.from_numpy(mine)],
+                    )
                 )
         return rows
 
@@ -359,7 +460,7 @@ class _Reader:
         n = len(group.vectors)
         if group.kind == "ffn":
             return torch.ones(n, dtype=torch.bool)
-        return self.batch.mask[b].bool().cpu().repeat_interleave(n)
+        return self.batch.attention_mask[b].bool().cpu().repeat_interleave(n)
 
 
 @dataclass

@@ -29,16 +29,22 @@ class Stream:
     arch: Arch
     batch: Batch
     logits: Tensor  # [B, V] the model's own, at each prompt's last position
-    hidden: Tensor  # [L+1, B, T, D] input of each layer; hidden[L] is the state before the final norm
+    hidden: (
+        Tensor  # [L+1, B, T, D] input of each layer; hidden[L] is the state before the final norm
+    )
     attention: Tensor  # [L, B, T, D] a_l, what attention adds
     ffn: Tensor  # [L, B, T, D] f_l, what the FFN adds
     heads: list[Tensor] = field(default_factory=list)  # L of [B, T, H, d] input of W_O
     values: list[Tensor] = field(default_factory=list)  # L of [B, T, G, d]
-    weights: list[Tensor] = field(default_factory=list)  # L of [B, H, T, T] attention (query, source)
+    weights: list[Tensor] = field(
+        default_factory=list
+    )  # L of [B, H, T, T] attention (query, source)
     gates: list[Tensor | None] = field(default_factory=list)  # L of [B, T, F] gate pre-activation
     ups: list[Tensor] = field(default_factory=list)  # L of [B, T, F] up pre-activation
     neurons: list[Tensor] = field(default_factory=list)  # L of [B, T, F] coefficients m
-    attention_raw: list[Tensor] = field(default_factory=list)  # L of [B, T, D] before the sandwich norm
+    attention_raw: list[Tensor] = field(
+        default_factory=list
+    )  # L of [B, T, D] before the sandwich norm
     ffn_raw: list[Tensor] = field(default_factory=list)
 
     @property
@@ -70,7 +76,7 @@ class Stream:
     def decomposition_error(self) -> float:
         """Largest ‖h_0 + Σ(a + f) − h_L‖ / ‖h_L‖ over real positions."""
         total = self.hidden[0] + self.attention.sum(0) + self.ffn.sum(0)  # [B, T, D]
-        real = self.batch.mask.bool()
+        real = self.batch.attention_mask.bool()
         error = (total - self.hidden[-1])[real].norm(dim=-1) / self.hidden[-1][real].norm(dim=-1)
         return error.max().item()
 
@@ -108,10 +114,25 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
             "weights in one: load it whole, in a smaller dtype or on a larger GPU. Back attention works as it is."
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and batch.ids.shape[1] > limit:
-        raise ValueError(f"A prompt has {batch.ids.shape[1]} tokens; this model takes at most {limit}. Shorten it.")
-    names = ["hidden", "attention", "ffn", "heads", "fused", "neurons", "gate", "up", "attention_raw", "ffn_raw"]
-    seen: dict[str, dict[int, Tensor]] = {name: {} for name in [*names, "weights"]}  # of two runs the second stays
+    if limit is not None and batch.input_ids.shape[1] > limit:
+        raise ValueError(
+            f"A prompt has {batch.input_ids.shape[1]} tokens; this model takes at most {limit}. Shorten it."
+        )
+    names = [
+        "hidden",
+        "attention",
+        "ffn",
+        "heads",
+        "fused",
+        "neurons",
+        "gate",
+        "up",
+        "attention_raw",
+        "ffn_raw",
+    ]
+    seen: dict[str, dict[int, Tensor]] = {
+        name: {} for name in [*names, "weights"]
+    }  # of two runs the second stays
 
     def keep(name: str, layer: int) -> Callable:
         return lambda x: seen[name].update({layer: x.detach().float()})
@@ -139,16 +160,23 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
                 taps.append((block.get(family.ffn), "output", keep("ffn_raw", layer)))
 
     def keep_weights(layer: int):
-        return lambda module, args, output: seen["weights"].update({layer: output[1].detach().float()})
+        return lambda module, args, output: seen["weights"].update(
+            {layer: output[1].detach().float()}
+        )
 
     was_training = model.training
     model.eval()
     blocks = enumerate(arch.blocks) if detail else ()
-    handles = [block.attention.register_forward_hook(keep_weights(layer)) for layer, block in blocks]
+    handles = [
+        block.attention.register_forward_hook(keep_weights(layer)) for layer, block in blocks
+    ]
     try:
         with torch.no_grad(), _attention_weights_visible(model, detail), hooks(*taps):
             output = model(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
             ).logits
     finally:
         for handle in handles:
@@ -168,7 +196,9 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         block = arch.blocks[0]
         pre = [
             b.split_ffn_in(gate, up)
-            for b, gate, up in zip(arch.blocks, kept["gate"] or [None] * len(arch.blocks), kept["up"], strict=True)
+            for b, gate, up in zip(
+                arch.blocks, kept["gate"] or [None] * len(arch.blocks), kept["up"], strict=True
+            )
         ]
         stream.heads = [x.unflatten(-1, (block.heads, block.head_dim)) for x in kept["heads"]]
         stream.values = [b.value_part(x) for b, x in zip(arch.blocks, kept["fused"], strict=True)]
@@ -191,7 +221,9 @@ def head_contributions(stream: Stream, layer: int) -> Tensor:
     w_o = block.attention_out.weight.unflatten(-1, (block.heads, block.head_dim))  # [D, H, d]
     raw = torch.einsum("bhtd,whd->bhtw", mixed, w_o)
     post = block.norm("attention_post")
-    return post.linear(raw, stream.batch.at_last(stream.post_scale("attention", layer))[:, None, None])
+    return post.linear(
+        raw, stream.batch.at_last(stream.post_scale("attention", layer))[:, None, None]
+    )
 
 
 _checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -211,14 +243,23 @@ def self_check(model: nn.Module, sample: Iterable[int] = (1, 5, 3, 7, 2)) -> Non
     errors = {"residual contributions": stream.decomposition_error()}
     for layer, block in enumerate(stream.arch.blocks):
         for name, parts, out, whole in (
-            ("attention neurons", stream.heads[layer].flatten(-2), block.attention_out, stream.attention_raw[layer]),
+            (
+                "attention neurons",
+                stream.heads[layer].flatten(-2),
+                block.attention_out,
+                stream.attention_raw[layer],
+            ),
             ("FFN neurons", stream.neurons[layer], block.ffn_out, stream.ffn_raw[layer]),
         ):
             error = (parts @ out.weight.T + out.bias - whole).norm() / whole.norm()
             errors[name] = max(errors.get(name, 0.0), error.item())
-        mixed = torch.einsum("bhqk,bkhd->bqhd", stream.weights[layer], stream.expanded_values(layer))
+        mixed = torch.einsum(
+            "bhqk,bkhd->bqhd", stream.weights[layer], stream.expanded_values(layer)
+        )
         error = (mixed - stream.heads[layer]).norm() / stream.heads[layer].norm()
-        errors["attention weights × values"] = max(errors.get("attention weights × values", 0.0), error.item())
+        errors["attention weights × values"] = max(
+            errors.get("attention weights × values", 0.0), error.item()
+        )
     for name, error in errors.items():
         if not error <= tolerance:
             raise UnsupportedModelError(

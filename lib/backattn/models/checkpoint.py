@@ -10,7 +10,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-ROOM = 0.8  # share of the free memory that weights may take
+MEMORY_SHARE = 0.8  # share of the free memory that weights may take
 
 
 class ModelLoadError(OSError):
@@ -36,7 +36,9 @@ def _whole_model(name: str, dtype: torch.dtype, **options):
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except RuntimeError as error:
-        raise ModelLoadError(f"The weights of {name!r} do not fit its config.json: {error}") from error
+        raise ModelLoadError(
+            f"The weights of {name!r} do not fit its config.json: {error}"
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(
@@ -56,7 +58,9 @@ def _quiet_transformers():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=True), create=True):
+        with mock.patch.object(
+            modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=True), create=True
+        ):
             yield
     finally:
         logging.set_verbosity(level)

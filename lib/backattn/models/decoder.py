@@ -36,7 +36,14 @@ class Norm:
         bias = getattr(module, "bias", None)
         self.bias = torch.zeros_like(self.weight) if bias is None else bias.detach().float()
         self.centred = isinstance(module, nn.LayerNorm)
-        self.eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 0.0)
+        self.eps = next(
+            (
+                getattr(module, name)
+                for name in ("variance_epsilon", "eps")
+                if hasattr(module, name)
+            ),
+            0.0,
+        )
 
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -96,7 +103,11 @@ class Block:
         weight = module.weight.detach().float()
         if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             weight = weight.T
-        bias = module.bias.detach().float() if module.bias is not None else weight.new_zeros(weight.shape[0])
+        bias = (
+            module.bias.detach().float()
+            if module.bias is not None
+            else weight.new_zeros(weight.shape[0])
+        )
         return Linear(weight, bias)
 
     @property
@@ -204,8 +215,16 @@ def describe(model: nn.Module) -> Arch:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
         layers = model.get_submodule(family.layers)
-        blocks = [Block(family, layer, config.hidden_size, heads, kv_heads, head_dim) for layer in layers]
-        for path in (family.attention, family.attention_out, family.value, family.ffn_out, family.up):
+        blocks = [
+            Block(family, layer, config.hidden_size, heads, kv_heads, head_dim) for layer in layers
+        ]
+        for path in (
+            family.attention,
+            family.attention_out,
+            family.value,
+            family.ffn_out,
+            family.up,
+        ):
             blocks[0].get(path)
         final_norm = model.get_submodule(family.final_norm)
     except AttributeError as error:
@@ -215,7 +234,9 @@ def describe(model: nn.Module) -> Arch:
         ) from error
     unembedding = model.get_output_embeddings()
     if unembedding is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no unembedding. Load it with AutoModelForCausalLM.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no unembedding. Load it with AutoModelForCausalLM."
+        )
     return Arch(
         model=model,
         family=family,

@@ -14,10 +14,14 @@ class Family:
 
     layers: str = "model.layers"
     final_norm: str = "model.norm"
-    attention_norm: str | None = "input_layernorm"  # in front of attention; None: attention reads h_l itself
+    attention_norm: str | None = (
+        "input_layernorm"  # in front of attention; None: attention reads h_l itself
+    )
     attention: str = "self_attn"
     attention_out: str = "self_attn.o_proj"  # its input is the concatenated heads
-    attention_post: str | None = None  # sandwich norm whose output is what enters the residual stream
+    attention_post: str | None = (
+        None  # sandwich norm whose output is what enters the residual stream
+    )
     value: str = "self_attn.v_proj"
     value_layout: str = "own"  # own | thirds (q,k,v side by side) | tail (last part of q|k|v) | heads (q,k,v per head)
     ffn_norm: str | None = "post_attention_layernorm"

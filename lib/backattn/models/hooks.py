@@ -20,7 +20,9 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
     try:
         for module, side, function in hooked:
             if side == "input":
-                handles.append(module.register_forward_pre_hook(_on_input(function), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
+                )
             else:
                 handles.append(module.register_forward_hook(_on_output(function)))
         yield

@@ -30,7 +30,11 @@ class Lens:
         self.norm = arch.final_norm
         self.softcap = arch.softcap
         # What the lens reads in an empty state: W_U β + bias.  [V]
-        self.offset = self.weight @ self.norm.bias if self.norm.bias.any() else self.weight.new_zeros(len(self.weight))
+        self.offset = (
+            self.weight @ self.norm.bias
+            if self.norm.bias.any()
+            else self.weight.new_zeros(len(self.weight))
+        )
         if bias is not None:
             self.offset = self.offset + bias.detach().float()
 
@@ -76,20 +80,30 @@ def read_states(
     """
     lens = Lens(describe(model))
     shape = len(prompts), len(positions[0]), len(describe(model).blocks) + 1, len(tokens[0])
-    logits, places = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int64) if ranks else None
+    logits, places = (
+        np.empty(shape, dtype=np.float32),
+        np.empty(shape, dtype=np.int64) if ranks else None,
+    )
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, list(prompts[part]), device=model.device)
         hidden = capture(model, batch, detail=False).hidden  # [L+1, B, T, D]
-        where = torch.tensor([list(p) for p in positions[part]], device=hidden.device) + batch.start[:, None]  # [B, P]
+        where = (
+            torch.tensor([list(p) for p in positions[part]], device=hidden.device)
+            + batch.start[:, None]
+        )  # [B, P]
         rows = torch.arange(len(where), device=hidden.device)[:, None]
         states = hidden[:, rows, where].permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
         del hidden
         ids = torch.tensor([list(t) for t in tokens[part]], device=states.device)  # [B, K]
         read = lens.norm.linear(states, lens.scale(states))
-        raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
+        raw = (
+            torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
+        )
         logits[part] = lens.cap(raw).cpu().numpy()
-        for row in range(len(states)) if ranks else ():  # one prompt at a time: the whole vocabulary is wide
+        for row in (
+            range(len(states)) if ranks else ()
+        ):  # one prompt at a time: the whole vocabulary is wide
             everything = lens.raw_logits(states[row])  # [P, L+1, V]
             for k, token in enumerate(ids[row].tolist()):
                 above = (everything > everything[..., token : token + 1]).sum(-1)

@@ -7,7 +7,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from backattn import runtime
-from backattn.models.checkpoint import ROOM, ModelLoadError, _whole_model, one_device, weight_bytes
+from backattn.models.checkpoint import (
+    MEMORY_SHARE,
+    ModelLoadError,
+    _whole_model,
+    one_device,
+    weight_bytes,
+)
 from backattn.models.decoder import in_one_place
 from backattn.models.families import UnsupportedModelError, check_supported, supported
 from backattn.models.packaged import EMBEDDED, _load_embedded
@@ -52,7 +58,9 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # Gemma 2: not every transformers has its soft cap in other kinds
+        model.set_attn_implementation(
+            "eager"
+        )  # Gemma 2: not every transformers has its soft cap in other kinds
     if in_one_place(model):
         model = model.to(one_device(device))
     return model.eval(), tokenizer
@@ -87,7 +95,7 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None, device: str |
 def _spread(name: str, config, dtype: torch.dtype, device: str | torch.device) -> dict:
     """Options of from_pretrained that spread the layers of a model that one place cannot hold, or should not."""
     need, free = weight_bytes(config, dtype), runtime.free_bytes(one_device(device))
-    fits = need <= ROOM * free
+    fits = need <= MEMORY_SHARE * free
     if str(device) != "auto" and fits:
         return {}
     if not fits:
@@ -95,9 +103,14 @@ def _spread(name: str, config, dtype: torch.dtype, device: str | torch.device) -
             f"{name}: its weights take {need / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
             f"{free / 2**30:.1f} GiB are free on {one_device(device)}"
         )
-        if runtime.world().num_processes > 1:
-            raise ModelLoadError(f"{told}. Each process needs a device that holds them: start one process alone.")
-        print(f"{told}: its layers are spread over GPUs, memory and disk, and run slower.", file=sys.stderr)
-    memory = None if torch.cuda.is_available() else {"cpu": int(ROOM * free)}
+        if runtime.process_state().num_processes > 1:
+            raise ModelLoadError(
+                f"{told}. Each process needs a device that holds them: start one process alone."
+            )
+        print(
+            f"{told}: its layers are spread over GPUs, memory and disk, and run slower.",
+            file=sys.stderr,
+        )
+    memory = None if torch.cuda.is_available() else {"cpu": int(MEMORY_SHARE * free)}
     (CACHE / "offload").mkdir(parents=True, exist_ok=True)
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(CACHE / "offload")}

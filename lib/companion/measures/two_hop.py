@@ -8,7 +8,7 @@ import pandas as pd
 
 from backattn.models.lens import read_states
 from backattn.models.tokens import continuation_ids
-from companion.questions.prompts import ends, label_tokens
+from companion.questions.prompts import label_tokens, last_token_positions
 from companion.questions.splits import place_of
 
 PLACES = ("e1", "r1", "r2", "last")
@@ -16,12 +16,14 @@ PLACES = ("e1", "r1", "r2", "last")
 READABLE = 10  # an entity can be read where its first token is among this many
 
 
-def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+def place_labels(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """What each token of the two-hop prompt is for: "e1", "r1", "r2", "last" or "context"."""
-    return label_tokens(tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")})
+    return label_tokens(
+        tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")}
+    )
 
 
-def pair_ids(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
+def first_token_pairs(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
     """First tokens of (e3, e2) by their proper names."""
     first = {name: continuation_ids(tokenizer, name)[0] for name in {*frame["e3"], *frame["e2"]}}
     return [(first[e3], first[e2]) for e3, e2 in zip(frame["e3"], frame["e2"], strict=True)]
@@ -43,21 +45,27 @@ class Reading:
     wins: dict[str, np.ndarray]
 
 
-def read_conflict(model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES) -> Reading:
+def read_conflict(
+    model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES
+) -> Reading:
     """Read e3 and e2 in every layer at the last token of each of some places, and the same for shuffled labels.
 
     A prompt's shuffled labels are the e2 and e3 of another prompt of the same pair of relations with another e2.
     """
-    ids = np.array(pair_ids(tokenizer, frame))
+    ids = np.array(first_token_pairs(tokenizer, frame))
     other = donors(frame, seed)
     tokens = np.concatenate([ids, ids[other]], axis=1)  # e3, e2, e3 shuffled, e2 shuffled
-    where = ends(groups(tokenizer, frame), places)
-    logits, ranks = read_states(model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True)
+    where = last_token_positions(place_labels(tokenizer, frame), places)
+    logits, ranks = read_states(
+        model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True
+    )
     names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
     readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
     wins = {}
     for k, name in enumerate(("e3", "e2")):
-        same = (tokens[:, k] == tokens[:, k + 2])[:, None, None]  # continents: another prompt's e3 may be the same
+        same = (tokens[:, k] == tokens[:, k + 2])[
+            :, None, None
+        ]  # continents: another prompt's e3 may be the same
         wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
     return Reading(tuple(places), logits[..., 0] - logits[..., 1], readable, wins)
 
@@ -77,10 +85,14 @@ def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.nd
     same = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
     pair, e2, e3 = (frame[name].to_numpy() for name in ("pair", "e2", "e3"))
     fact = same + "|" + frame["e1"].to_numpy()
-    for row, (second, third) in enumerate(zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)):
+    for row, (second, third) in enumerate(
+        zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)
+    ):
         own = [e2[row], e3[row], *second.split("|"), *third.split("|")]
         other = ~np.isin(e2, own) & ~np.isin(e3, own)
-        fits = [other & (same == same[row]), other & (pair == pair[row]), other][2 * (relations == "any") :]
+        fits = [other & (same == same[row]), other & (pair == pair[row]), other][
+            2 * (relations == "any") :
+        ]
         fit = np.flatnonzero(next((fit for fit in fits if fit.any()), other))
         if not len(fit):
             raise ValueError(

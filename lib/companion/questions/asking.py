@@ -28,10 +28,15 @@ def ask(
     Returns (said [n], per prompt token -> log-probability). Raises ValueError when there are no prompts.
     """
     if not len(prompts):
-        raise ValueError("There is nothing to ask: the set is empty. Ask more facts, or a model that knows more.")
+        raise ValueError(
+            "There is nothing to ask: the set is empty. Ask more facts, or a model that knows more."
+        )
     said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
     texts, lengths = prompts.to_numpy(), prompts.str.len().to_numpy()
-    groups = [rows[np.argsort(lengths[rows], kind="stable")] for rows in keys.groupby(keys.to_numpy()).indices.values()]
+    groups = [
+        rows[np.argsort(lengths[rows], kind="stable")]
+        for rows in keys.groupby(keys.to_numpy()).indices.values()
+    ]
     batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
     for rows in progress(batches, "asking", unit="batch"):
         batch = encode(tokenizer, texts[rows].tolist(), side="left", device=input_device(model))
@@ -51,7 +56,9 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
     """
     pieces = {answer: continuation_ids(tokenizer, answer) for answer in frame["answer"].unique()}
     ids = [pieces[answer][0] for answer in frame["answer"]]
-    said, logs = ask(model, tokenizer, frame["prompt"], frame["relation"], [[i] for i in ids], batch_size)
+    said, logs = ask(
+        model, tokenizer, frame["prompt"], frame["relation"], [[i] for i in ids], batch_size
+    )
     owners = frame.assign(answer_id=ids).groupby("answer_id")["answer"].nunique()
     return frame.assign(
         answer_id=ids,
@@ -63,15 +70,19 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
     )
 
 
-def known(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame:
+def answerable(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame:
     """The prompts fit for analysis: answered right, by an answer of one token that no other answer begins with.
 
     per_relation: at most this many of each relation. Raises ValueError when none is left.
     """
     fit = scored[scored["correct"] & ~scored["shared"] & (scored["tokens"] == 1)]
     if fit.empty:
-        raise ValueError("The model answers none of these prompts with a one-token answer: ask more or easier facts.")
-    return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(drop=True)
+        raise ValueError(
+            "The model answers none of these prompts with a one-token answer: ask more or easier facts."
+        )
+    return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(
+        drop=True
+    )
 
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
@@ -111,11 +122,14 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
             for row, own in zip(part.index, words, strict=True):
                 main = first(own[0])
                 collides[row] |= len(owners[main]) > 1
-                sets[entity][row] = frozenset(t for t in map(first, own) if t == main or len(owners[t]) == 1)
+                sets[entity][row] = frozenset(
+                    t for t in map(first, own) if t == main or len(owners[t]) == 1
+                )
     sets["e1"] = [frozenset([first(name)]) for name in frame["e1"]]
     other = (frame["shortcut"] != "") & (frame["shortcut"] != frame["e3"])
     sets["shortcut"] = [
-        frozenset([first(n)]) if o else frozenset() for n, o in zip(frame["shortcut"], other, strict=True)
+        frozenset([first(n)]) if o else frozenset()
+        for n, o in zip(frame["shortcut"], other, strict=True)
     ]
     for row, each in enumerate(zip(*sets.values(), strict=True)):
         collides[row] |= len(frozenset().union(*each)) < sum(map(len, each))

@@ -29,7 +29,9 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
     for (e, r1), bridge in facts.items():
         for r2 in (r2 for r2 in range(RELATIONS) if (bridge, r2) in facts):
             question = (f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}")
-            two.setdefault(f"{apart[e, r1]}/{apart[bridge, r2]}", []).append((question, (e, r1), (bridge, r2)))
+            two.setdefault(f"{apart[e, r1]}/{apart[bridge, r2]}", []).append(
+                (question, (e, r1), (bridge, r2))
+            )
     for kind, own in sorted(two.items()):
         own = [own[i] for i in draw.permutation(len(own))]
         if kind == "ID/ID":
@@ -44,7 +46,9 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
             rows += [(*question, kind, "train") for question, *_ in own if question not in kept]
             own = held_out
         if len(own) < sum(HELD_OUT.values()):
-            raise ValueError(f"draw_seed {draw_seed} has only {len(own)} questions of kind {kind}: choose another.")
+            raise ValueError(
+                f"draw_seed {draw_seed} has only {len(own)} questions of kind {kind}: choose another."
+            )
         for split in HELD_OUT:
             rows += [(*question, kind, split) for question, *_ in own[: HELD_OUT[split]]]
             own = own[HELD_OUT[split] :]

@@ -23,7 +23,11 @@ from companion.questions.facts import fetch, read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
 from companion.questions.splits import FOLDS, _turn, draw, split
 
-OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": int.__add__,
+    "-": int.__sub__,
+    "*": int.__mul__,
+}
 
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
 
@@ -64,7 +68,9 @@ def two_digit() -> pd.DataFrame:
     for a in range(100):
         for b in range(100):
             for sign in "+-":
-                rows.append((f"{a}{sign}{b}=", str(OPERATIONS[sign](a, b)), f"{min(a, b)},{max(a, b)}"))
+                rows.append(
+                    (f"{a}{sign}{b}=", str(OPERATIONS[sign](a, b)), f"{min(a, b)},{max(a, b)}")
+                )
     return _questions(rows)
 
 
@@ -80,7 +86,9 @@ def one_digit_composite() -> pd.DataFrame:
                 for second, outer in OPERATIONS.items():
                     for c in range(1, 10):
                         prompt = f"({a}{first}{b}){second}{c}="
-                        rows.append((prompt, str(outer(inner(a, b), c)), f"{min(a, b)},{max(a, b)}"))
+                        rows.append(
+                            (prompt, str(outer(inner(a, b), c)), f"{min(a, b)},{max(a, b)}")
+                        )
     return _questions(rows)
 
 
@@ -94,7 +102,9 @@ def two_hop(path: Path = DATA / "two_hop_known.csv") -> pd.DataFrame:
     facts = two_hop_facts().drop(columns="split").merge(known, on=TWO_HOP_KEYS)
     say = TEMPLATES["possessive"].say
     prompts = [say(row.e1, row.r1, row.r2) for row in facts.itertuples()]
-    return facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"], tested=~facts["shortcut_right"])
+    return facts.assign(
+        prompt=prompts, answer=" " + facts["e3"], group=facts["e2"], tested=~facts["shortcut_right"]
+    )
 
 
 def two_hop_unknown() -> pd.DataFrame:
@@ -103,7 +113,7 @@ def two_hop_unknown() -> pd.DataFrame:
     return two_hop(DATA / "two_hop_unknown.csv")
 
 
-def said_otherwise(say: Callable[[str, str, str], str]) -> pd.DataFrame:
+def reworded(say: Callable[[str, str, str], str]) -> pd.DataFrame:
     """The questions of `two_hop` in another wording; say: e1, r1, r2 -> prompt."""
     frame = two_hop()
     return frame.assign(prompt=[say(row.e1, row.r1, row.r2) for row in frame.itertuples()])
@@ -119,11 +129,17 @@ def in_context(draws: int = 5, others: int = 2, seed: int = 0) -> pd.DataFrame:
     draw, say, rows = np.random.default_rng(seed), TEMPLATES["possessive"].say, []
     answers: dict[tuple[str, str], set[str]] = {}
     for fact in two_hop_facts().itertuples():
-        answers.setdefault((fact.e2, fact.r2), set()).update([fact.e3, *filter(None, fact.e3_aliases.split("|"))])
+        answers.setdefault((fact.e2, fact.r2), set()).update(
+            [fact.e3, *filter(None, fact.e3_aliases.split("|"))]
+        )
     facts = two_hop().drop_duplicates(["r1", "e2", "r2"])
     for fact in facts.to_dict("records") * draws:
-        alike = facts.loc[(facts["r1"] == fact["r1"]) & (facts["e2"].map(_turn) == _turn(fact["e2"])), "e2"].unique()
-        unlike = [name for name in alike if fact["e3"] not in {name, *answers.get((name, fact["r2"]), ())}]
+        alike = facts.loc[
+            (facts["r1"] == fact["r1"]) & (facts["e2"].map(_turn) == _turn(fact["e2"])), "e2"
+        ].unique()
+        unlike = [
+            name for name in alike if fact["e3"] not in {name, *answers.get((name, fact["r2"]), ())}
+        ]
         unlike = [name for name in unlike if name != fact["e2"]]
         if len(unlike) < others:
             continue
@@ -172,13 +188,17 @@ def _whole(number: float) -> str:
 
 
 def _word_problems(texts: list[str], answers: list[str]) -> pd.DataFrame:
-    names = twins([re.findall(r"[a-z]+", text.lower()) for text in texts])
-    return _questions([(f"{t} Answer:", a, f"text {g}") for t, a, g in zip(texts, answers, names, strict=True)])
+    names = near_duplicate_groups([re.findall(r"[a-z]+", text.lower()) for text in texts])
+    return _questions(
+        [(f"{t} Answer:", a, f"text {g}") for t, a, g in zip(texts, answers, names, strict=True)]
+    )
 
 
-def twins(texts: Sequence[Sequence[str]], least: float = TWINS) -> np.ndarray:
+def near_duplicate_groups(texts: Sequence[Sequence[str]], least: float = TWINS) -> np.ndarray:
     """A number per text, the same for texts linked by pairs that share `least` of the words of both: [n]."""
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
+    vocabulary = {
+        word: i for i, word in enumerate(sorted({word for text in texts for word in text}))
+    }
     has = np.zeros((len(texts), len(vocabulary)), dtype=np.float32)
     for row, text in enumerate(texts):
         has[row, [vocabulary[word] for word in text]] = 1
@@ -192,8 +212,8 @@ DATASETS: dict[str, Callable[[], pd.DataFrame]] = {
     "1DC": one_digit_composite,
     "two-hop": two_hop,
     "two-hop, unknown": two_hop_unknown,
-    "question": lambda: said_otherwise(TEMPLATES["question"].say),
-    "code": lambda: said_otherwise("{2}({1}({0})) =".format),
+    "question": lambda: reworded(TEMPLATES["question"].say),
+    "code": lambda: reworded("{2}({1}({0})) =".format),
     "in context": in_context,
     "compositions": compositions,
     "legs, one kind": lambda: legs(1),
@@ -226,7 +246,7 @@ def overview(names: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def guessed(name: str) -> float:
+def majority_baseline(name: str) -> float:
     """Share of a dataset's test questions, over all folds, that are right when each gets the answer that training has
     most often for its second relation (column r2)."""
     frame, right = load(name), []
@@ -237,7 +257,7 @@ def guessed(name: str) -> float:
     return float(np.mean(right))
 
 
-def guessed_by_kind(name: str = "compositions") -> pd.Series:
+def majority_baseline_by_kind(name: str = "compositions") -> pd.Series:
     """`guessed` for each kind of question of a dataset that brings its own split: kind -> share."""
     parts = dict(list(split(load(name)).groupby("split")))
     best = parts["train"].groupby("r2")["answer"].agg(lambda answers: answers.mode()[0])
@@ -263,7 +283,9 @@ def _published(name: str, folder: Path | None) -> list[dict]:
     path = (Path(named) if named else CACHE / "datasets") / place
     if not path.exists():
         if named:
-            raise FileNotFoundError(f"{path} is missing. Put it there, or unset BACKATTN_DATASETS to fetch {url}.")
+            raise FileNotFoundError(
+                f"{path} is missing. Put it there, or unset BACKATTN_DATASETS to fetch {url}."
+            )
         fetch(url, path)
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -28,7 +28,9 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     FileNotFoundError with the path.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; it comes with the repository (git checkout -- data).")
+        raise FileNotFoundError(
+            f"{path} is missing; it comes with the repository (git checkout -- data)."
+        )
     header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
     repeated = sorted({name for name in header if header.count(name) > 1})
     missing = [name for name in columns if name not in header]
@@ -54,7 +56,9 @@ def two_hop_facts(path: Path = DATA / "two_hop.csv") -> pd.DataFrame:
     Raises ValueError naming the missing or repeated column, or the row with an empty cell.
     """
     frame = read_table(path, TWO_HOP_COLUMNS)
-    return frame.assign(**{name: "" for name in ("shortcut", "e2_aliases", "e3_aliases") if name not in frame})
+    return frame.assign(
+        **{name: "" for name in ("shortcut", "e2_aliases", "e3_aliases") if name not in frame}
+    )
 
 
 def published_two_hop(folder: Path | None = None, sha256: str | None = None) -> pd.DataFrame:
@@ -76,17 +80,32 @@ def published_two_hop(folder: Path | None = None, sha256: str | None = None) -> 
     note = path.with_suffix(".sha256")
     expected = sha256 or (note.read_text().strip() if note.exists() else None)
     if path.exists() and expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise ValueError(f"{path} is not the file it was (sha256 differs): delete it and it is fetched again.")
-    labels = {"e1_label": "e1", "e2_label": "e2", "e3_label": "e3", "r1_template": "r1", "r2_template": "r2"}
+        raise ValueError(
+            f"{path} is not the file it was (sha256 differs): delete it and it is fetched again."
+        )
+    labels = {
+        "e1_label": "e1",
+        "e2_label": "e2",
+        "e3_label": "e3",
+        "r1_template": "r1",
+        "r2_template": "r2",
+    }
     columns = [*labels, "e2_type", "e3_type", "r1_type", "r2_type", "e2_aliases", "e3_aliases"]
-    frame = read_table(path, columns).rename(columns={**labels, "e2_type": "type2", "e3_type": "type3"})
+    frame = read_table(path, columns).rename(
+        columns={**labels, "e2_type": "type2", "e3_type": "type3"}
+    )
     for row, phrases in enumerate(zip(frame["r1"], frame["r2"], strict=True)):
         for phrase in phrases:
             if phrase.count("{}") != 1:
-                raise ValueError(f"{path.name}, row {row + 2}: the template {phrase!r} must have the slot {{}} once.")
+                raise ValueError(
+                    f"{path.name}, row {row + 2}: the template {phrase!r} must have the slot {{}} once."
+                )
     frame["pair"] = frame["type2"] + "-" + frame.pop("r1_type") + "-" + frame.pop("r2_type")
     for name in ("e2_aliases", "e3_aliases"):
-        frame[name] = ["|".join(word for word in ast.literal_eval(cell) if len(word) > 1) for cell in frame[name]]
+        frame[name] = [
+            "|".join(word for word in ast.literal_eval(cell) if len(word) > 1)
+            for cell in frame[name]
+        ]
     return frame.assign(shortcut="", split="test")
 
 

@@ -17,7 +17,9 @@ TEMPLATE = "{subject}'s {relation} is"
 GROUPS = ("entity", "relation", "last", "context")
 
 
-def single_hop(frame: pd.DataFrame, shots: int = 2, per_relation: int | None = None, seed: int = 0) -> pd.DataFrame:
+def single_hop(
+    frame: pd.DataFrame, shots: int = 2, per_relation: int | None = None, seed: int = 0
+) -> pd.DataFrame:
     """Write the prompts of a frame of facts.
 
     Args:
@@ -31,10 +33,19 @@ def single_hop(frame: pd.DataFrame, shots: int = 2, per_relation: int | None = N
     """
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
-        shown = part.head(40).iloc[draw.permutation(min(40, len(part)))].drop_duplicates("answer").head(shots)
+        shown = (
+            part.head(40)
+            .iloc[draw.permutation(min(40, len(part)))]
+            .drop_duplicates("answer")
+            .head(shots)
+        )
         if len(shown) < shots:
-            raise ValueError(f"{relation!r} has only {len(shown)} different answers to show: ask for fewer shots.")
-        examples = [f"{_statement(row.subject, relation)} {row.answer}. " for row in shown.itertuples()]
+            raise ValueError(
+                f"{relation!r} has only {len(shown)} different answers to show: ask for fewer shots."
+            )
+        examples = [
+            f"{_statement(row.subject, relation)} {row.answer}. " for row in shown.itertuples()
+        ]
         asked = part[~part["answer"].isin(shown["answer"])]
         asked = asked.head(per_relation) if per_relation else asked
         for row in asked.to_dict("records"):
@@ -67,10 +78,14 @@ def position_groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
         tokenizer: a fast tokenizer (it must give character offsets).
         frame: prompt, entity, relation_span as made by `single_hop`.
     """
-    return label_tokens(tokenizer, frame["prompt"], {"entity": frame["entity"], "relation": frame["relation_span"]})
+    return label_tokens(
+        tokenizer, frame["prompt"], {"entity": frame["entity"], "relation": frame["relation_span"]}
+    )
 
 
-def label_tokens(tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tuple[int, int]]]) -> list[np.ndarray]:
+def label_tokens(
+    tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tuple[int, int]]]
+) -> list[np.ndarray]:
     """A label for every token of every prompt: the name of the span it lies in, "last", or "context" (all else).
 
     spans: name -> (begin, end) characters, one per prompt. Raises ValueError when a span holds no token but the last.
@@ -90,7 +105,7 @@ def label_tokens(tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tu
     return groups
 
 
-def ends(labels: Sequence[np.ndarray], places: Sequence[str]) -> list[list[int]]:
+def last_token_positions(labels: Sequence[np.ndarray], places: Sequence[str]) -> list[list[int]]:
     """The last token of each place in every prompt: [n][places]; raises ValueError when a prompt has none of one."""
     for row in labels:
         missing = [place for place in places if place not in row]
@@ -119,7 +134,11 @@ class Template:
         """The question for relations followed in this order; a relation that holds {} is a phrase of its own."""
         for relation in relations:
             own = "{}" in relation
-            entity = relation.format(entity) if own else self.phrase.format(entity=entity, relation=relation)
+            entity = (
+                relation.format(entity)
+                if own
+                else self.phrase.format(entity=entity, relation=relation)
+            )
         text = self.sentence.format(phrase=entity)
         return text[0].upper() + text[1:]
 
@@ -158,7 +177,9 @@ def two_hop_prompts(
     Raises ValueError for an unknown template or kind of examples, and when an entity is not in its prompt.
     """
     if isinstance(template, str) and template not in TEMPLATES:
-        raise ValueError(f"Unknown template {template!r}; choose one of {', '.join(TEMPLATES)} or pass a Template.")
+        raise ValueError(
+            f"Unknown template {template!r}; choose one of {', '.join(TEMPLATES)} or pass a Template."
+        )
     if examples not in ("one-hop", "two-hop", "none"):
         raise ValueError(f'Unknown examples {examples!r}; choose "one-hop", "two-hop" or "none".')
     say = (TEMPLATES[template] if isinstance(template, str) else template).say
@@ -171,14 +192,22 @@ def two_hop_prompts(
         a, b = shown
         firsts, seconds, both = (
             "".join(f"{say(x[start], *(x[r] for r in hops))} {x[end]}. " for x in shown)
-            for start, hops, end in (("e1", ["r1"], "e2"), ("e2", ["r2"], "e3"), ("e1", ["r1", "r2"], "e3"))
+            for start, hops, end in (
+                ("e1", ["r1"], "e2"),
+                ("e2", ["r2"], "e3"),
+                ("e1", ["r1", "r2"], "e3"),
+            )
         )
         one = f"{say(a['e1'], a['r1'])} {a['e2']}. {say(b['e2'], b['r2'])} {b['e3']}. "
         head = {"one-hop": one, "two-hop": both, "none": ""}[examples]
         for index, row in zip(part.index, part.to_dict("records"), strict=True):
-            names = {row["e1"], row["e2"], row["e3"], *row["e2_aliases"].split("|"), *row["e3_aliases"].split("|")} - {
-                ""
-            }
+            names = {
+                row["e1"],
+                row["e2"],
+                row["e3"],
+                *row["e2_aliases"].split("|"),
+                *row["e3_aliases"].split("|"),
+            } - {""}
             if any(re.search(rf"\b{re.escape(name)}\b", firsts + seconds + both) for name in names):
                 continue
             prompt = head + say(row["e1"], row["r1"], row["r2"])
@@ -200,12 +229,16 @@ def two_hop_prompts(
             )
     written = pd.DataFrame(rows)
     if written.empty:
-        raise ValueError("No pair of relations has two facts to show and one to ask: give more facts.")
+        raise ValueError(
+            "No pair of relations has two facts to show and one to ask: give more facts."
+        )
     written = written.sort_values("order", kind="stable").drop(columns="order")
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
 
 
-def two_hop_spans(prompt: str, e1: str, r1: str, r2: str, start: int = 0) -> dict[str, tuple[int, int]]:
+def two_hop_spans(
+    prompt: str, e1: str, r1: str, r2: str, start: int = 0
+) -> dict[str, tuple[int, int]]:
     """Where e1 and both relations stand in a two-hop question that begins at character `start` of a prompt.
 
     Returns e1_span, r1_span, r2_span as (begin, end) characters. Raises ValueError when one is not there.
@@ -219,10 +252,14 @@ def two_hop_spans(prompt: str, e1: str, r1: str, r2: str, start: int = 0) -> dic
     return {"e1_span": entity, **places}
 
 
-def _relation_span(prompt: str, relation: str, entity: tuple[int, int], start: int, outer: bool) -> tuple[int, int]:
+def _relation_span(
+    prompt: str, relation: str, entity: tuple[int, int], start: int, outer: bool
+) -> tuple[int, int]:
     """Where a relation's words stand: after the entity if the wording puts them there, else before it."""
     words = relation.replace("{}", "").strip()
-    places = [m.span() for m in re.finditer(re.escape(words), prompt, re.IGNORECASE)]  # it may begin the sentence
+    places = [
+        m.span() for m in re.finditer(re.escape(words), prompt, re.IGNORECASE)
+    ]  # it may begin the sentence
     after = [place for place in places if place[0] >= entity[1]]
     before = [place for place in places if start <= place[0] and place[1] <= entity[0]]
     found = after or before

@@ -39,7 +39,9 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
 
     splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
     frame = frame.assign(split=[min(own) for own in splits])
-    left = np.array([len(own) == 1 for own in splits]) & (frame["tested"] | (frame["split"] != "test"))
+    left = np.array([len(own) == 1 for own in splits]) & (
+        frame["tested"] | (frame["split"] != "test")
+    )
     return frame[left].reset_index(drop=True)
 
 

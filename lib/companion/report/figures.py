@@ -21,7 +21,12 @@ COLOURS = {"embedding": PALETTE[7], "attention": PALETTE[0], "ffn": PALETTE[1]}
 
 STAGE_COLOURS = dict(zip("ABCD", (PALETTE[2], PALETTE[0], PALETTE[4], PALETTE[3]), strict=True))
 
-POSITION_COLOURS = {"entity": PALETTE[2], "relation": PALETTE[4], "last": PALETTE[3], "context": PALETTE[7]}
+POSITION_COLOURS = {
+    "entity": PALETTE[2],
+    "relation": PALETTE[4],
+    "last": PALETTE[3],
+    "context": PALETTE[7],
+}
 
 MARKERS = {"entity": "o", "relation": "s", "last": "^", "context": "x"}
 
@@ -86,7 +91,10 @@ def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame) -> list[Pa
     The files carry no dates and no software tags, so that the same numbers give the same bytes.
     """
     paths = [folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "csv")]
-    metadata = {".pdf": {"CreationDate": None, "Producer": None, "Creator": None}, ".png": {"Software": None}}
+    metadata = {
+        ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        ".png": {"Software": None},
+    }
     for path in paths[:2]:
         with atomic_file(path) as temporary:
             figure.savefig(temporary, metadata=metadata[path.suffix])
@@ -132,7 +140,14 @@ def flow_heatmap(
     top = top or np.abs(grid.to_numpy()).max()
     labels = [repr(tokens[p])[1:-1] for p in grid.index]
     sns.heatmap(
-        grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, yticklabels=labels, cbar_kws={"label": "flow, nats"}
+        grid,
+        ax=ax,
+        cmap="vlag",
+        center=0,
+        vmin=-top,
+        vmax=top,
+        yticklabels=labels,
+        cbar_kws={"label": "flow, nats"},
     )
     ax.set(xlabel="layer", ylabel="", title=kind)
     _label_layers(ax, grid.columns)
@@ -144,8 +159,12 @@ def grouped_heatmap(table: pd.DataFrame, ax: Axes | None = None, title: str = ""
     grid = table.pivot(index="group", columns="layer", values="mean")
     grid = grid.reindex([group for group in GROUPS if group in grid.index])
     ax = _axes(ax, height=1.6)
-    top = np.abs(grid.drop(index="context", errors="ignore").to_numpy()).max()  # the context may go beyond
-    sns.heatmap(grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, cbar_kws={"label": "flow, nats"})
+    top = np.abs(
+        grid.drop(index="context", errors="ignore").to_numpy()
+    ).max()  # the context may go beyond
+    sns.heatmap(
+        grid, ax=ax, cmap="vlag", center=0, vmin=-top, vmax=top, cbar_kws={"label": "flow, nats"}
+    )
     ax.set(xlabel="layer", ylabel="", title=title)
     _label_layers(ax, grid.columns)
     return ax
@@ -157,7 +176,9 @@ def stage_bands(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for stage, part in table.groupby("stage"):
         colour = STAGE_COLOURS[stage]
         ax.plot(part["layer"], part["share"], color=colour, label=stage, marker=".", linewidth=1.2)
-        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0)
+        ax.fill_between(
+            part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0
+        )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="layer", ylabel="share of the stage's flow")
     ax.legend(title="stage", ncols=4)
@@ -169,12 +190,24 @@ def stage_spans(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, height=0.5 + 0.36 * len(table))
     for y, row in enumerate(table[::-1].to_dict("records")):
         colour = STAGE_COLOURS[row["stage"][0]]
-        ax.plot([row["begin"], row["end"]], [y, y], color=colour, linewidth=7, alpha=0.35, solid_capstyle="butt")
+        ax.plot(
+            [row["begin"], row["end"]],
+            [y, y],
+            color=colour,
+            linewidth=7,
+            alpha=0.35,
+            solid_capstyle="butt",
+        )
         for name, marker in (("begin", "|"), ("middle", "D"), ("end", "|")):
             ax.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=colour, linewidth=2)
             ax.plot(row[name], y, marker=marker, color=colour, markersize=6)
         ax.plot(row["peak"], y, marker="*", color="black", markersize=7)
-    ax.set(xlabel="layer", yticks=range(len(table)), yticklabels=table["stage"][::-1], ylim=(-0.6, len(table) - 0.4))
+    ax.set(
+        xlabel="layer",
+        yticks=range(len(table)),
+        yticklabels=table["stage"][::-1],
+        ylim=(-0.6, len(table) - 0.4),
+    )
     return ax
 
 
@@ -187,9 +220,25 @@ def knockout_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     x = np.arange(len(table))
     error = [table["drop"] - table["drop_low"], table["drop_high"] - table["drop"]]
     colours = [STAGE_COLOURS[stage[0]] for stage in table["stage"]]
-    ax.bar(x - 0.2, table["drop"], 0.38, yerr=error, color=colours, label="the stage's own layers", capsize=2)
+    ax.bar(
+        x - 0.2,
+        table["drop"],
+        0.38,
+        yerr=error,
+        color=colours,
+        label="the stage's own layers",
+        capsize=2,
+    )
     error = [table["random"] - table["random_min"], table["random_max"] - table["random"]]
-    ax.bar(x + 0.2, table["random"], 0.38, yerr=error, color="0.75", label="equally many other layers", capsize=2)
+    ax.bar(
+        x + 0.2,
+        table["random"],
+        0.38,
+        yerr=error,
+        color="0.75",
+        label="equally many other layers",
+        capsize=2,
+    )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xticks=x, xticklabels=table["stage"], ylabel="drop of log p(answer), nats")
     ax.legend()
@@ -201,8 +250,17 @@ def contest_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") 
     ax = _axes(ax)
     for position, part in table.groupby("position", sort=False):
         colour = POSITION_COLOURS[position]
-        ax.plot(part["layer"], part["mean"], color=colour, marker=MARKERS[position], markersize=3, label=position)
-        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0)
+        ax.plot(
+            part["layer"],
+            part["mean"],
+            color=colour,
+            marker=MARKERS[position],
+            markersize=3,
+            label=position,
+        )
+        ax.fill_between(
+            part["layer"], part["low"], part["high"], color=colour, alpha=0.25, linewidth=0
+        )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="state entering layer", ylabel="logit, correct − conflicting", title=title)
     ax.legend(title="read at")
@@ -225,7 +283,9 @@ def normaliser_plot(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """How far shares are amplified where the normaliser is small; table: as `stages.normaliser_bins`."""
     ax = _axes(ax, width=3.4, height=3.0)
     ax.plot(table["normaliser"], table["amplification"], color=PALETTE[0], marker="o", markersize=4)
-    ax.fill_between(table["normaliser"], table["low"], table["high"], color=PALETTE[0], alpha=0.25, linewidth=0)
+    ax.fill_between(
+        table["normaliser"], table["low"], table["high"], color=PALETTE[0], alpha=0.25, linewidth=0
+    )
     ax.set(xlim=(0, 1.02), yscale="log", xlabel="normaliser |w·x| / Σ|w·x_k|", ylabel="Σ |share|")
     return ax
 
@@ -236,13 +296,33 @@ def outcome_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, height=0.7 + 0.32 * len(labels))
     left = np.zeros(len(labels))
     for outcome, colour in OUTCOME_COLOURS.items():
-        part = table[table["outcome"] == outcome].set_index("label")["share"].reindex(labels).fillna(0).to_numpy()
-        ax.barh(np.arange(len(labels))[::-1], part, left=left, color=colour, label=outcome, height=0.75)
+        part = (
+            table[table["outcome"] == outcome]
+            .set_index("label")["share"]
+            .reindex(labels)
+            .fillna(0)
+            .to_numpy()
+        )
+        ax.barh(
+            np.arange(len(labels))[::-1], part, left=left, color=colour, label=outcome, height=0.75
+        )
         for y, (start, size) in enumerate(zip(left, part, strict=True)):
             if size >= 0.05:
-                ax.text(start + size / 2, len(labels) - 1 - y, f"{size:.0%}", ha="center", va="center", fontsize=7)
+                ax.text(
+                    start + size / 2,
+                    len(labels) - 1 - y,
+                    f"{size:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                )
         left = left + part
-    ax.set(yticks=np.arange(len(labels))[::-1], yticklabels=labels, xlim=(0, 1), xlabel="share of prompts")
+    ax.set(
+        yticks=np.arange(len(labels))[::-1],
+        yticklabels=labels,
+        xlim=(0, 1),
+        xlabel="share of prompts",
+    )
     ax.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return ax
 
@@ -252,11 +332,20 @@ def right_and_wrong(table: pd.DataFrame, ax: Axes | None = None, title: str = ""
     ax = _axes(ax)
     for case, colour in (("right", PALETTE[2]), ("wrong", PALETTE[3])):
         part = table[table["case"] == case]
-        ax.plot(part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=case, linewidth=1.4)
-        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
+        ax.plot(
+            part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=case, linewidth=1.4
+        )
+        ax.fill_between(
+            part["layer"], part["low"], part["high"], color=colour, alpha=0.2, linewidth=0
+        )
     differ = table[(table["case"] == "right") & (table["p"] < 0.05)]["layer"]
     ax.plot(
-        differ, np.full(len(differ), 0.03), "k.", markersize=4, label="p < 0.05", transform=ax.get_xaxis_transform()
+        differ,
+        np.full(len(differ), 0.03),
+        "k.",
+        markersize=4,
+        label="p < 0.05",
+        transform=ax.get_xaxis_transform(),
     )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="state entering layer", title=title)
@@ -284,9 +373,16 @@ def flow_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") -> 
     for (entity, case), part in table.groupby(["entity", "case"]):
         colour = OUTCOME_COLOURS[entity]
         ax.plot(
-            part["layer"], part["mean"], CASE_STYLES[case], color=colour, label=f"into {entity}, {case}", linewidth=1.2
+            part["layer"],
+            part["mean"],
+            CASE_STYLES[case],
+            color=colour,
+            label=f"into {entity}, {case}",
+            linewidth=1.2,
         )
-        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)
+        ax.fill_between(
+            part["layer"], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0
+        )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="layer", title=title)
     return ax
@@ -296,19 +392,36 @@ def window_bars(table: pd.DataFrame, ax: Axes | None = None, title: str = "") ->
     """Change of a log-probability by window of hidden layers; table: window, hidden, mean, low, high."""
     ax = _axes(ax)
     windows = sorted(table["window"].unique())
-    for offset, (hidden, colour) in zip((-0.2, 0.2), (("r1", PALETTE[4]), ("examples", "0.75")), strict=True):
+    for offset, (hidden, colour) in zip(
+        (-0.2, 0.2), (("r1", PALETTE[4]), ("examples", "0.75")), strict=True
+    ):
         part = table[table["hidden"] == hidden].sort_values("window")
         error = [part["mean"] - part["low"], part["high"] - part["mean"]]
-        ax.bar(np.arange(len(windows)) + offset, part["mean"], 0.38, yerr=error, color=colour, label=hidden, capsize=2)
+        ax.bar(
+            np.arange(len(windows)) + offset,
+            part["mean"],
+            0.38,
+            yerr=error,
+            color=colour,
+            label=hidden,
+            capsize=2,
+        )
     ax.axhline(0, color="0.4", linewidth=0.6)
-    ax.set(xticks=range(len(windows)), xticklabels=[f"{w}–" for w in windows], xlabel="hidden in layers", title=title)
+    ax.set(
+        xticks=range(len(windows)),
+        xticklabels=[f"{w}–" for w in windows],
+        xlabel="hidden in layers",
+        title=title,
+    )
     return ax
 
 
 def pair_heatmap(grid: pd.DataFrame, top: float, ax: Axes | None = None, title: str = "") -> Axes:
     """Share of wrong cases mended by (target, source) pair; grid: targets × sources, NaN where undefined."""
     ax = _axes(ax, width=3.4, height=3.0)
-    sns.heatmap(grid, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"label": "wrong cases mended"})
+    sns.heatmap(
+        grid, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"label": "wrong cases mended"}
+    )
     for labels, set_ticks in ((grid.columns, ax.set_xticks), (grid.index, ax.set_yticks)):
         shown = [place for place, layer in enumerate(labels) if layer % 5 == 0]
         set_ticks([place + 0.5 for place in shown], [str(labels[place]) for place in shown])
@@ -328,14 +441,34 @@ def idea_sketch(tokens: list[str], layers: int, source: int, ax: Axes | None = N
                 again = shift and layer > source
                 colour = PALETTE[3] if again else PALETTE[0] if not shift else "0.85"
                 ax.plot(shift + position, layer, "o", markersize=5, color=colour)
-            ax.text(shift + position, -0.7, tokens[position], ha="right", va="top", rotation=35, fontsize=8)
+            ax.text(
+                shift + position,
+                -0.7,
+                tokens[position],
+                ha="right",
+                va="top",
+                rotation=35,
+                fontsize=8,
+            )
         ax.text(shift + (count - 1) / 2, layers + 0.6, title, ha="center", fontsize=9)
     target = (count + 1.5 + count - 1, source)
     for position in range(count):
         for layer in range(source, layers + 1):
-            ax.plot([position, target[0]], [layer, target[1]], color="0.6", linewidth=0.3, alpha=0.6, zorder=0)
+            ax.plot(
+                [position, target[0]],
+                [layer, target[1]],
+                color="0.6",
+                linewidth=0.3,
+                alpha=0.6,
+                zorder=0,
+            )
     ax.plot(*target, "o", markersize=10, markerfacecolor="none", markeredgecolor="black")
-    ax.set(ylim=(-0.5, layers + 1.2), ylabel="layer", yticks=[0, source, layers], yticklabels=["0", "s", "L"])
+    ax.set(
+        ylim=(-0.5, layers + 1.2),
+        ylabel="layer",
+        yticks=[0, source, layers],
+        yticklabels=["0", "s", "L"],
+    )
     ax.set_xticks([])
     ax.spines["bottom"].set_visible(False)
     return ax
@@ -349,7 +482,15 @@ def learning_lines(table: pd.DataFrame, ax: Axes | None = None, scale: float = 1
     ax = _axes(ax)
     for arm, part in table.groupby("arm", sort=False):
         x, colour = part["step"] / scale, ARM_COLOURS[arm]
-        ax.plot(x, part["validation"], color=colour, marker=ARM_MARKERS[arm], markersize=4, linewidth=1.2, label=arm)
+        ax.plot(
+            x,
+            part["validation"],
+            color=colour,
+            marker=ARM_MARKERS[arm],
+            markersize=4,
+            linewidth=1.2,
+            label=arm,
+        )
         ax.fill_between(x, part["low"], part["high"], color=colour, alpha=0.2, linewidth=0)
     ax.set(ylabel="accuracy, validation", ylim=(-0.02, 1.02))
     ax.legend(fontsize=8)
@@ -370,7 +511,10 @@ def arm_points(table: pd.DataFrame, ax: Axes | None = None, x: str | None = None
             at = part["dataset"].map(names.index) + (place - (len(arms) - 1) / 2) * 0.8 / len(arms)
         else:
             at = part[x]
-        error = [(part["accuracy"] - part["low"]).clip(lower=0), (part["high"] - part["accuracy"]).clip(lower=0)]
+        error = [
+            (part["accuracy"] - part["low"]).clip(lower=0),
+            (part["high"] - part["accuracy"]).clip(lower=0),
+        ]
         ax.errorbar(
             at, part["accuracy"], yerr=error, fmt=ARM_MARKERS[arm], color=ARM_COLOURS[arm], label=arm, capsize=2,
             markersize=4.5, linewidth=1,
@@ -391,16 +535,25 @@ def difference_points(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     y = np.arange(len(table))[::-1]
     for at, row in zip(y, table.to_dict("records"), strict=True):
         colour = ARM_COLOURS[row["other"]]
-        ax.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=2, solid_capstyle="butt")
+        ax.plot(
+            [row["low"], row["high"]], [at, at], color=colour, linewidth=2, solid_capstyle="butt"
+        )
         ax.plot(row["difference"], at, marker=ARM_MARKERS[row["other"]], color=colour, markersize=5)
     ax.axvline(0, color="0.4", linewidth=0.6)
-    ax.set(yticks=y, yticklabels=[f"{r['dataset']}: {r['other']}" for r in table.to_dict("records")])
+    ax.set(
+        yticks=y, yticklabels=[f"{r['dataset']}: {r['other']}" for r in table.to_dict("records")]
+    )
     ax.set_xlabel("accuracy of back attention less the other arm's")
     return ax
 
 
 def setting_lines(
-    table: pd.DataFrame, x: str, y: str, by: str, ax: Axes | None = None, chosen: dict[str, int] | None = None
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    ax: Axes | None = None,
+    chosen: dict[str, int] | None = None,
 ) -> Axes:
     """A line per arm along one setting (source layer, d′), with the band of its interval.
 
@@ -409,7 +562,15 @@ def setting_lines(
     ax = _axes(ax)
     for arm, part in table.groupby(by, sort=False):
         part, colour = part.sort_values(x), ARM_COLOURS[arm]
-        ax.plot(part[x], part[y], color=colour, marker=ARM_MARKERS[arm], markersize=3.5, linewidth=1.2, label=arm)
+        ax.plot(
+            part[x],
+            part[y],
+            color=colour,
+            marker=ARM_MARKERS[arm],
+            markersize=3.5,
+            linewidth=1.2,
+            label=arm,
+        )
         ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.15, linewidth=0)
         if chosen:
             at = part[part[x] == chosen[arm]]
@@ -423,17 +584,27 @@ def level_lines(table: pd.DataFrame, ax: Axes) -> None:
     """A dotted line with its name at the accuracy of each untrained arm; table: arm, accuracy."""
     for arm, level in table[["arm", "accuracy"]].to_numpy():
         ax.axhline(level, color=ARM_COLOURS[arm], linewidth=0.9, linestyle=":")
-        ax.annotate(arm, (0.5, level), xycoords=("axes fraction", "data"), fontsize=7, ha="center", va="top")
+        ax.annotate(
+            arm, (0.5, level), xycoords=("axes fraction", "data"), fontsize=7, ha="center", va="top"
+        )
 
 
 def cell_heatmap(
-    weights: np.ndarray, layers: Sequence[int], columns: Sequence[str], top: float, ax: Axes | None = None
+    weights: np.ndarray,
+    layers: Sequence[int],
+    columns: Sequence[str],
+    top: float,
+    ax: Axes | None = None,
 ) -> Axes:
     """Weights over memory layers and positions (or places) [M, columns], low layers at the bottom."""
     ax = _axes(ax, width=3.4, height=3.0)
-    sns.heatmap(weights, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"extend": "max", "label": "weight"})
+    sns.heatmap(
+        weights, ax=ax, cmap="mako", vmin=0, vmax=top, cbar_kws={"extend": "max", "label": "weight"}
+    )
     shown = [place for place, layer in enumerate(layers) if layer % 5 == 0]
-    ax.set_yticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0)
+    ax.set_yticks(
+        [place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0
+    )
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right")
     ax.invert_yaxis()
     ax.set(ylabel="memory layer")
@@ -452,7 +623,13 @@ def cost_lines(table: pd.DataFrame, value: str, ax: Axes | None = None, title: s
         ):
             label = f"{way}, {context} tokens"
             ax.plot(
-                own["source_layer"], own[value], dashes, color=PALETTE[3 - 3 * k], marker="o", markersize=3, label=label
+                own["source_layer"],
+                own[value],
+                dashes,
+                color=PALETTE[3 - 3 * k],
+                marker="o",
+                markersize=3,
+                label=label,
             )
     bound = table.groupby("source_layer")["bound"].max()
     ax.plot(bound.index, bound, color="0.4", linewidth=0.8, label="1 + (L − s) / L")
@@ -467,8 +644,13 @@ def verdict_grid(table: pd.DataFrame, verdicts: Sequence[str], ax: Axes | None =
     for y, row in zip(range(len(table) - 1, -1, -1), table.itertuples(), strict=True):
         ax.axhline(y, color="0.92", linewidth=0.6, zorder=0)
         ax.plot(verdicts.index(row.verdict), y, "o", color=colours[row.verdict], markersize=8)
-    names = [f"{row.id}  {row.claim if len(row.claim) < 74 else row.claim[:72] + ' …'}" for row in table.itertuples()]
-    ax.set(yticks=range(len(table) - 1, -1, -1), yticklabels=names, xlim=(-0.5, len(verdicts) - 0.5))
+    names = [
+        f"{row.id}  {row.claim if len(row.claim) < 74 else row.claim[:72] + ' …'}"
+        for row in table.itertuples()
+    ]
+    ax.set(
+        yticks=range(len(table) - 1, -1, -1), yticklabels=names, xlim=(-0.5, len(verdicts) - 0.5)
+    )
     ax.set_xticks(range(len(verdicts)), verdicts, rotation=35, ha="left")
     ax.xaxis.tick_top()
     ax.tick_params(axis="both", length=0, labelsize=7.5)
@@ -479,13 +661,25 @@ def verdict_grid(table: pd.DataFrame, verdicts: Sequence[str], ax: Axes | None =
 def transition_map(share: pd.DataFrame, labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Whom answers name before (rows) and after (columns), shaded by the share of the row; labels: what cells say."""
     ax = _axes(ax, width=4.2, height=3.0)
-    sns.heatmap(share, ax=ax, annot=labels, fmt="", cmap="Blues", vmin=0, vmax=1, cbar=False, annot_kws={"fontsize": 8})
+    sns.heatmap(
+        share,
+        ax=ax,
+        annot=labels,
+        fmt="",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        cbar=False,
+        annot_kws={"fontsize": 8},
+    )
     ax.tick_params(axis="both", length=0, rotation=0)
     ax.set(xlabel="with back attention", ylabel="without")
     return ax
 
 
-def interval_rows(table: pd.DataFrame, label: str, value: str, low: str, high: str, ax: Axes | None = None) -> Axes:
+def interval_rows(
+    table: pd.DataFrame, label: str, value: str, low: str, high: str, ax: Axes | None = None
+) -> Axes:
     """One value with its interval per row, the first on top, against zero."""
     ax = _axes(ax, height=0.6 + 0.2 * len(table))
     y = np.arange(len(table))[::-1]
@@ -504,9 +698,21 @@ def adapter_lines(table: pd.DataFrame, ax: Axes | None = None, title: str = "") 
     ax = _axes(ax)
     for (entity, adapter), part in table.groupby(["entity", "adapter"], sort=False):
         own, _, shuffled = entity.partition(" ")
-        colour, dashes = "0.5" if shuffled else OUTCOME_COLOURS[own], "-" if adapter == "on" else "--"
-        ax.plot(part["layer"], part["share"], dashes, color=colour, linewidth=1.2, label=f"{entity}, {adapter}")
-        ax.fill_between(part["layer"], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0)
+        colour, dashes = (
+            "0.5" if shuffled else OUTCOME_COLOURS[own],
+            "-" if adapter == "on" else "--",
+        )
+        ax.plot(
+            part["layer"],
+            part["share"],
+            dashes,
+            color=colour,
+            linewidth=1.2,
+            label=f"{entity}, {adapter}",
+        )
+        ax.fill_between(
+            part["layer"], part["low"], part["high"], color=colour, alpha=0.12, linewidth=0
+        )
     ax.set(xlabel="state entering layer", title=title, ylim=(-0.02, 1.02))
     ax.legend(fontsize=8)
     return ax
@@ -516,7 +722,14 @@ def block_points(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """What each block of cells weighs and what hiding it costs; table: query, place, weight, fall (means)."""
     ax = _axes(ax, width=3.8, height=3.0)
     for k, (query, part) in enumerate(table.groupby("query", sort=False)):
-        ax.plot(part["weight"], part["fall"], "os^vDP"[k % 6], color=PALETTE[k], markersize=5, label=f"from {query}")
+        ax.plot(
+            part["weight"],
+            part["fall"],
+            "os^vDP"[k % 6],
+            color=PALETTE[k],
+            markersize=5,
+            label=f"from {query}",
+        )
     ax.axhline(0, color="0.4", linewidth=0.6)
     ax.set(xlabel="share of what the query reads", ylabel="fall of log p(e3) when hidden, nats")
     ax.legend(fontsize=7)

@@ -12,9 +12,11 @@ from scipy import stats
 RESAMPLES = 2000
 
 
-def drawn(things: int, resamples: int, seed: int) -> np.ndarray:
+def multinomial_counts(things: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of some things is drawn in samples of as many, with replacement: [resamples, things]."""
-    return np.random.default_rng(seed).multinomial(things, np.full(things, 1 / things), size=resamples)
+    return np.random.default_rng(seed).multinomial(
+        things, np.full(things, 1 / things), size=resamples
+    )
 
 
 def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -24,7 +26,7 @@ def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> 
     all its prompts.
     """
     labels, member = np.unique(np.asarray(clusters), return_inverse=True)
-    weights = drawn(len(labels), resamples, seed)[:, member].astype(float)
+    weights = multinomial_counts(len(labels), resamples, seed)[:, member].astype(float)
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -36,8 +38,10 @@ def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
     """
     parts = [str(group).split("|") for group in groups]
     names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
-    counts = drawn(len(names), RESAMPLES, seed)  # [RESAMPLES, names]
-    weights = np.stack([counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1).astype(float)
+    counts = multinomial_counts(len(names), RESAMPLES, seed)  # [RESAMPLES, names]
+    weights = np.stack(
+        [counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1
+    ).astype(float)
     total = weights.sum(1, keepdims=True)
     return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
 
@@ -55,14 +59,18 @@ def two_sided(draws: np.ndarray) -> float:
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 
 
-def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_interval(
+    values: np.ndarray, clusters: Sequence
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over the first axis (prompts) and its 95 % interval: (mean, low, high). clusters: see `bootstrap`."""
     values = np.asarray(values, dtype=float)
-    low, high = np.percentile(np.tensordot(bootstrap(clusters), values, axes=1), [2.5, 97.5], axis=0)
+    low, high = np.percentile(
+        np.tensordot(bootstrap(clusters), values, axes=1), [2.5, 97.5], axis=0
+    )
     return values.mean(0), low, high
 
 
-def mean_row(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
+def mean_summary(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
     """`mean_interval` of one value per prompt as columns of a table: mean, low, high, n."""
     mean, low, high = mean_interval(values, clusters)
     return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}

@@ -14,7 +14,9 @@ def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     rounded = frame.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
     writers = {
         "csv": lambda path: rounded.to_csv(path, index=False, lineterminator="\n"),
-        "md": lambda path: path.write_text(rounded.to_markdown(index=False) + "\n", encoding="utf-8"),
+        "md": lambda path: path.write_text(
+            rounded.to_markdown(index=False) + "\n", encoding="utf-8"
+        ),
         "tex": lambda path: path.write_text(_latex(rounded), encoding="utf-8"),
     }
     paths = []
@@ -57,7 +59,9 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
             continue
         expected, found = pd.read_csv(path), pd.read_csv(folder / name)
         if list(expected.columns) != list(found.columns) or len(expected) != len(found):
-            problems.append(f"{name}: has {found.shape} rows and columns, the committed file {expected.shape}")
+            problems.append(
+                f"{name}: has {found.shape} rows and columns, the committed file {expected.shape}"
+            )
             continue
         for column in [name for name in expected if not name.startswith("timed")]:
             problem = _column_problem(expected[column], found[column], relative)
@@ -72,7 +76,10 @@ def _is_number(column: pd.Series) -> bool:
 
 def _column_problem(expected: pd.Series, found: pd.Series, relative: float) -> str | None:
     if not (_is_number(expected) and _is_number(found)):
-        expected, found = (column.astype(object).where(column.notna(), "").astype(str) for column in (expected, found))
+        expected, found = (
+            column.astype(object).where(column.notna(), "").astype(str)
+            for column in (expected, found)
+        )
         differs = expected != found
         message = "{} in row {}, the committed file says {}"
     else:
@@ -107,14 +114,24 @@ def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
         reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
         own = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
         lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
-        lines.append(f"Claims: {', '.join(dict.fromkeys(own)) or 'none'}. Reads: {reads[1] if reads else 'nothing'}.\n")
+        lines.append(
+            f"Claims: {', '.join(dict.fromkeys(own)) or 'none'}. Reads: {reads[1] if reads else 'nothing'}.\n"
+        )
         for place, cell in enumerate(cells):
-            for name in re.findall(r'run\.figure\([^"]*"(\w+)"', cell.source) if cell.cell_type == "code" else ():
-                told = next((c.source for c in cells[place:] if c.source.startswith("**Finding.**")), "–.")
+            for name in (
+                re.findall(r'run\.figure\([^"]*"(\w+)"', cell.source)
+                if cell.cell_type == "code"
+                else ()
+            ):
+                told = next(
+                    (c.source for c in cells[place:] if c.source.startswith("**Finding.**")), "–."
+                )
                 told = " ".join(told.removeprefix("**Finding.** ").split())
                 sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", told)[1]
                 whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
-                files = ", ".join(f"[{suffix}]({name}.{suffix})" for suffix in ("png", "pdf", "csv"))
+                files = ", ".join(
+                    f"[{suffix}]({name}.{suffix})" for suffix in ("png", "pdf", "csv")
+                )
                 lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
         lines.append("")
     return "\n".join(lines)

@@ -22,7 +22,9 @@ class Claim:
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
-            raise ValueError(f"Unknown verdict {self.verdict!r}; choose one of {', '.join(VERDICTS)}.")
+            raise ValueError(
+                f"Unknown verdict {self.verdict!r}; choose one of {', '.join(VERDICTS)}."
+            )
 
 
 def ledger(claims: list[Claim]) -> pd.DataFrame:
@@ -59,11 +61,15 @@ def _gains(table: pd.DataFrame, controls: list[str]) -> tuple[list[bool], list[b
     untrained = table[(table["other"] == "zero-shot") & (table["dataset"] != "all")]
     over = "all" if "all" in set(table["dataset"]) else untrained["dataset"].iloc[0]
     trained = table[(table["dataset"] == over) & table["other"].isin(["few-shot", *controls])]
-    partial = table[table["other"].isin(set(controls) - set(trained["other"]))].groupby("other").tail(1)
+    partial = (
+        table[table["other"].isin(set(controls) - set(trained["other"]))].groupby("other").tail(1)
+    )
     passed = [*(untrained["low"] > 0), *(trained["low"] > 0)]
     against = [*(untrained["high"] < 0), *(trained["high"] < 0)]
     gains = ", ".join(f"{row['dataset']} {_points(row)}" for _, row in untrained.iterrows())
     ahead = ", ".join(f"{row['other']} {_points(row)}" for _, row in trained.iterrows())
-    told = "".join(f"; on {row['dataset']} less {row['other']} {_points(row)}" for _, row in partial.iterrows())
+    told = "".join(
+        f"; on {row['dataset']} less {row['other']} {_points(row)}" for _, row in partial.iterrows()
+    )
     words = f"less zero-shot, points: {gains}; over all datasets less {ahead}{told}"
     return list(map(bool, passed)), list(map(bool, against)), words

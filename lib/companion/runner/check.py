@@ -28,9 +28,15 @@ def _manifest() -> dict:
 
 def _side_by_side() -> list[str]:
     """Options of pytest that check two files at a time, where there are cores and memory for two notebooks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     room = cores >= 2 and psutil.virtual_memory().available > 6 * 2**30
-    print("two files at a time" if room else "one file at a time: fewer than two cores, or less than 6 GiB free")
+    print(
+        "two files at a time"
+        if room
+        else "one file at a time: fewer than two cores, or less than 6 GiB free"
+    )
     return ["-n", "2", "--dist", "loadfile"] if room else []
 
 
@@ -48,8 +54,16 @@ def _check() -> int:
         environment.pop(name, None)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
     took = _manifest().get("runs", {}).get("paper", {})
-    longest = sorted(notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0))  # first, to end together
-    nbval = [*pytest, "--no-loadscope-reorder", "--nbval-lax", "--nbval-cell-timeout=1200", *map(str, longest)]
+    longest = sorted(
+        notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0)
+    )  # first, to end together
+    nbval = [
+        *pytest,
+        "--no-loadscope-reorder",
+        "--nbval-lax",
+        "--nbval-cell-timeout=1200",
+        *map(str, longest),
+    ]
     steps: list[tuple[str, list[str]]] = [
         ("lint", [sys.executable, "-m", "ruff", "check", "."]),
         ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),

@@ -26,7 +26,12 @@ from companion.runner.execute import execute
 # Sizes only: one code path for all profiles. What is not named here keeps the notebook's own value.
 PROFILES: dict[str, dict[str, dict]] = {
     "smoke": {
-        "01_stage_discovery": {"asked_per_relation": 16, "kept_per_relation": 6, "tested": 8, "knockout_draws": 2},
+        "01_stage_discovery": {
+            "asked_per_relation": 16,
+            "kept_per_relation": 6,
+            "tested": 8,
+            "knockout_draws": 2,
+        },
         "02_failure_analysis": {
             "asked_per_pair": 20,
             "read_prompts": 40,
@@ -69,13 +74,18 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
     names = [path.stem for path in found]
 
     def matching(word: str) -> list[str]:
-        fits = [name for name in names if name.startswith(word.zfill(2) if word.isdigit() else word)]
+        fits = [
+            name for name in names if name.startswith(word.zfill(2) if word.isdigit() else word)
+        ]
         if not fits:
             raise SystemExit(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
         return fits
 
     wanted = {name for word in only.split(",") for name in matching(word)} if only else set(names)
-    first, last = matching(start)[0] if start else names[0], matching(stop)[-1] if stop else names[-1]
+    first, last = (
+        matching(start)[0] if start else names[0],
+        matching(stop)[-1] if stop else names[-1],
+    )
     chosen = [path for path in found if path.stem in wanted and first <= path.stem <= last]
     if not chosen:
         raise SystemExit(f"No notebook fits. There are: {', '.join(names)}.")
@@ -91,7 +101,12 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
             digest.update(repr(part).encode())
 
     cells = nbformat.read(path, as_version=4).cells
-    add([(cell.cell_type, cell.source) for cell in cells], profile, sorted(parameters.items()), os.environ.get(DTYPE))
+    add(
+        [(cell.cell_type, cell.source) for cell in cells],
+        profile,
+        sorted(parameters.items()),
+        os.environ.get(DTYPE),
+    )
     inputs = [*sorted((paths.ROOT / "lib").rglob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
     if profile != "full":  # which makes these results itself
         inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
@@ -122,17 +137,23 @@ def _run(arguments: argparse.Namespace) -> int:
         key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
         stamp = _read_stamp(stamp_path)
         label = f"[{number}/{len(chosen)}] {path.stem}"
-        if not arguments.force and stamp.get("key") == key and all((folder / f).exists() for f in stamp["written"]):
+        if (
+            not arguments.force
+            and stamp.get("key") == key
+            and all((folder / f).exists() for f in stamp["written"])
+        ):
             print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
             if arguments.update:
                 _update(path, folder / "notebooks" / path.name, folder, profile, stamp)
             continue
-        estimate = stamp.get("seconds") or _manifest().get("runs", {}).get(profile, {}).get(path.stem, {}).get(
-            "seconds"
-        )
+        estimate = stamp.get("seconds") or _manifest().get("runs", {}).get(profile, {}).get(
+            path.stem, {}
+        ).get("seconds")
         print(f"{label}  {f'est {estimate:.0f} s' if estimate else 'no estimate yet'}", flush=True)
         target = folder / "notebooks" / path.name
-        outcome = execute(path, target, profile, parameters, say=lambda line: print(line, flush=True))
+        outcome = execute(
+            path, target, profile, parameters, say=lambda line: print(line, flush=True)
+        )
         if outcome.error:
             failed.append(path.stem)
             print(f"\n{outcome.error}\n", flush=True)
@@ -159,7 +180,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _estimate(arguments: argparse.Namespace) -> None:
     """Say what notebook 03's training takes on another model, from a process that leaves no memory taken."""
-    command = [sys.executable, "-m", "companion.runs.launch", "--estimate", "--model", arguments.model]
+    command = [
+        sys.executable,
+        "-m",
+        "companion.runs.launch",
+        "--estimate",
+        "--model",
+        arguments.model,
+    ]
     command += ["--dtype", os.environ.get(DTYPE, "float32"), "--device", arguments.device or "cpu"]
     print("Notebook 03's training runs:", flush=True)
     if subprocess.run(command, cwd=paths.ROOT).returncode:
@@ -184,7 +212,9 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     for name in stamp["written"]:
         if name.startswith(replaces[0]):
             goal = replaces[1] / Path(name).relative_to(replaces[0])
-            if goal.suffix == ".jsonl":  # runs of several notebooks, a file each, join those that are there
+            if (
+                goal.suffix == ".jsonl"
+            ):  # runs of several notebooks, a file each, join those that are there
                 goal = paths.DATA / goal.name
                 _join_lines(folder / name, goal)
             else:
@@ -204,9 +234,14 @@ def _update(path: Path, target: Path, folder: Path, profile: str, stamp: dict) -
     for name in made:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         took["training_seconds"] = round(sum(json.loads(line).get("seconds", 0) for line in lines))
-    manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {**took, "hardware": hardware()}
+    manifest.setdefault("runs", {}).setdefault(profile, {})[path.stem] = {
+        **took,
+        "hardware": hardware(),
+    }
     with atomic_file(paths.DATA / "MANIFEST.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     if profile == "paper":
         with atomic_file(paths.FIGURES / "README.md") as temporary:
             temporary.write_text(figure_index(), encoding="utf-8")
@@ -220,7 +255,11 @@ def figure_index() -> str:
 def _join_lines(new: Path, goal: Path) -> None:
     """Put the lines of one file of keyed results into another, in place of those with the same keys."""
     files = [path for path in (goal, new) if path.exists()]
-    lines = {json.loads(line)["key"]: line for path in files for line in path.read_text("utf-8").splitlines()}
+    lines = {
+        json.loads(line)["key"]: line
+        for path in files
+        for line in path.read_text("utf-8").splitlines()
+    }
     with atomic_file(goal) as temporary:
         temporary.write_text("".join(f"{lines[key]}\n" for key in sorted(lines)), encoding="utf-8")
 
@@ -238,12 +277,20 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="run_all.sh", description="Run every notebook: figures, tables and verdicts again."
     )
-    p.add_argument("--check", action="store_true", help="run all tests and compare the committed results")
-    p.add_argument("--profile", choices=PROFILES, default="paper", help="sizes: smoke, paper (default) or full")
+    p.add_argument(
+        "--check", action="store_true", help="run all tests and compare the committed results"
+    )
+    p.add_argument(
+        "--profile", choices=PROFILES, default="paper", help="sizes: smoke, paper (default) or full"
+    )
     p.add_argument("--only", metavar="01,03", help="only these notebooks")
     p.add_argument("--from", dest="start", metavar="NN", help="from this notebook on")
     p.add_argument("--to", dest="stop", metavar="NN", help="up to this notebook")
-    p.add_argument("--html", action="store_true", help="the committed notebooks as a static site, in build/html")
+    p.add_argument(
+        "--html",
+        action="store_true",
+        help="the committed notebooks as a static site, in build/html",
+    )
     p.add_argument("--list", action="store_true", help="list the notebooks and what each takes")
     p.add_argument("--force", action="store_true", help="run again what is done already")
     p.add_argument("--keep-going", action="store_true", help="go on after a failed notebook")
@@ -252,9 +299,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace what is committed: notebooks, figures and tables; with --profile full the results in data/",
     )
-    p.add_argument("--model", metavar="NAME", help="another model: a name of load_model, a Hugging Face id or a folder")
+    p.add_argument(
+        "--model",
+        metavar="NAME",
+        help="another model: a name of load_model, a Hugging Face id or a folder",
+    )
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
-    p.add_argument("--dtype", choices=DTYPES, help="of the models (training is in bfloat16); float32 is the default")
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the models (training is in bfloat16); float32 is the default",
+    )
     p.add_argument(
         "--cluster",
         metavar="ADDRESS",
@@ -285,8 +340,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped. Finished notebooks are kept; run the same command again to go on.")
         return 130
-    except OSError as error:  # a full disk, a folder that cannot be written: its message says what to do
-        print(f"\n{error}\nFinished notebooks are kept; run the same command again to go on.", file=sys.stderr)
+    except (
+        OSError
+    ) as error:  # a full disk, a folder that cannot be written: its message says what to do
+        print(
+            f"\n{error}\nFinished notebooks are kept; run the same command again to go on.",
+            file=sys.stderr,
+        )
         return 1
     except Exception:
         traceback.print_exc()

@@ -64,11 +64,18 @@ class Watch:
 
 def _last_progress(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
+        return (
+            path.read_text(encoding="utf-8", errors="replace")
+            .replace("\r", "\n")
+            .strip()
+            .rpartition("\n")[2]
+        )
     return ""
 
 
-def execute(path: Path, target: Path, profile: str, parameters: dict, say: Callable[[str], None] = print) -> Outcome:
+def execute(
+    path: Path, target: Path, profile: str, parameters: dict, say: Callable[[str], None] = print
+) -> Outcome:
     """Run a notebook from its clean source into `target`, which appears only when all cells succeeded.
 
     A failed run leaves its partial notebook as `<name>.partial.ipynb` beside it. The report names the failing cell,
@@ -82,7 +89,9 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     if parameters:
-        notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
+        notebook = parameterize_notebook(
+            notebook, parameters, kernel_name="python3", language="python"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial.ipynb")
     bar = target.with_suffix(".progress")
@@ -116,9 +125,13 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
         with watch.running():
             client.execute(env=environment)
     except DeadKernelError:
-        error = _report(path, notebook, position["cell"], partial, profile, _dead_kernel(watch.peak))
+        error = _report(
+            path, notebook, position["cell"], partial, profile, _dead_kernel(watch.peak)
+        )
     except CellExecutionError as failure:
-        error = _report(path, notebook, position["cell"], partial, profile, _short(str(failure.traceback)))
+        error = _report(
+            path, notebook, position["cell"], partial, profile, _short(str(failure.traceback))
+        )
     finally:
         bar.unlink(missing_ok=True)
     if error:
@@ -129,12 +142,23 @@ def execute(path: Path, target: Path, profile: str, parameters: dict, say: Calla
             nbformat.write(notebook, temporary)
         partial.unlink(missing_ok=True)
     after = _files(folder)
-    written = sorted(str(p.relative_to(folder)) for p, stamp in after.items() if before.get(p) != stamp)
-    return Outcome(time.monotonic() - begin, watch.peak // 2**20, [w for w in written if ".partial" not in w], error)
+    written = sorted(
+        str(p.relative_to(folder)) for p, stamp in after.items() if before.get(p) != stamp
+    )
+    return Outcome(
+        time.monotonic() - begin,
+        watch.peak // 2**20,
+        [w for w in written if ".partial" not in w],
+        error,
+    )
 
 
 def _files(folder: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.parent.name != "stamps"}
+    return {
+        p: p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if p.is_file() and p.parent.name != "stamps"
+    }
 
 
 def _headings(notebook) -> dict[int, str]:
@@ -142,7 +166,9 @@ def _headings(notebook) -> dict[int, str]:
     found, waiting = {}, None
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            titles = [line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")]
+            titles = [
+                line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")
+            ]
             waiting = titles[-1] if titles else waiting
         elif waiting:
             found[index], waiting = waiting, None

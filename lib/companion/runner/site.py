@@ -47,7 +47,9 @@ def build(folder: Path, notebooks: list[Path]) -> Path:
     ModuleNotFoundError where Jupyter Book is missing.
     """
     if importlib.util.find_spec("jupyter_book") is None:
-        raise ModuleNotFoundError("The site is made by jupyter-book: install it in the version environment.yml names.")
+        raise ModuleNotFoundError(
+            "The site is made by jupyter-book: install it in the version environment.yml names."
+        )
     with atomic_folder(folder) as staging:
         _build(staging, notebooks)
     return folder / "index.html"
@@ -85,7 +87,9 @@ def _build(folder: Path, notebooks: list[Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     html = folder / "_build" / "html"
     if done.returncode or not (html / "index.html").exists():
-        said = re.findall(r"^.*(?:WARNING|ERROR|Error).*$", done.stderr, re.MULTILINE) or [done.stderr[-2000:]]
+        said = re.findall(r"^.*(?:WARNING|ERROR|Error).*$", done.stderr, re.MULTILINE) or [
+            done.stderr[-2000:]
+        ]
         raise RuntimeError("The site could not be built:\n" + "\n".join(said))
     shutil.rmtree(source)
     for path in html.iterdir():
@@ -108,7 +112,11 @@ def ledger_page() -> str:
     ledger = pd.read_csv(paths.FIGURES / "tables" / "claims.csv")
     parts = ["# What held, in full\n"]
     for row in ledger.itertuples():
-        names = [f"[{name}](notebooks/{name}.ipynb)" for name in row.notebook.split(", ") if name != "none"]
+        names = [
+            f"[{name}](notebooks/{name}.ipynb)"
+            for name in row.notebook.split(", ")
+            if name != "none"
+        ]
         parts.append(
             f"## {row.id}: {row.claim}\n\n**{row.verdict}** ({row.kind})\n\n- *paper*: {row.paper}\n"
             f"- *here*: {row.ours}\n- *notebook*: {', '.join(names) or 'none'}\n"

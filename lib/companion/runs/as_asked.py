@@ -26,7 +26,9 @@ def _drawn(run: Run, frame: pd.DataFrame, split: str) -> pd.DataFrame:
 
 def test_groups(run: Run, result: dict) -> np.ndarray:
     """The name or names of each test question of a finished run: [n]."""
-    return np.array(result["groups"]) if "groups" in result else asked(run, "test")["group"].to_numpy()
+    return (
+        np.array(result["groups"]) if "groups" in result else asked(run, "test")["group"].to_numpy()
+    )
 
 
 @functools.cache
@@ -44,7 +46,8 @@ def questions(run: Run, tokenizer, split: str) -> Items:
     if run.arm == "few-shot":
         shown = draw(frame, "train", SHOTS, seed=run.seed)
         part = part.assign(
-            prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy())) + part["prompt"]
+            prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy()))
+            + part["prompt"]
         )
     if run.dataset == "compositions":
         return replace(first_tokens(tokenizer, part), kinds=part["kind"].tolist())

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from backattn import runtime
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.models.checkpoint import ROOM, one_device, weight_bytes
+from backattn.models.checkpoint import MEMORY_SHARE, one_device, weight_bytes
 from backattn.models.families import check_supported
 from backattn.models.load import load_model
 from backattn.models.packaged import EMBEDDED
@@ -55,7 +55,7 @@ class Estimate:
         return (
             f"{self.runs} runs to make, about {self.seconds / 3600:.1f} hours one after the other on one device. "
             f"Memory: about {need:.1f} GiB (weights {weights:.1f}, states of first passes {states:.1f}, a batch "
-            f"{batch:.1f}); {free:.1f} GiB are free, so that it {'fits' if need <= ROOM * free else 'does not fit'}."
+            f"{batch:.1f}); {free:.1f} GiB are free, so that it {'fits' if need <= MEMORY_SHARE * free else 'does not fit'}."
         )
 
 
@@ -76,7 +76,9 @@ def estimate(model: str, store: Store, device: str = "cpu", **sizes) -> Estimate
     usual, size = round(np.mean(list(lengths.values()))), runs[0].batch_size
     dtype = getattr(torch, runs[0].dtype)  # in which the model is trained on
     few, many = (_timed(config, count, size, usual, runs[0].dim, place, dtype) for count in TIMED)
-    layer, forward, kept = (max(b - a, 0) / (TIMED[1] - TIMED[0]) for a, b in zip(few, many, strict=True))
+    layer, forward, kept = (
+        max(b - a, 0) / (TIMED[1] - TIMED[0]) for a, b in zip(few, many, strict=True)
+    )
     rest = max(few[0] - TIMED[0] * layer, 0)
     seconds, states, deepest = 0.0, 0.0, 0
     for run in runs:
@@ -85,14 +87,21 @@ def estimate(model: str, store: Store, device: str = "cpu", **sizes) -> Estimate
         twice = 1 + above / layers if run.arm in ("back attention", "loop LoRA") else 1
         learnt = (run.train_items or 0) * (trained > 0)
         told = 1 if run.dataset in BY_FIRST_TOKEN else NEW_TOKENS
-        asked = learnt + twice * ((run.validation_items or 0) * 3 * (trained > 0) + told * (run.test_items or 0))
+        asked = learnt + twice * (
+            (run.validation_items or 0) * 3 * (trained > 0) + told * (run.test_items or 0)
+        )
         own = run.steps * (trained * layer + rest) + asked / size * layers * forward
         seconds += own * lengths[run.dataset] / usual
-        states = max(states, (above + 1) * learnt * lengths[run.dataset] * config.hidden_size * dtype.itemsize)
+        states = max(
+            states,
+            (above + 1) * learnt * lengths[run.dataset] * config.hidden_size * dtype.itemsize,
+        )
         deepest = max(deepest, trained)
     kinds = {dtype, getattr(torch, tested_in(runs[0]))}  # a copy of the model in each
     need = sum(weight_bytes(config, each) for each in kinds)
-    if states > (free - need) / 4:  # `training.train` does not keep them then, and runs both passes at each step
+    if (
+        states > (free - need) / 4
+    ):  # `training.train` does not keep them then, and runs both passes at each step
         states = 0.0
         seconds += sum(run.steps * layers * forward * lengths[run.dataset] / usual for run in runs)
     return Estimate(len(runs), seconds, need, round(states), round(deepest * kept), free)
@@ -110,7 +119,10 @@ class _Guess(Store):
         if done is not None:
             return done
         middle = RATES.get(run.arm, (1, 1, 1))[1]
-        return {"validation": 0.0, "validation_loss": abs(np.log(max(run.learning_rate, 1e-9) / middle))}
+        return {
+            "validation": 0.0,
+            "validation_loss": abs(np.log(max(run.learning_rate, 1e-9) / middle)),
+        }
 
 
 def _about(model: str):
@@ -153,17 +165,22 @@ def _timed(
 
     def step() -> None:
         out = wrapped(
-            input_ids=ids, attention_mask=batch.mask, position_ids=batch.position_ids, first_pass=first,
+            input_ids=ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, first_pass=first,
             logits_to_keep=last, use_cache=False,
         )  # fmt: skip
         F.cross_entropy(out.logits[:, -1].float(), ids[:, 0]).backward()
 
     def forward() -> None:
         with torch.no_grad(), wrapped.disable_adapter():
-            wrapped(input_ids=ids, attention_mask=batch.mask, logits_to_keep=last, use_cache=False)
+            wrapped(
+                input_ids=ids,
+                attention_mask=batch.attention_mask,
+                logits_to_keep=last,
+                use_cache=False,
+            )
 
     last = torch.tensor([tokens - 1], device=device)
-    first = wrapped.first_pass_states(ids, batch.mask, batch.position_ids)
+    first = wrapped.first_pass_states(ids, batch.attention_mask, batch.position_ids)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         step()  # warms up, too
     forward()

@@ -17,18 +17,37 @@ from companion.runs.store import Store
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="companion.runs.launch", description="Training runs of notebook 03 for any model.")
-    p.add_argument("--model", required=True, metavar="NAME", help="a Hugging Face id, a folder or a name of load_model")
-    p.add_argument("--dtype", choices=runtime.DTYPES, default="float32", help="of the test (training is in bfloat16)")
-    p.add_argument("--device", metavar="D", help="where one process trains; default: a GPU where there is one")
+    p = argparse.ArgumentParser(
+        prog="companion.runs.launch", description="Training runs of notebook 03 for any model."
+    )
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a Hugging Face id, a folder or a name of load_model",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=runtime.DTYPES,
+        default="float32",
+        help="of the test (training is in bfloat16)",
+    )
+    p.add_argument(
+        "--device", metavar="D", help="where one process trains; default: a GPU where there is one"
+    )
     p.add_argument("--source-layer", type=int, default=6)
-    p.add_argument("--dim", type=int, default=64, help="d′ of back attention; the other arms get as many weights")
+    p.add_argument(
+        "--dim",
+        type=int,
+        default=64,
+        help="d′ of back attention; the other arms get as many weights",
+    )
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--estimate", action="store_true", help="only say what it takes")
     arguments = p.parse_args(argv)
     os.environ[runtime.DTYPE] = arguments.dtype
     runtime.use_threads()
-    world = runtime.world()
+    world = runtime.process_state()
     device = arguments.device or str(world.device)
     sizes = {"source_layer": arguments.source_layer, "dim": arguments.dim, "steps": arguments.steps}
     store = Store()

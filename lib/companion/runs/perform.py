@@ -22,7 +22,7 @@ from companion.questions.datasets import PUBLISHED, held_out_text
 from companion.runs.as_asked import asked, questions
 from companion.runs.run import SCRATCH, UNTRAINED, Run, tested_in
 from companion.runs.scratch import scratch_model
-from companion.runs.store import Store, right_of
+from companion.runs.store import Store, answers_right
 
 
 @functools.lru_cache(maxsize=2)
@@ -32,7 +32,7 @@ def _base(name: str, dtype: str, device: str):
 
 
 @contextlib.contextmanager
-def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
+def with_adapter(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
     """The run's model with its untrained arm, drawn from the run's seed, and the tokenizer; taken off afterwards."""
     if run.model == SCRATCH:
         torch.manual_seed(run.seed)
@@ -41,8 +41,14 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
     else:
         base, tokenizer = _base(run.model, dtype, device)
         torch.manual_seed(run.seed)
-        model = base if run.arm in UNTRAINED else make_arm(run.arm, base, run.source_layer, run.dim, run.memory_layers)
-    model.set_attn_implementation("eager")  # its backward pass is the faster one on CPUs for short texts
+        model = (
+            base
+            if run.arm in UNTRAINED
+            else make_arm(run.arm, base, run.source_layer, run.dim, run.memory_layers)
+        )
+    model.set_attn_implementation(
+        "eager"
+    )  # its backward pass is the faster one on CPUs for short texts
     try:
         yield model, tokenizer
     finally:
@@ -51,17 +57,23 @@ def armed(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn.Module
 
 
 @contextlib.contextmanager
-def trained(run: Run, store: "Store", device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
+def load_trained(
+    run: Run, store: "Store", device: str = "cpu"
+) -> Iterator[tuple[nn.Module, object]]:
     """`armed` as it is tested, with the weights that were kept; raises FileNotFoundError where they are not there."""
     weights = store.weights(run)
-    with armed(run, tested_in(run), device) as (model, tokenizer):
+    with with_adapter(run, tested_in(run), device) as (model, tokenizer):
         put_weights(model, weights)
         yield model, tokenizer
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that require gradients, by name, as fp16 copies: what is kept of a run."""
-    return {n: p.detach().to("cpu", torch.float16).contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: p.detach().to("cpu", torch.float16).contiguous()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -74,7 +86,7 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
-def perform(run: Run, store: Store, device: str = "cpu") -> dict:
+def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result. Under `accelerate
     launch` all processes train it together (see `training.train`) and the first one keeps it.
 
@@ -83,7 +95,7 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     test question), groups (of each question, where the questions are not part of this repository), perplexity (of
     held-out text, language models only), flops (of a forward pass over the first question).
     """
-    done, world = store.result(run), runtime.world()
+    done, world = store.result(run), runtime.process_state()
     world.wait_for_everyone()  # all have looked before one writes
     if done is not None:
         return done
@@ -91,13 +103,20 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
     place.mkdir(parents=True, exist_ok=True)
     weights, curve, result = {}, [], {"run": asdict(run), "trained": 0, "seconds": 0.0}
     if run.arm not in UNTRAINED:
-        with armed(run, run.dtype if run.model != SCRATCH else "float32", device) as (model, tokenizer):
-            items, validation = (questions(run, tokenizer, split) for split in ("train", "validation"))
-            curve = train(model, items, run.recipe, validation, place / "training.pt").to_dict("records")
+        with with_adapter(run, run.dtype if run.model != SCRATCH else "float32", device) as (
+            model,
+            tokenizer,
+        ):
+            items, validation = (
+                questions(run, tokenizer, split) for split in ("train", "validation")
+            )
+            curve = train(model, items, run.recipe, validation, place / "training.pt").to_dict(
+                "records"
+            )
             weights = trained_weights(model)
             result["trained"] = sum(tensor.numel() for tensor in weights.values())
             result["seconds"] = round(curve[-1]["seconds"], 1)
-    with armed(run, tested_in(run), device) as (model, tokenizer):
+    with with_adapter(run, tested_in(run), device) as (model, tokenizer):
         if weights:
             put_weights(model, weights)  # what is tested is what is kept
         if run.test_items == 0:
@@ -119,16 +138,18 @@ def perform(run: Run, store: Store, device: str = "cpu") -> dict:
 def _test(run: Run, model: nn.Module, tokenizer) -> dict:
     """The part of a result that concerns the test."""
     test = questions(run, tokenizer, "test")
-    result = {"right": "".join(map(str, tested(run, model, tokenizer, test).astype(int)))}
+    result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
     if run.dataset.lower() in PUBLISHED:
         result["groups"] = asked(run, "test")["group"].tolist()
     if run.model != SCRATCH:
         result["perplexity"] = perplexity(model, tokenizer, held_out_text())
-    result["flops"] = forward_flops(model, torch.tensor([test.prompts[0]], device=input_device(model)))
+    result["flops"] = forward_flops(
+        model, torch.tensor([test.prompts[0]], device=input_device(model))
+    )
     return result
 
 
-def tested(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarray:
+def answer_test(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarray:
     """Which test questions are answered right: [n] bool.
 
     A language model's numbers are read from what it writes; first tokens, and the characters of models from scratch,
@@ -147,12 +168,19 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
     """
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
-        kept = right_of(store.result(run))[:count]
-        with trained(run, store, device) as (model, tokenizer):
+        kept = answers_right(store.result(run))[:count]
+        with load_trained(run, store, device) as (model, tokenizer):
             test = questions(replace(run, test_items=len(kept)), tokenizer, "test")
-            right = tested(run, model, tokenizer, test)
+            right = answer_test(run, model, tokenizer, test)
         about = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(kept)}
-        rows.append({**about, "accuracy": right.mean(), "kept": kept.mean(), "agree": (right == kept).mean()})
+        rows.append(
+            {
+                **about,
+                "accuracy": right.mean(),
+                "kept": kept.mean(),
+                "agree": (right == kept).mean(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -160,14 +188,19 @@ def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") ->
     """The first `count` test questions of a trained adapter: question, before (the next token without it), after,
     answer."""
     rows = []
-    with trained(run, store, device) as (model, tokenizer):
+    with load_trained(run, store, device) as (model, tokenizer):
         for question in asked(run, "test").head(count).itertuples():
-            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(input_device(model))
+            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"].to(
+                input_device(model)
+            )
             with torch.no_grad():
                 after = model(ids).logits[0, -1].argmax()
                 with model.disable_adapter():
                     before = model(ids).logits[0, -1].argmax()
-            said = {"before": tokenizer.decode(before).strip(), "after": tokenizer.decode(after).strip()}
+            said = {
+                "before": tokenizer.decode(before).strip(),
+                "after": tokenizer.decode(after).strip(),
+            }
             rows.append({"question": question.prompt, **said, "answer": question.answer.strip()})
     return pd.DataFrame(rows)
 

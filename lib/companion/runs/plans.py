@@ -9,7 +9,7 @@ from pathlib import Path
 from backattn import runtime
 from backattn.adapters.arms import ARMS
 from companion.questions.datasets import OTHER_PROMPTS
-from companion.runs.perform import perform
+from companion.runs.perform import train_and_test
 from companion.runs.run import OF_TRAINED, SCRATCH, UNTRAINED, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS
 from companion.runs.store import CHECKPOINTS, Store
@@ -57,7 +57,9 @@ def scratch_runs(
     shape = dict(model=SCRATCH, source_layer=0, dim=160, batch_size=256, train_items=None)
     shape |= dict(validation_items=1000, test_items=2000, steps=750)
     plans = [Run("2-digit", arm, width=width, **shape) for width in widths for arm in SCRATCH_ARMS]
-    plans = [replace(run, dim=dim) for run in plans for dim in (dims if run.arm in SIZED else [run.dim])]
+    plans = [
+        replace(run, dim=dim) for run in plans for dim in (dims if run.arm in SIZED else [run.dim])
+    ]
     tried, best = _search_all(plans, store, steps=tried_for)
     if None in best:
         return tried, []
@@ -69,17 +71,33 @@ def composing_runs(
 ) -> tuple[list[Run], list[Run]]:
     """Two hops from scratch, COMPOSING_ARMS on `datasets.compositions`, each at its best learning rate and weight decay
     for ID/ID questions; see `scratch_runs` for the two lists."""
-    shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32", steps=steps)
+    shape = dict(
+        model=SCRATCH,
+        source_layer=0,
+        dim=32,
+        width=100,
+        batch_size=256,
+        dtype="float32",
+        steps=steps,
+    )
     shape |= dict(train_items=None, validation_items=None, test_items=None)
-    plans = [Run("compositions", arm, weight_decay=decay, **shape) for arm in COMPOSING_ARMS for decay in DECAYS]
+    plans = [
+        Run("compositions", arm, weight_decay=decay, **shape)
+        for arm in COMPOSING_ARMS
+        for decay in DECAYS
+    ]
     tried, best = _search_all(plans, store, steps=tried_for)
     if None in best:
         return tried, []
     best = [best_of([run for run in tried if run.arm == arm], store) for arm in COMPOSING_ARMS]
-    return tried, [replace(run, seed=seed, steps=steps, test_items=None) for seed in seeds for run in best]
+    return tried, [
+        replace(run, seed=seed, steps=steps, test_items=None) for seed in seeds for run in best
+    ]
 
 
-def _search_all(runs: Sequence[Run], store: Store, steps: int) -> tuple[list[Run], list[Run | None]]:
+def _search_all(
+    runs: Sequence[Run], store: Store, steps: int
+) -> tuple[list[Run], list[Run | None]]:
     found = [search(run, store, steps) for run in runs]
     return [one for tried, _ in found for one in tried], [best for _, best in found]
 
@@ -107,9 +125,16 @@ def adapter_runs(
         return tried, []
     final = []
     for name in names:
-        plain = Run(name, "zero-shot", model=model, **{k: v for k, v in sizes.items() if k not in OF_TRAINED})
+        plain = Run(
+            name,
+            "zero-shot",
+            model=model,
+            **{k: v for k, v in sizes.items() if k not in OF_TRAINED},
+        )
         steps = sizes["steps"] * LONGER.get(name, 1)
-        tuned = [replace(run, steps=steps) for run in best if run.dataset == TUNED_ON.get(name, "1DC")]
+        tuned = [
+            replace(run, steps=steps) for run in best if run.dataset == TUNED_ON.get(name, "1DC")
+        ]
         mine = [plain, replace(plain, arm="few-shot"), *tuned]
         final += [replace(run, dataset=name, seed=seed) for seed in SEEDS for run in mine]
     return tried, final
@@ -123,14 +148,23 @@ def main_runs(
     **sizes,
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others; see `adapter_runs`."""
-    wanted = [(names, arms) for names, arms in ((every_arm_on, tuple(ARMS)), (core_arms_on, CORE_ARMS)) if names]
+    wanted = [
+        (names, arms)
+        for names, arms in ((every_arm_on, tuple(ARMS)), (core_arms_on, CORE_ARMS))
+        if names
+    ]
     parts = [adapter_runs(store, model, names, arms, **sizes) for names, arms in wanted]
     tried, final = ([run for part in lists for run in part] for lists in zip(*parts, strict=True))
     return tried, final if all(part for _, part in parts) else []
 
 
 def varied_runs(
-    store: Store, field: str, values: Sequence, arms: Sequence[str] = CORE_ARMS, dataset: str = "two-hop", **sizes
+    store: Store,
+    field: str,
+    values: Sequence,
+    arms: Sequence[str] = CORE_ARMS,
+    dataset: str = "two-hop",
+    **sizes,
 ) -> tuple[list[Run], list[Run]]:
     """Claim C9: trained arms with every value of one field of `Run`, at the rates of `adapter_runs`.
 
@@ -142,7 +176,10 @@ def varied_runs(
 
 
 def complete(
-    plan: Callable[[Store], tuple[list[Run], list[Run]]], store: Store, processes: int = 1, device: str = "cpu"
+    plan: Callable[[Store], tuple[list[Run], list[Run]]],
+    store: Store,
+    processes: int = 1,
+    device: str = "cpu",
 ) -> list[Run]:
     """Perform what is unfinished of a plan (`scratch_runs`, `adapter_runs` and others), and return its second list."""
     while True:
@@ -154,7 +191,10 @@ def complete(
 
 
 def ship(
-    plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]], store: Store, folder: Path, weights: bool = True
+    plans: Iterable[Callable[[Store], tuple[list[Run], list[Run]]]],
+    store: Store,
+    folder: Path,
+    weights: bool = True,
 ) -> int:
     """Write what this repository ships of finished plans into `folder`, unless all of it was shipped before.
 
@@ -168,7 +208,11 @@ def ship(
     new = [run for run in runs if run.key not in store.shipped]
     if new:
         tested = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
-        first = [run for run in tested if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)]
+        first = [
+            run
+            for run in tested
+            if run.seed == 0 and (run.model != SCRATCH or "back attention" in run.arm)
+        ]
         more = [run for run in tested if run.seed != 0 and run.arm == "back attention"]
         store.ship(runs, first + more if weights else [], folder)
     return len(new)
@@ -219,11 +263,11 @@ def _job(run: Run, store: Store, device: str) -> None:
     runtime.use_threads()
     bars = os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
     try:
-        perform(run, store, device)
+        train_and_test(run, store, device)
     except FloatingPointError as error:  # too high a learning rate is a result
-        if runtime.world().is_main_process:
+        if runtime.process_state().is_main_process:
             store.keep(run, {"run": asdict(run), "diverged": str(error)}, {})
-        runtime.world().wait_for_everyone()
+        runtime.process_state().wait_for_everyone()
     finally:
         if bars is not None:
             os.environ[runtime.PROGRESS_FILE] = bars
@@ -235,9 +279,13 @@ def best_of(tried: Sequence[Run], store: Store) -> Run:
     Raises ValueError when no run is finished or all diverged.
     """
     scored = [(run, store.result(run)) for run in tried]
-    scored = [(run, result) for run, result in scored if result is not None and "diverged" not in result]
+    scored = [
+        (run, result) for run, result in scored if result is not None and "diverged" not in result
+    ]
     if not scored:
-        raise ValueError(f"None of {len(tried)} runs of {tried[0].arm!r} on {tried[0].dataset!r} gave a result.")
+        raise ValueError(
+            f"None of {len(tried)} runs of {tried[0].arm!r} on {tried[0].dataset!r} gave a result."
+        )
     return max(scored, key=lambda pair: (pair[1]["validation"], -pair[1]["validation_loss"]))[0]
 
 
@@ -251,7 +299,9 @@ def search(run: Run, store: Store, steps: int) -> tuple[list[Run], Run | None]:
     while all(store.result(one) is not None for one in tried):
         best, rates = best_of(tried, store), sorted(one.learning_rate for one in tried)
         factor = rates[1] / rates[0]
-        beyond = {rates[0]: rates[0] / factor, rates[-1]: rates[-1] * factor}.get(best.learning_rate)
+        beyond = {rates[0]: rates[0] / factor, rates[-1]: rates[-1] * factor}.get(
+            best.learning_rate
+        )
         if beyond is None or len(tried) == MOST_RATES:
             return tried, replace(run, learning_rate=best.learning_rate)
         tried.append(replace(tried[0], learning_rate=beyond))

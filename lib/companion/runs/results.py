@@ -15,10 +15,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from companion.report.intervals import RESAMPLES, drawn, group_weights, interval, two_sided
+from companion.report.intervals import (
+    RESAMPLES,
+    group_weights,
+    interval,
+    multinomial_counts,
+    two_sided,
+)
 from companion.runs.as_asked import test_groups
 from companion.runs.run import Run
-from companion.runs.store import Store, right_of
+from companion.runs.store import Store, answers_right
 
 
 @dataclass
@@ -32,14 +38,16 @@ class Answers:
     groups: np.ndarray
 
 
-def answers(runs: Sequence[Run], store: Store) -> Answers:
+def pooled_answers(runs: Sequence[Run], store: Store) -> Answers:
     """The answers of one arm's runs. Raises ValueError when there are none, or one is not finished."""
     if not runs:
-        raise ValueError("There are no runs of this arm here: an arm may be missing at some setting.")
+        raise ValueError(
+            "There are no runs of this arm here: an arm may be missing at some setting."
+        )
     right, groups = [], []
     for run in runs:
         result = _finished(run, store)
-        right.append(right_of(result).astype(float))
+        right.append(answers_right(result).astype(float))
         groups.append(test_groups(run, result))
     if runs[0].fold is None:
         return Answers(np.stack(right), groups[0])
@@ -49,7 +57,11 @@ def answers(runs: Sequence[Run], store: Store) -> Answers:
 def _finished(run: Run, store: Store) -> dict:
     result = store.result(run)
     if result is None or "right" not in result:
-        what = "diverged: lower its learning rate" if "diverged" in (result or {}) else "is not finished: perform it"
+        what = (
+            "diverged: lower its learning rate"
+            if "diverged" in (result or {})
+            else "is not finished: perform it"
+        )
         raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) {what}.")
     return result
 
@@ -63,7 +75,7 @@ def resampled(answered: Answers, seed: int = 0, seeds_seed: int = 1) -> np.ndarr
     count = by_seed.shape[1]
     if count == 1:
         return by_seed[:, 0]
-    shares = drawn(count, RESAMPLES, seeds_seed) / count
+    shares = multinomial_counts(count, RESAMPLES, seeds_seed) / count
     middle = by_seed.mean(1)
     return middle + ((by_seed - middle[:, None]) * shares).sum(1) * np.sqrt(count / (count - 1))
 
@@ -90,8 +102,8 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """
     rows, draws = [], []
     for (model, dataset, arm), mine in _by_arm(runs).items():
-        answered, kept = answers(mine, store), [store.result(run) for run in mine]
-        each = [right_of(result).mean() for result in kept]
+        answered, kept = pooled_answers(mine, store), [store.result(run) for run in mine]
+        each = [answers_right(result).mean() for result in kept]
         draws.append(resampled(answered, _seed_of(dataset)))
         rows.append(
             {
@@ -103,7 +115,9 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
                 "worst": min(each),
                 "best": max(each),
                 "n": answered.right.shape[1],
-                "groups": len({name for group in answered.groups for name in str(group).split("|")}),
+                "groups": len(
+                    {name for group in answered.groups for name in str(group).split("|")}
+                ),
                 "seeds": len(mine),
                 "trained": kept[0]["trained"],
                 "seconds": float(np.mean([result["seconds"] for result in kept])),
@@ -119,13 +133,20 @@ def accuracy_table(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     for (model, arm), part in table.groupby(["model", "arm"], sort=False):
         if 1 < len(part) == asked[model]:
             row = {"model": model, "dataset": "all", "arm": arm, "seeds": part["seeds"].min()}
-            row |= {name: part[name].mean() for name in ("accuracy", "trained", "seconds", "operations", "perplexity")}
+            row |= {
+                name: part[name].mean()
+                for name in ("accuracy", "trained", "seconds", "operations", "perplexity")
+            }
             row |= {name: part[name].sum() for name in ("n", "groups")}
-            over_all.append({**row, **interval(np.mean([draws[place] for place in part.index], axis=0))})
+            over_all.append(
+                {**row, **interval(np.mean([draws[place] for place in part.index], axis=0))}
+            )
     return pd.concat([table, pd.DataFrame(over_all)], ignore_index=True) if over_all else table
 
 
-def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
+def difference_table(
+    runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]
+) -> pd.DataFrame:
     """How far `arm` is ahead of each other arm, per dataset and over all on which both were tried (of equal weight).
 
     Returns: model, dataset ("all" for the mean, or how many where `other` was tried on some only), other, difference,
@@ -146,18 +167,35 @@ def difference_table(runs: Sequence[Run], store: Store, arm: str, others: Sequen
             missing = [(arm, name) for name in mine if (model, name, arm) not in by]
             missing += [(other, name) for name in mine if not both]
             if missing:
-                raise ValueError(f"There are no runs of {missing[0][0]!r} on {missing[0][1]!r} with {model}.")
+                raise ValueError(
+                    f"There are no runs of {missing[0][0]!r} on {missing[0][1]!r} with {model}."
+                )
             for dataset in both:
-                one, two = (answers(by[model, dataset, name], store) for name in (arm, other))
+                one, two = (
+                    pooled_answers(by[model, dataset, name], store) for name in (arm, other)
+                )
                 less = _paired(one, two, f"{arm!r} and {other!r} on {dataset!r}", _seed_of(dataset))
                 means.append(less["difference"])
                 pairs = zip(by[model, dataset, arm], by[model, dataset, other], strict=True)
-                scatter.append([right_of(store.result(a)).mean() - right_of(store.result(b)).mean() for a, b in pairs])
+                scatter.append(
+                    [
+                        answers_right(store.result(a)).mean()
+                        - answers_right(store.result(b)).mean()
+                        for a, b in pairs
+                    ]
+                )
                 names = len({name for group in one.groups for name in str(group).split("|")})
-                rows.append({"model": model, "dataset": dataset, "other": other, **less, "names": names})
+                rows.append(
+                    {"model": model, "dataset": dataset, "other": other, **less, "names": names}
+                )
             if len(means) > 1:
                 name = "all" if both == mine else f"{len(both)} datasets"
-                about = {"model": model, "dataset": name, "other": other, "difference": float(np.mean(means))}
+                about = {
+                    "model": model,
+                    "dataset": name,
+                    "other": other,
+                    "difference": float(np.mean(means)),
+                }
                 rows.append({**about, **_over_runs(np.mean(means), scatter), "names": len(means)})
     return pd.DataFrame(rows)
 
@@ -170,7 +208,12 @@ def _paired(one: Answers, two: Answers, which: str, seed: int = 0) -> dict[str, 
     _same_questions([one, two], which)
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference = float(one.right.mean() - two.right.mean())
-    return {"difference": difference, **interval(draws), "p": two_sided(draws), "n": len(one.groups)}
+    return {
+        "difference": difference,
+        **interval(draws),
+        "p": two_sided(draws),
+        "n": len(one.groups),
+    }
 
 
 def _same_questions(several: Sequence[Answers], which: str) -> None:
@@ -198,6 +241,14 @@ def learning_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
         curves = pd.concat([pd.DataFrame(store.result(run)["curve"]) for run in mine])
         for step, part in curves.groupby("step"):
             score = part["validation"]
-            row = {"model": model, "dataset": dataset, "arm": arm, "step": int(step), "validation": score.mean()}
-            rows.append({**row, "low": score.min(), "high": score.max(), "loss": part["loss"].mean()})
+            row = {
+                "model": model,
+                "dataset": dataset,
+                "arm": arm,
+                "step": int(step),
+                "validation": score.mean(),
+            }
+            rows.append(
+                {**row, "low": score.min(), "high": score.max(), "loss": part["loss"].mean()}
+            )
     return pd.DataFrame(rows)

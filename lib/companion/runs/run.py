@@ -15,7 +15,12 @@ VERSION = 1  # raised when the same configuration would give another result
 
 UNTRAINED = ("zero-shot", "few-shot")
 
-OF_TRAINED = ("source_layer", "dim", "memory_layers", "steps")  # fields that mean nothing where nothing is trained
+OF_TRAINED = (
+    "source_layer",
+    "dim",
+    "memory_layers",
+    "steps",
+)  # fields that mean nothing where nothing is trained
 
 SHOTS = 4
 
@@ -42,8 +47,12 @@ class Run:
     train_items: int | None = 1500
     validation_items: int | None = 200
     test_items: int | None = 300
-    dtype: str = "bfloat16"  # of the frozen model in training; it is tested in fp32, see `tested_in`
-    memory_layers: tuple[int, ...] | None = None  # what back attention reads; None: from the source layer up
+    dtype: str = (
+        "bfloat16"  # of the frozen model in training; it is tested in fp32, see `tested_in`
+    )
+    memory_layers: tuple[int, ...] | None = (
+        None  # what back attention reads; None: from the source layer up
+    )
     width: int = 440  # of a model from scratch
     weight_decay: float | None = None  # None: 0.01 from scratch, else none
 
@@ -69,7 +78,11 @@ class Run:
             steps=self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
-            weight_decay=self.weight_decay if self.weight_decay is not None else 0.01 if scratch else 0.0,
+            weight_decay=self.weight_decay
+            if self.weight_decay is not None
+            else 0.01
+            if scratch
+            else 0.0,
             seed=self.seed,
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
@@ -84,16 +97,22 @@ def tested_in(run: Run) -> str:
 
 def _own(settings) -> dict:
     """The fields of a dataclass that have not their default values."""
-    return {f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default}
+    return {
+        f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default
+    }
 
 
 @functools.cache
 def data_hash(dataset: str) -> str:
     """Hash of a dataset's questions, answers (other names included), groups, and of how groups are split."""
     rules = [FOLDS, VALIDATION]
-    if dataset.lower() in PUBLISHED:  # the file's own hash: its results can be read where it cannot be had
+    if (
+        dataset.lower() in PUBLISHED
+    ):  # the file's own hash: its results can be read where it cannot be had
         sha256 = PUBLISHED[dataset.lower()][2]
         return hashlib.sha256(f"{rules}{TWINS}{sha256}".encode()).hexdigest()[:16]
     frame = load(dataset)
-    columns = [n for n in ("prompt", "answer", "group", "tested", "e3_aliases", "split") if n in frame]
+    columns = [
+        n for n in ("prompt", "answer", "group", "tested", "e3_aliases", "split") if n in frame
+    ]
     return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]

@@ -45,7 +45,10 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
     if composing:
         named = (("e", INVENTED), ("r", RELATIONS))
-        words, split = ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))], pre_tokenizers.WhitespaceSplit()
+        words, split = (
+            ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))],
+            pre_tokenizers.WhitespaceSplit(),
+        )
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")

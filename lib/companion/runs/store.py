@@ -42,7 +42,10 @@ class Store:
 
         Raises FileNotFoundError where only its result was shipped, OSError for a shipped file with another sha256.
         """
-        own, shipped = self.place(run) / "weights.safetensors", CHECKPOINTS / f"{run.key}.safetensors"
+        own, shipped = (
+            self.place(run) / "weights.safetensors",
+            CHECKPOINTS / f"{run.key}.safetensors",
+        )
         if own.exists():
             return load_file(own)
         if shipped.exists():
@@ -57,7 +60,9 @@ class Store:
             "./run_all.sh --profile full."
         )
 
-    def ship(self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA) -> None:
+    def ship(
+        self, runs: Iterable[Run], with_weights: Iterable[Run] = (), folder: Path = DATA
+    ) -> None:
         """Write the results of finished runs into `folder`, one a line, sorted by key, and the weights of some."""
         lines = dict(self.shipped)
         for run in runs:
@@ -69,7 +74,9 @@ class Store:
                 save_file(self.weights(run), temporary)
             lines[run.key]["sha256"] = _sha256(path)
         with atomic_file(folder / "runs.jsonl") as temporary:
-            temporary.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8")
+            temporary.write_text(
+                "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)), encoding="utf-8"
+            )
 
     def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
         """Weights first: a run is finished when its result is there."""
@@ -85,6 +92,6 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def right_of(result: dict) -> np.ndarray:
+def answers_right(result: dict) -> np.ndarray:
     """Which test questions a kept result has right: [n] bool."""
     return np.array([character == "1" for character in result["right"]])

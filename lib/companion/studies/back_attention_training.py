@@ -37,7 +37,9 @@ def names_needed(differences: pd.DataFrame, points: float) -> pd.DataFrame:
     return differences[["dataset", "other"]].assign(half_width=half, has=has, needed=needed)
 
 
-def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame, margin: float = 0.01) -> Claim:
+def one_layer_matches_two(
+    accuracy: pd.DataFrame, difference: pd.DataFrame, margin: float = 0.01
+) -> Claim:
     """C7. accuracy, difference: from `comparison`, arms from scratch; difference is of one layer + back attention.
 
     Two checks, each with its whole interval: it is ahead of one layer, and not behind two layers by more than `margin`.
@@ -47,7 +49,10 @@ def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame, marg
     gap = by.loc["2 layers", "low"] > by.loc["1 layer", "high"]
     passed = [less.loc["1 layer", "low"] > 0, less.loc["2 layers", "low"] > -margin]
     against = [less.loc["1 layer", "high"] < 0, less.loc["2 layers", "high"] < -margin]
-    told = ", ".join(f"{arm} {row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" for arm, row in by.iterrows())
+    told = ", ".join(
+        f"{arm} {row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+        for arm, row in by.iterrows()
+    )
     ahead = ", ".join(f"{other} {_points(row)}" for other, row in less.iterrows())
     first = by.iloc[0]
     return Claim(
@@ -56,7 +61,9 @@ def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame, marg
         paper="93.8 % vs 92.5 %, with 56.7 % of the parameters (width 440, d′ = 160)",
         ours=f"{told}; back attention less the other, points: {ahead}; n = {first['n']}, {first['seeds']} seeds",
         kind="band over seeds",
-        verdict=_weighed(list(map(bool, passed)), list(map(bool, against))) if gap else "not testable here",
+        verdict=_weighed(list(map(bool, passed)), list(map(bool, against)))
+        if gap
+        else "not testable here",
         notebook="03_back_attention_training",
         figure="03_scratch",
     )
@@ -80,7 +87,7 @@ def raises_accuracy(difference: pd.DataFrame, controls: list[str], model: str = 
     )
 
 
-def small(sizes: pd.DataFrame) -> Claim:
+def adapter_size(sizes: pd.DataFrame) -> Claim:
     """C11 as arithmetic. sizes: dim, share (weights of the module over those of Llama 3 8B).
 
     Two checks: some d′ gives the paper's 0.002 %, to its one digit; and so does the d′ = 160 that the paper names.

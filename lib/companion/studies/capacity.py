@@ -8,23 +8,27 @@ import pandas as pd
 from companion.measures.settings import _over_values
 from companion.report.intervals import interval
 from companion.report.verdicts import Claim, _points, _weighed
-from companion.runs.results import _same_questions, answers, resampled
+from companion.runs.results import _same_questions, pooled_answers, resampled
 from companion.runs.run import Run
 from companion.runs.store import Store
 
 
-def kept_share(narrow: Sequence[Run], best: Sequence[Run], base: Sequence[Run], store: Store) -> dict[str, float]:
+def kept_share(
+    narrow: Sequence[Run], best: Sequence[Run], base: Sequence[Run], store: Store
+) -> dict[str, float]:
     """Which share of what `best` gains over `base` is kept by `narrow`, three arms' runs on the same questions.
 
     Returns: kept, low, high (95 %, samples of names), n. Raises ValueError when the tests differ, or when `best` is not
     ahead of `base` in every sample.
     """
-    three = [answers(runs, store) for runs in (narrow, best, base)]
+    three = [pooled_answers(runs, store) for runs in (narrow, best, base)]
     _same_questions(three, "The three arms")
     own, whole, floor = (one.right.mean() for one in three)
     one, two, zero = (resampled(answered) for answered in three)
     if (two <= zero).any():
-        raise ValueError(f"A gain from {floor:.3f} to {whole:.3f} is too small: its share has no interval.")
+        raise ValueError(
+            f"A gain from {floor:.3f} to {whole:.3f} is too small: its share has no interval."
+        )
     kept = (own - floor) / (whole - floor)
     return {"kept": kept, **interval((one - zero) / (two - zero)), "n": len(three[0].groups)}
 
@@ -40,9 +44,14 @@ def doubling_table(runs: Sequence[Run], store: Store, field: str) -> pd.DataFram
     weights = away / (away**2).sum()
     for arm in dict.fromkeys(run.arm for run in runs):
         mine = [run for run in runs if run.arm == arm]
-        whole, seeds = _over_values(mine, store, field, values, weights), sorted({run.seed for run in mine})
+        whole, seeds = (
+            _over_values(mine, store, field, values, weights),
+            sorted({run.seed for run in mine}),
+        )
         own = {seed: [run for run in mine if run.seed == seed] for seed in seeds}
-        single = [_over_values(part, store, field, values, weights).right.mean() for part in own.values()]
+        single = [
+            _over_values(part, store, field, values, weights).right.mean() for part in own.values()
+        ]
         row = {"arm": arm, "slope": whole.right.mean(), **interval(resampled(whole))}
         row |= {"worst": min(single), "best": max(single), "n": len(whole.groups)}
         rows.append({**row, "seeds": len(seeds), "settings": len(values)})
@@ -59,7 +68,10 @@ def small_keeps_its_gain(share: pd.Series, kept: pd.DataFrame, gain: pd.DataFram
     these keep of the gain is told.
     """
     by, part = gain.set_index("other"), kept.set_index("arm")
-    rivals, own = [by.loc[other] for other in ("same layer", "residual LoRA", "bias")], part.loc["back attention"]
+    rivals, own = (
+        [by.loc[other] for other in ("same layer", "residual LoRA", "bias")],
+        part.loc["back attention"],
+    )
     passed = [own["low"] > 0.5, *(row["low"] > 0 for row in rivals)]
     against = [own["high"] < 0.5, *(row["high"] < 0 for row in rivals)]
     less = ", ".join(

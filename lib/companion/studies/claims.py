@@ -11,7 +11,9 @@ from companion.studies.failure_analysis.census import conflict_not_ignorance
 from companion.studies.stage_discovery import one_after_the_other
 
 IDS = tuple(
-    f"{letter}{k}" for letter, count in (("C", 11), ("Q", 3), ("N", 3), ("B", 5)) for k in range(1, count + 1)
+    f"{letter}{k}"
+    for letter, count in (("C", 11), ("Q", 3), ("N", 3), ("B", 5))
+    for k in range(1, count + 1)
 )  # every row that a whole ledger has; C11 has two, of its size and of its use
 
 
@@ -25,7 +27,9 @@ def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
     def table(name: str) -> pd.DataFrame:
         found = [folder / f"{name}.csv" for folder in folders if (folder / f"{name}.csv").exists()]
         if not found:
-            raise FileNotFoundError(f"{name}.csv is in none of {', '.join(map(str, folders))}: run its notebook first.")
+            raise FileNotFoundError(
+                f"{name}.csv is in none of {', '.join(map(str, folders))}: run its notebook first."
+            )
         return pd.read_csv(found[0])
 
     memory = {"smollm2": table("07_memory"), "gemma3-270m": table("07_gemma_memory")}
@@ -34,9 +38,15 @@ def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
         conflict_not_ignorance(table("02_census")),
         r1_is_needed(table("02_against_donor"), memory),
     ]
-    names = sorted({path.stem for folder in folders for path in folder.glob("[0-9][0-9]_claims.csv")})
+    names = sorted(
+        {path.stem for folder in folders for path in folder.glob("[0-9][0-9]_claims.csv")}
+    )
     rows = pd.concat([*map(table, names), ledger(read_off)], ignore_index=True)
     missing = [name for name in IDS if name not in set(rows["id"])]
     if missing:
-        raise ValueError(f"The ledger has no row {', '.join(missing)}: run the notebooks that write them.")
-    return rows.sort_values("id", key=lambda ids: ids.map(IDS.index), kind="stable", ignore_index=True)
+        raise ValueError(
+            f"The ledger has no row {', '.join(missing)}: run the notebooks that write them."
+        )
+    return rows.sort_values(
+        "id", key=lambda ids: ids.map(IDS.index), kind="stable", ignore_index=True
+    )

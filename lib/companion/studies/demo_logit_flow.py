@@ -28,11 +28,13 @@ from companion.runs.perform import put_weights
 from companion.runs.plans import adapter_runs
 from companion.runs.store import Store
 
-MOST_TOKENS = 48  # of a prompt: a picture with more rows cannot be read, and memory grows with their square
+MOST_TOKENS = (
+    48  # of a prompt: a picture with more rows cannot be read, and memory grows with their square
+)
 
 
 @dataclass
-class Seen:
+class PromptReport:
     """What `see` found. Probabilities are of the next token after the prompt.
 
     predictions: token, plain and, with an adapter, "back attention": the likeliest tokens of either. flow: of
@@ -51,9 +53,14 @@ class Seen:
     layers: tuple[int, ...] = ()
 
 
-def see(
-    model, tokenizer, prompt: str, answer: str = "", adapter: BackAttentionModel | None = None, top: int = 8
-) -> Seen:
+def inspect_prompt(
+    model,
+    tokenizer,
+    prompt: str,
+    answer: str = "",
+    adapter: BackAttentionModel | None = None,
+    top: int = 8,
+) -> PromptReport:
     """Logit flow of a prompt in the plain model and, with back attention on it, what that reads and what it changes.
 
     Args:
@@ -65,25 +72,48 @@ def see(
     batch = encode(tokenizer, [prompt], side="left", device=model.device)
     count = int(batch.lengths[0])
     if count > MOST_TOKENS:
-        raise ValueError(f"The prompt has {count} tokens; at most {MOST_TOKENS} can be shown. Shorten it.")
+        raise ValueError(
+            f"The prompt has {count} tokens; at most {MOST_TOKENS} can be shown. Shorten it."
+        )
     reads, layers, probabilities = None, (), {}
     if adapter is not None:
         source = adapter.back_attention_config.sources[0]
         with adapter.attention_maps() as maps:
             probabilities["back attention"] = next_log_probs(adapter, batch)[0].exp()
-        reads, layers = maps[source][0, :, -1].mean(0)[:, -count:].float().cpu().numpy(), adapter.memory_layers
+        reads, layers = (
+            maps[source][0, :, -1].mean(0)[:, -count:].float().cpu().numpy(),
+            adapter.memory_layers,
+        )
     with adapter.disable_adapter() if adapter is not None else contextlib.nullcontext():
         probabilities = {"plain": next_log_probs(model, batch)[0].exp(), **probabilities}
-        flow = logit_flow(model, tokenizer, [prompt], [answer] if answer.strip() else None, method="screen")
+        flow = logit_flow(
+            model, tokenizer, [prompt], [answer] if answer.strip() else None, method="screen"
+        )
         error = flow.check()
         back = flow_back(model, tokenizer, flow)
         neurons = flow.frame[flow.frame["neuron"].notna()].nlargest(top, "increase")
         neurons = neurons.assign(promotes=_promoted(model, tokenizer, prompt, neurons))
-    best = dict.fromkeys(token for p in probabilities.values() for token in p.topk(5).indices.tolist())
-    rows = [{"token": tokenizer.decode([t]), **{name: p[t].item() for name, p in probabilities.items()}} for t in best]
-    tokens = back.frame.drop_duplicates("position").sort_values("position")["token"].astype(str).tolist()
+    best = dict.fromkeys(
+        token for p in probabilities.values() for token in p.topk(5).indices.tolist()
+    )
+    rows = [
+        {"token": tokenizer.decode([t]), **{name: p[t].item() for name, p in probabilities.items()}}
+        for t in best
+    ]
+    tokens = (
+        back.frame.drop_duplicates("position").sort_values("position")["token"].astype(str).tolist()
+    )
     columns = ["layer", "kind", "head", "neuron", "position", "token", "increase", "promotes"]
-    return Seen(flow.answers[0], tokens, pd.DataFrame(rows), back.frame, neurons[columns], error, reads, tuple(layers))
+    return PromptReport(
+        flow.answers[0],
+        tokens,
+        pd.DataFrame(rows),
+        back.frame,
+        neurons[columns],
+        error,
+        reads,
+        tuple(layers),
+    )
 
 
 def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, count: int = 4) -> list[str]:
@@ -96,25 +126,34 @@ def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, count: int =
             sign = stream.neurons[row.layer][0, last, int(row.neuron)].sign()
             vector, post = sign * block.ffn_out.weight[:, int(row.neuron)], block.norm("ffn_post")
         else:
-            value = stream.expanded_values(row.layer)[0, int(row.position), int(row.head), int(row.neuron)]
+            value = stream.expanded_values(row.layer)[
+                0, int(row.position), int(row.head), int(row.neuron)
+            ]
             column = int(row.head) * block.head_dim + int(row.neuron)
-            vector, post = value.sign() * block.attention_out.weight[:, column], block.norm("attention_post")
+            vector, post = (
+                value.sign() * block.attention_out.weight[:, column],
+                block.norm("attention_post"),
+            )
         vectors.append(post.linear(vector, vector.new_ones(())))
     likeliest = lens.directions(torch.stack(vectors)).topk(count).indices.tolist()
     return [" ".join(tokenizer.decode([token]).strip() for token in row) for row in likeliest]
 
 
-def picture(seen: Seen) -> Figure:
+def report_figure(seen: PromptReport) -> Figure:
     """Flow through attention and FFNs by layer and token and, where there is an adapter, what its last position
     reads."""
     panels = 2 + (seen.reads is not None)
     height = 1.2 + 0.19 * len(seen.tokens)
-    figure, axes = plt.subplots(panels, 1, figsize=(figures.WIDTH, panels * height), layout="constrained")
+    figure, axes = plt.subplots(
+        panels, 1, figsize=(figures.WIDTH, panels * height), layout="constrained"
+    )
     for ax, kind in zip(axes, ("attention", "ffn"), strict=False):
         figures.flow_heatmap(seen.flow, kind, ax)
         ax.set_title(f"flow to {seen.answer.strip()!r} through {kind}")
     if seen.reads is not None:
-        figures.cell_heatmap(seen.reads, list(seen.layers), seen.tokens, top=float(seen.reads.max()), ax=axes[-1])
+        figures.cell_heatmap(
+            seen.reads, list(seen.layers), seen.tokens, top=float(seen.reads.max()), ax=axes[-1]
+        )
         axes[-1].set(title="what back attention reads at the last position", ylabel="memory layer")
     return figure
 
@@ -152,21 +191,32 @@ class Models:
 class Explorer:
     """Widgets to choose a model, a prompt and an answer; `box` shows them. A wrong input is answered in words."""
 
-    def __init__(self, models: Models, names: Sequence[str] = tuple(EMBEDDED), prompt: str = "", answer: str = ""):
+    def __init__(
+        self,
+        models: Models,
+        names: Sequence[str] = tuple(EMBEDDED),
+        prompt: str = "",
+        answer: str = "",
+    ):
         import ipywidgets as widgets
 
         wide = widgets.Layout(width="95%")
         self.models = models
-        self.model = widgets.Combobox(value=names[0], options=list(names), description="model", ensure_option=False)
+        self.model = widgets.Combobox(
+            value=names[0], options=list(names), description="model", ensure_option=False
+        )
         self.prompt = widgets.Textarea(value=prompt, description="prompt", rows=3, layout=wide)
-        self.answer = widgets.Text(value=answer, description="answer", placeholder="the model's own")
+        self.answer = widgets.Text(
+            value=answer, description="answer", placeholder="the model's own"
+        )
         self.back = widgets.Checkbox(value=True, description="back attention")
         self.button = widgets.Button(description="Show", button_style="primary")
         self.said = widgets.HTML()
         self.out = widgets.Output()
         self.button.on_click(self.show)
         row = widgets.HBox(
-            [self.model, self.answer, self.back, self.button], layout=widgets.Layout(flex_flow="row wrap")
+            [self.model, self.answer, self.back, self.button],
+            layout=widgets.Layout(flex_flow="row wrap"),
         )
         self.box = widgets.VBox([self.prompt, row, self.said, self.out])
 
@@ -178,19 +228,37 @@ class Explorer:
         self.out.clear_output()
         try:
             model, tokenizer, adapter = self.models.get(self.model.value.strip())
-            with warnings.catch_warnings(record=True, category=UserWarning, action="always") as heard:
-                seen = see(model, tokenizer, self.prompt.value, self.answer.value, adapter if self.back.value else None)
-            missing = ["No trained back attention is shipped for it."] * (self.back.value and adapter is None)
-            note = " ".join(["", *missing, *(html.escape(str(w.message)) for w in heard if w.category is UserWarning)])
-            self.said.value = (
-                f"Flow to {html.escape(repr(seen.answer.strip()))} in {html.escape(self.model.value)}.{note}"
+            with warnings.catch_warnings(
+                record=True, category=UserWarning, action="always"
+            ) as heard:
+                seen = inspect_prompt(
+                    model,
+                    tokenizer,
+                    self.prompt.value,
+                    self.answer.value,
+                    adapter if self.back.value else None,
+                )
+            missing = ["No trained back attention is shipped for it."] * (
+                self.back.value and adapter is None
             )
+            note = " ".join(
+                [
+                    "",
+                    *missing,
+                    *(html.escape(str(w.message)) for w in heard if w.category is UserWarning),
+                ]
+            )
+            self.said.value = f"Flow to {html.escape(repr(seen.answer.strip()))} in {html.escape(self.model.value)}.{note}"
             with self.out:
                 display(seen.predictions.round(3), seen.neurons.round(2))
-                figure = picture(seen)
+                figure = report_figure(seen)
                 display(figure)
                 plt.close(figure)
-        except (ValueError, OSError, RuntimeError) as error:  # what `see` and `load_model` say of bad input
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as error:  # what `see` and `load_model` say of bad input
             self.said.value = f"<b>{html.escape(str(error))}</b>"
         finally:
             self.button.disabled = False

@@ -13,7 +13,7 @@ from companion.runs.run import Run
 from companion.runs.store import Store
 
 
-def unrest(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+def training_instability(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """How unsteady training is at each source layer, per arm.
 
     Returns: arm, source_layer, spread, jump, seeds. spread: standard deviation over seeds of the accuracy on the
@@ -28,14 +28,22 @@ def unrest(runs: Sequence[Run], store: Store) -> pd.DataFrame:
         wide = 100 * _at_end(mine, store, "source_layer")
         jumps = []
         for seed in wide.columns:
-            own = sorted((run for run in mine if run.seed == seed), key=lambda run: run.source_layer)
+            own = sorted(
+                (run for run in mine if run.seed == seed), key=lambda run: run.source_layer
+            )
             curves = [_finished(run, store)["curve"] for run in own]
-            losses = np.stack([np.concatenate([row["losses"] for row in curve]) for curve in curves])  # [layers, steps]
+            losses = np.stack(
+                [np.concatenate([row["losses"] for row in curve]) for curve in curves]
+            )  # [layers, steps]
             over = losses - np.median(losses, axis=0)
             before = (over[:, :-3] + over[:, 1:-2] + over[:, 2:-1]) / 3
             jumps.append((over[:, 3:] - before).max(1))
         table = pd.DataFrame(
-            {"arm": arm, "source_layer": wide.index, "spread": (wide - wide.mean()).std(axis=1).values}
+            {
+                "arm": arm,
+                "source_layer": wide.index,
+                "spread": (wide - wide.mean()).std(axis=1).values,
+            }
         )
         tables.append(table.assign(jump=np.mean(jumps, axis=0), seeds=wide.shape[1]))
     return pd.concat(tables, ignore_index=True)
@@ -61,15 +69,23 @@ def low_layers_are_best(
     four the control passes too is told. On arithmetic, the paper's task, with fewer layers: the first check and the
     last.
     """
-    best, seeds = (int(chosen.set_index("arm").loc["back attention", name]) for name in ("source_layer", "seeds"))
+    best, seeds = (
+        int(chosen.set_index("arm").loc["back attention", name])
+        for name in ("source_layer", "seeds")
+    )
     ahead = against_six.set_index("source_layer").loc[best]
     passed, against, told = _placement("back attention", chosen, unrest, accuracy)
     against[0] = against[0] and bool(ahead["low"] > 0)
     control = _placement("same layer", chosen, unrest, accuracy)[0]
-    same = difference[(difference["other"] == "same layer") & (difference["source_layer"] == best)].iloc[0]
+    same = difference[
+        (difference["other"] == "same layer") & (difference["source_layer"] == best)
+    ].iloc[0]
     second, six, less = arithmetic
     choice = second.set_index("arm").loc["back attention"]
-    layer, ends = int(choice["source_layer"]), {int(choice[name]) for name in ("source_layer", "lowest", "highest")}
+    layer, ends = (
+        int(choice["source_layer"]),
+        {int(choice[name]) for name in ("source_layer", "lowest", "highest")},
+    )
     moved = six.set_index("source_layer").loc[layer]
     own = less[less["other"] == "same layer"].set_index("source_layer").loc[layer]
     passed += [same["low"] > 0, ends <= {5, 6, 7}, own["low"] > 0]
@@ -113,17 +129,26 @@ def _placement(
     choice, level = mine[0].iloc[0], 0.05 / 3
     range_of = {int(choice[name]) for name in ("source_layer", "lowest", "highest")}
     passed, against = [range_of <= {5, 6, 7}], [int(choice["source_layer"]) not in (5, 6, 7)]
-    told = [f"chosen on validation is layer {int(choice['source_layer'])} ({min(range_of)} to {max(range_of)} by seed)"]
+    told = [
+        f"chosen on validation is layer {int(choice['source_layer'])} ({min(range_of)} to {max(range_of)} by seed)"
+    ]
     low = mine[1]["source_layer"] < 6
     for name, unit in (("spread", "points"), ("jump", "nats")):
         below, above = mine[1].loc[low, name], mine[1].loc[~low, name]
-        higher, lower = (stats.mannwhitneyu(below, above, alternative=side).pvalue for side in ("greater", "less"))
+        higher, lower = (
+            stats.mannwhitneyu(below, above, alternative=side).pvalue
+            for side in ("greater", "less")
+        )
         passed.append(bool(higher < level))
         against.append(bool(lower < level))
-        told.append(f"median {name} {below.median():.2f} {unit} at 0–5, {above.median():.2f} above (p = {higher:.2g})")
+        told.append(
+            f"median {name} {below.median():.2f} {unit} at 0–5, {above.median():.2f} above (p = {higher:.2g})"
+        )
     after = mine[2][mine[2]["source_layer"] >= 6]
     fall = stats.spearmanr(after["source_layer"], after["accuracy"])
     passed.append(bool(fall.statistic < 0 and fall.pvalue < level))
     against.append(bool(fall.statistic > 0 and fall.pvalue < level))
-    told.append(f"from layer 6 on Spearman of layer and accuracy {fall.statistic:+.2f} (p = {fall.pvalue:.2g})")
+    told.append(
+        f"from layer 6 on Spearman of layer and accuracy {fall.statistic:+.2f} (p = {fall.pvalue:.2g})"
+    )
     return passed, against, "; ".join(told)

@@ -13,12 +13,12 @@ from backattn.models.activations import capture
 from backattn.models.lens import read_states
 from backattn.models.tokens import encode
 from companion.measures.stages import stage_table
-from companion.questions.prompts import ends
+from companion.questions.prompts import last_token_positions
 from companion.report.intervals import mean_interval
 from companion.report.verdicts import Claim, _verdict, _weighed
 
 
-def hand_back(
+def normaliser_diagnostics(
     model, tokenizer, flow: LogitFlow, prompts: Sequence[int] | None = None, batch_size: int = 16
 ) -> pd.DataFrame:
     """How route "parts" behaves where its normaliser is small.
@@ -39,7 +39,9 @@ def hand_back(
         batch = encode(tokenizer, [flow.prompts[index] for index in mine], device=model.device)
         stream = capture(model, batch)
         values = flow.frame[flow.frame["prompt"].isin(mine) & flow.frame["neuron"].notna()]
-        values = values.assign(prompt=values["prompt"].map({index: row for row, index in enumerate(mine)}))
+        values = values.assign(
+            prompt=values["prompt"].map({index: row for row, index in enumerate(mine)})
+        )
         for (kind, layer), part in values.groupby(["kind", "layer"], observed=True):
             block = stream.arch.blocks[layer]
             b, neuron, place = (
@@ -48,11 +50,15 @@ def hand_back(
             )
             place = place + batch.start[b]
             earlier = layer + (kind == "ffn" and not stream.arch.parallel)
-            pieces = torch.cat([stream.hidden[:1], stream.attention[:earlier], stream.ffn[:layer]])  # [P, B, T, D]
+            pieces = torch.cat(
+                [stream.hidden[:1], stream.attention[:earlier], stream.ffn[:layer]]
+            )  # [P, B, T, D]
             pieces = pieces[:, b, place]  # [P, n, D]
             if kind == "ffn":
                 norm, state = block.norm("ffn_norm"), stream.ffn_input(layer)[b, place]
-                weights = [linear.weight[neuron] for linear in block.ffn_in if linear is not None]  # [n, D] each
+                weights = [
+                    linear.weight[neuron] for linear in block.ffn_in if linear is not None
+                ]  # [n, D] each
             else:
                 norm, state = block.norm("attention_norm"), stream.attention_input(layer)[b, place]
                 head = torch.tensor(part["head"].to_numpy(np.int64), device=model.device)
@@ -88,16 +94,24 @@ def agreement(one: FlowBack, other: FlowBack) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trend_test(profiles: dict[str, np.ndarray], order: Sequence[str] = tuple("ABCD")) -> dict[str, float]:
+def trend_test(
+    profiles: dict[str, np.ndarray], order: Sequence[str] = tuple("ABCD")
+) -> dict[str, float]:
     """Page's test that the stages' centres of flow rise in this order within prompts.
 
     Returns: L, p, and `share`, the part of the prompts whose centres stand in exactly this order (by chance 1/24).
     """
     layers = np.arange(next(iter(profiles.values())).shape[1])
     positive = [np.clip(profiles[stage], 0, None) for stage in order]
-    centres = np.stack([(x * layers).sum(1) / np.maximum(x.sum(1), 1e-12) for x in positive], axis=1)  # [n, stages]
+    centres = np.stack(
+        [(x * layers).sum(1) / np.maximum(x.sum(1), 1e-12) for x in positive], axis=1
+    )  # [n, stages]
     test = stats.page_trend_test(centres)
-    return {"L": float(test.statistic), "p": float(test.pvalue), "share": float((np.diff(centres) > 0).all(1).mean())}
+    return {
+        "L": float(test.statistic),
+        "p": float(test.pvalue),
+        "share": float((np.diff(centres) > 0).all(1).mean()),
+    }
 
 
 def contest(
@@ -125,10 +139,25 @@ def contest(
     if not len(prompts):
         raise ValueError("There is no prompt with a conflicting answer: ask more facts.")
     pairs = np.stack([correct, conflicting], axis=1)  # [n, 2]
-    logits, _ = read_states(model, tokenizer, prompts, ends(groups, positions), pairs, batch_size=batch_size)
+    logits, _ = read_states(
+        model,
+        tokenizer,
+        prompts,
+        last_token_positions(groups, positions),
+        pairs,
+        batch_size=batch_size,
+    )
     mean, low, high = mean_interval(logits[..., 0] - logits[..., 1], clusters)  # [positions, L+1]
     parts = [
-        pd.DataFrame({"position": name, "layer": range(mean.shape[1]), "mean": mean[i], "low": low[i], "high": high[i]})
+        pd.DataFrame(
+            {
+                "position": name,
+                "layer": range(mean.shape[1]),
+                "mean": mean[i],
+                "low": low[i],
+                "high": high[i],
+            }
+        )
         for i, name in enumerate(positions)
     ]
     return pd.concat(parts, ignore_index=True).assign(clusters=len(set(clusters)))
@@ -140,8 +169,12 @@ def other_relation(known: pd.DataFrame) -> pd.DataFrame:
     Every pair of answers occurs both ways round, once as correct and once as conflicting, so that no relation's
     answers are favoured.
     """
-    joined = known.merge(known[["subject", "relation", "answer", "answer_id"]], on="subject", suffixes=("", "_other"))
-    different = (joined["relation"] != joined["relation_other"]) & (joined["answer_id"] != joined["answer_id_other"])
+    joined = known.merge(
+        known[["subject", "relation", "answer", "answer_id"]], on="subject", suffixes=("", "_other")
+    )
+    different = (joined["relation"] != joined["relation_other"]) & (
+        joined["answer_id"] != joined["answer_id_other"]
+    )
     return joined[different].reset_index(drop=True)
 
 
@@ -155,7 +188,9 @@ def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         picks = [generator.choice(ids[ids != own]) for own in ids]
         parts.append(part.assign(answer_id_other=picks))
     if not parts:
-        raise ValueError("Every relation has a single answer here, so nothing conflicts: ask more facts.")
+        raise ValueError(
+            "Every relation has a single answer here, so nothing conflicts: ask more facts."
+        )
     return pd.concat(parts).reset_index(drop=True)
 
 
@@ -182,20 +217,30 @@ def route_summary(agree: pd.DataFrame, sample: pd.DataFrame) -> pd.DataFrame:
         "amplification Σ|share|, per neuron": sample["amplification"],
     }
     rows = [
-        {"quantity": name, "mean": x.mean(), "low": x.quantile(0.025), "high": x.quantile(0.975), "extreme": x.max()}
+        {
+            "quantity": name,
+            "mean": x.mean(),
+            "low": x.quantile(0.025),
+            "high": x.quantile(0.975),
+            "extreme": x.max(),
+        }
         for name, x in columns.items()
     ]
     return pd.DataFrame(rows)
 
 
-def table_by(labels: Sequence, profiles: dict[str, np.ndarray], clusters: Sequence, least: int = 8) -> pd.DataFrame:
+def table_by(
+    labels: Sequence, profiles: dict[str, np.ndarray], clusters: Sequence, least: int = 8
+) -> pd.DataFrame:
     """`stage_table` for all prompts ("all") and for each label that at least `least` carry, with a column label."""
     labels, clusters = np.asarray(labels), np.asarray(clusters)
     parts = [stage_table(profiles, clusters).assign(label="all")]
     for label in np.unique(labels):
         mine = labels == label
         if mine.sum() >= least:
-            part = stage_table({stage: profile[mine] for stage, profile in profiles.items()}, clusters[mine])
+            part = stage_table(
+                {stage: profile[mine] for stage, profile in profiles.items()}, clusters[mine]
+            )
             parts.append(part.assign(label=label))
     return pd.concat(parts, ignore_index=True)
 
@@ -208,7 +253,10 @@ def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> Cla
     """
     steps = order[order["step"]]
     own = knockouts[knockouts["stage"].isin(["A above 0", "B", "C above 0", "D"])]
-    gaps = ", ".join(f"{r.earlier}→{r.later} {r.gap:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in steps.itertuples())
+    gaps = ", ".join(
+        f"{r.earlier}→{r.later} {r.gap:+.1f} [{r.low:.1f}, {r.high:.1f}]"
+        for r in steps.itertuples()
+    )
     needed = ", ".join(own.loc[own["needed"], "stage"]) or "none"
     return Claim(
         id="C1",
@@ -230,10 +278,15 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> Claim:
     in the end; relation and last tell them apart; they begin to in states that leave stage B's layer or a later
     one. Not testable where the last position does not tell them apart.
     """
-    since, by_position = {}, {name: part.sort_values("layer") for name, part in contest.groupby("position")}
+    since, by_position = (
+        {},
+        {name: part.sort_values("layer") for name, part in contest.groupby("position")},
+    )
     for position, part in by_position.items():
         above = (part["low"] > 0).to_numpy()
-        run = int(np.argmin(above[::-1])) if not above.all() else len(above)  # states at the end that are above zero
+        run = (
+            int(np.argmin(above[::-1])) if not above.all() else len(above)
+        )  # states at the end that are above zero
         since[position] = int(part["layer"].to_numpy()[len(above) - run]) if run else None
     entity, reached = by_position["entity"], by_position["last"]["mean"].iloc[-1]
     small = bool((entity["high"] < reached / 10).all() and (entity["low"] > -reached / 10).all())
@@ -241,9 +294,13 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> Claim:
     can = None not in readers
     verdict = _verdict([small, can, can and min(readers) > stage_b])
     order = ("entity", "relation", "last")
-    told = ", ".join(f"{p} {'never' if since[p] is None else f'from state {since[p]}'}" for p in order)
+    told = ", ".join(
+        f"{p} {'never' if since[p] is None else f'from state {since[p]}'}" for p in order
+    )
     final = {p: by_position[p].iloc[-1] for p in order}
-    sizes = ", ".join(f"{p} {r['mean']:+.1f} [{r['low']:.1f}, {r['high']:.1f}]" for p, r in final.items())
+    sizes = ", ".join(
+        f"{p} {r['mean']:+.1f} [{r['low']:.1f}, {r['high']:.1f}]" for p, r in final.items()
+    )
     return Claim(
         id="C2",
         claim="the entity position cannot tell the correct from the conflicting answer; relation and last can, after B",
@@ -264,7 +321,10 @@ def one_after_the_other(order: pd.DataFrame, n: int) -> Claim:
     entity (C relation after A) and after attention has read the entity (after B), and what gives the answer comes after
     that too (D after B).
     """
-    by, pairs = order.set_index(["earlier", "later"]), (("A", "C relation"), ("B", "C relation"), ("B", "D"))
+    by, pairs = (
+        order.set_index(["earlier", "later"]),
+        (("A", "C relation"), ("B", "C relation"), ("B", "D")),
+    )
     rows = [by.loc[pair] for pair in pairs]
     gaps = ", ".join(
         f"{a}→{b} {row['gap']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]"
@@ -276,7 +336,9 @@ def one_after_the_other(order: pd.DataFrame, n: int) -> Claim:
         paper="break condition",
         ours=f"layers between stages: {gaps}; n = {n}",
         kind="tolerance",
-        verdict=_weighed([bool(row["low"] > 0) for row in rows], [bool(row["high"] < 0) for row in rows]),
+        verdict=_weighed(
+            [bool(row["low"] > 0) for row in rows], [bool(row["high"] < 0) for row in rows]
+        ),
         notebook="01_stage_discovery",
         figure="01_stages",
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from backattn.runtime import progress
-from companion.measures.memory import PLACES, high_layers, readers
+from companion.measures.memory import PLACES, high_layers, memory_probes
 from companion.measures.two_hop import contrast, read_conflict
 from companion.report.intervals import mean_interval
 from companion.report.verdicts import Claim, _weighed
@@ -23,7 +23,7 @@ from companion.runs.store import Store
 
 
 @dataclass
-class Maps:
+class AttentionSummary:
     """What queries read over all questions of some runs.
 
     weights: [n, queries, M, places], the mean over a query place's tokens, summed over a read place's; chance: the same
@@ -43,10 +43,12 @@ class Maps:
         return self.weights[:, PLACES.index(query)], self.chance[:, PLACES.index(query)]
 
 
-def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> Maps:
+def attention_summary(
+    runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
+) -> AttentionSummary:
     """Weights of every query over memory layers and places, see `Maps`."""
     weights, chance, right, frames, examples, layers = [], [], [], [], [], ()
-    for reader in readers(runs, store, count, device):
+    for reader in memory_probes(runs, store, count, device):
         (of_each, _, said), layers = reader.read(), tuple(reader.memory_layers)
         for own, labels in zip(of_each, reader.labels, strict=True):
             inside = np.array([labels == place for place in PLACES], dtype=float)  # [places, T]
@@ -59,13 +61,17 @@ def maps(runs: Sequence[Run], store: Store, count: int | None = None, device: st
         right.append(said)
         frames.append(reader.frame)
         for row in range(min(2, len(of_each))):
-            tokens = [reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]]
+            tokens = [
+                reader.tokenizer.decode([token]).strip() for token in reader.items.prompts[row]
+            ]
             examples.append((tokens, of_each[row][-1]))
     frame = pd.concat(frames, ignore_index=True)
-    return Maps(np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples)
+    return AttentionSummary(
+        np.stack(weights), np.stack(chance), np.concatenate(right), frame, layers, examples
+    )
 
 
-def weight_table(read: Maps) -> pd.DataFrame:
+def weight_table(read: AttentionSummary) -> pd.DataFrame:
     """Mean weight of the last position by cell and case (right, wrong): case, layer, place, weight, chance, n."""
     rows, (weights, chance) = [], read.of("last")
     for case, mask in (("right", read.right), ("wrong", ~read.right)):
@@ -81,7 +87,7 @@ def weight_table(read: Maps) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)[["case", "layer", "place", "weight", "chance", "n"]]
 
 
-def query_table(read: Maps) -> pd.DataFrame:
+def query_table(read: AttentionSummary) -> pd.DataFrame:
     """What each query place reads at each place, over all layers: query, place, weight, chance, layer (the mean memory
     layer of that weight)."""
     rows = []
@@ -90,12 +96,17 @@ def query_table(read: Maps) -> pd.DataFrame:
         for k, place in enumerate(PLACES):
             if chance[:, k].sum() > 0:
                 layer = weights[:, k] @ np.array(read.layers) / max(weights[:, k].sum(), 1e-12)
-                row = {"query": query, "place": place, "weight": weights[:, k].sum(), "chance": chance[:, k].sum()}
+                row = {
+                    "query": query,
+                    "place": place,
+                    "weight": weights[:, k].sum(),
+                    "chance": chance[:, k].sum(),
+                }
                 rows.append({**row, "layer": layer})
     return pd.DataFrame(rows)
 
 
-def high_share(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
+def high_share(read: AttentionSummary, layers: Sequence[int]) -> pd.DataFrame:
     """Weight of the last position on r1's states in some layers: over all, by case, by training, by pair of relations.
 
     Returns: questions ("all", "right", "wrong", "training 0" or a pair), share with its 95 % interval over bridge
@@ -106,19 +117,28 @@ def high_share(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
     share, chance = (x[:, among, k].sum(1) for x in read.of("last"))
     bridge, pair, rows = read.frame["e2"].to_numpy(), read.frame["pair"].to_numpy(), []
     parts = {"all": np.ones(len(share), dtype=bool), "right": read.right, "wrong": ~read.right}
-    parts |= {f"training {seed}": read.frame["seed"].to_numpy() == seed for seed in sorted(set(read.frame["seed"]))}
+    parts |= {
+        f"training {seed}": read.frame["seed"].to_numpy() == seed
+        for seed in sorted(set(read.frame["seed"]))
+    }
     parts |= {name: pair == name for name in sorted(set(pair))}
     for name, mask in parts.items():
         if len(set(bridge[mask])) < 2:
             continue
         mean, low, high = mean_interval(np.stack([share, share - chance], 1)[mask], bridge[mask])
-        row = {"questions": name, "share": mean[0], "low": low[0], "high": high[0], "chance": chance[mask].mean()}
+        row = {
+            "questions": name,
+            "share": mean[0],
+            "low": low[0],
+            "high": high[0],
+            "chance": chance[mask].mean(),
+        }
         row |= {"over": mean[1], "over_low": low[1], "over_high": high[1]}
         rows.append({**row, "n": int(mask.sum()), "names": len(set(bridge[mask]))})
     return pd.DataFrame(rows)
 
 
-def case_tests(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
+def case_tests(read: AttentionSummary, layers: Sequence[int]) -> pd.DataFrame:
     """Does the last position read otherwise in right than in wrong cases of a pair of relations? `failures.contrast`.
 
     Returns per place, for all memory layers and for `layers`: place, layers, right, wrong (mean weights), difference
@@ -127,12 +147,20 @@ def case_tests(read: Maps, layers: Sequence[int]) -> pd.DataFrame:
     weights, rows = read.of("last")[0], []
     among, occurs = np.isin(read.layers, layers), read.chance.sum((0, 1, 2)) > 0
     names = [(place, k) for k, place in enumerate(PLACES) if occurs[k]]
-    values = np.stack([x for _, k in names for x in (weights[:, :, k].sum(1), weights[:, among, k].sum(1))], axis=1)
+    values = np.stack(
+        [x for _, k in names for x in (weights[:, :, k].sum(1), weights[:, among, k].sum(1))],
+        axis=1,
+    )
     test = contrast(values, read.right, read.frame["pair"], read.frame["e2"])
-    labels = [(place, which) for place, _ in names for which in ("all", f"{layers[0]}–{layers[-1]}")]
+    labels = [
+        (place, which) for place, _ in names for which in ("all", f"{layers[0]}–{layers[-1]}")
+    ]
     for column, (place, which) in enumerate(labels):
         row = {"place": place, "layers": which, "right": values[read.right, column].mean()}
-        row |= {"wrong": values[~read.right, column].mean(), "difference": test["difference"][column]}
+        row |= {
+            "wrong": values[~read.right, column].mean(),
+            "difference": test["difference"][column],
+        }
         rows.append({**row, "p": test["p"][column]})
     return pd.DataFrame(rows)
 
@@ -146,7 +174,9 @@ def most_read(weights: np.ndarray, share: float) -> np.ndarray:
     return chosen
 
 
-def random_cells(weights: np.ndarray, most: np.ndarray, equal: str, draw: np.random.Generator) -> np.ndarray:
+def random_cells(
+    weights: np.ndarray, most: np.ndarray, equal: str, draw: np.random.Generator
+) -> np.ndarray:
     """Other cells than `most`, drawn at random: as many ("count"), or until they hold as much weight ("weight").
 
     [M, T] bool; none where all others hold less weight. Raises ValueError for another kind.
@@ -184,29 +214,43 @@ def knock_outs(
     lost (right before less right after).
     """
     draw, rows = np.random.default_rng(seed), []
-    for reader in readers(runs, store, count, device):
+    for reader in memory_probes(runs, store, count, device):
         read, before, right = reader.read()
         weights, everything = [own[-1] for own in read], reader.block(PLACES)
         plans = [(f"everything, at {place}", everything, (place,)) for place in reader.places]
         for place in reader.places:
-            plans.append((f"everything, but at {place}", everything, tuple(p for p in PLACES if p != place)))
+            plans.append(
+                (f"everything, but at {place}", everything, tuple(p for p in PLACES if p != place))
+            )
         plans.append(("everything, everywhere", everything, PLACES))
         most = [most_read(own, share) for own in weights]
         plans.append(("most read", most, ("last",)))
         for equal in ("count", "weight") * draws:
             cells = [random_cells(w, m, equal, draw) for w, m in zip(weights, most, strict=True)]
             plans.append((f"random, same {equal} as most read", cells, ("last",)))
-        blocks = {place: reader.block([place], high_layers(reader.wrapped.layers)) for place in reader.places}
+        blocks = {
+            place: reader.block([place], high_layers(reader.wrapped.layers))
+            for place in reader.places
+        }
         plans += [(f"{place}, high layers", cells, ("last",)) for place, cells in blocks.items()]
         for _ in range(draws):
-            cells = [random_cells(w, m, "count", draw) for w, m in zip(weights, blocks["r1"], strict=True)]
+            cells = [
+                random_cells(w, m, "count", draw)
+                for w, m in zip(weights, blocks["r1"], strict=True)
+            ]
             plans.append(("random, same count as r1", cells, ("last",)))
         for name, cells, queries in progress(plans, "hiding", unit="set"):
             after, still = reader.ask(cells, queries)
-            about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
+            about = {
+                "seed": reader.frame["seed"],
+                "question": range(len(before)),
+                "e2": reader.frame["e2"],
+            }
             about |= {"cells": [c.sum() for c in cells], "fall": before - after}
             about["weight"] = [w[c].sum() for w, c in zip(weights, cells, strict=True)]
-            part = pd.DataFrame(about).assign(hidden=name, lost=right.astype(float) - still.astype(float))
+            part = pd.DataFrame(about).assign(
+                hidden=name, lost=right.astype(float) - still.astype(float)
+            )
             if queries != ("last",):
                 part["weight"] = np.nan
             rows.append(part[part["cells"] > 0])
@@ -220,8 +264,19 @@ def knock_out_table(made: pd.DataFrame) -> pd.DataFrame:
     for name in dict.fromkeys(made["hidden"]):
         part = _of_each(made[made["hidden"] == name])
         mean, low, high = mean_interval(part[["fall", "lost"]].to_numpy(), part["e2"])
-        row = {"hidden": name, "cells": part["cells"].mean(), "weight": part["weight"].mean(), "fall": mean[0]}
-        row |= {"low": low[0], "high": high[0], "lost": mean[1], "lost_low": low[1], "lost_high": high[1]}
+        row = {
+            "hidden": name,
+            "cells": part["cells"].mean(),
+            "weight": part["weight"].mean(),
+            "fall": mean[0],
+        }
+        row |= {
+            "low": low[0],
+            "high": high[0],
+            "lost": mean[1],
+            "lost_low": low[1],
+            "lost_high": high[1],
+        }
         rows.append({**row, "n": len(part)})
     return pd.DataFrame(rows)
 
@@ -239,14 +294,22 @@ def knock_out_tests(made: pd.DataFrame) -> pd.DataFrame:
             continue
         both = one.merge(other, on=["seed", "question", "e2"], suffixes=("", "_other"))
         mean, low, high = mean_interval((both["fall"] - both["fall_other"]).to_numpy(), both["e2"])
-        row = {"hidden": hidden, "control": control, "more": float(mean), "low": float(low), "high": float(high)}
+        row = {
+            "hidden": hidden,
+            "control": control,
+            "more": float(mean),
+            "low": float(low),
+            "high": float(high),
+        }
         rows.append({**row, "n": len(both)})
     return pd.DataFrame(rows)
 
 
 def _of_each(part: pd.DataFrame) -> pd.DataFrame:
     """Per question the mean over draws."""
-    return part.groupby(["seed", "question", "e2"], as_index=False)[["cells", "weight", "fall", "lost"]].mean()
+    return part.groupby(["seed", "question", "e2"], as_index=False)[
+        ["cells", "weight", "fall", "lost"]
+    ].mean()
 
 
 def weight_against_fall(
@@ -261,13 +324,24 @@ def weight_against_fall(
     low, high, n, the questions in which both differ between places).
     """
     rows = []
-    for reader in readers(runs, store, count, device):
+    for reader in memory_probes(runs, store, count, device):
         weights, before, _ = reader.read()
-        blocks = [(query, place) for k, query in enumerate(reader.places) for place in reader.places[: k + 1]]
+        blocks = [
+            (query, place)
+            for k, query in enumerate(reader.places)
+            for place in reader.places[: k + 1]
+        ]
         for query, place in progress(blocks, "blocks", unit="block"):
-            asked = [own[labels == query].mean(0) for own, labels in zip(weights, reader.labels, strict=True)]
+            asked = [
+                own[labels == query].mean(0)
+                for own, labels in zip(weights, reader.labels, strict=True)
+            ]
             cells = reader.block([place])
-            about = {"seed": reader.frame["seed"], "question": range(len(before)), "e2": reader.frame["e2"]}
+            about = {
+                "seed": reader.frame["seed"],
+                "question": range(len(before)),
+                "e2": reader.frame["e2"],
+            }
             about["weight"] = [w[c].sum() for w, c in zip(asked, cells, strict=True)]
             about["fall"] = before - reader.ask(cells, (query,))[0]
             rows.append(pd.DataFrame(about).assign(query=query, place=place))
@@ -285,11 +359,21 @@ def weight_against_fall(
         )
         each = each.reset_index(name="rank")
         mean, low, high = mean_interval(each["rank"].to_numpy(), each["e2"])
-        ranks.append({"query": query, "mean": float(mean), "low": float(low), "high": float(high), "n": len(each)})
+        ranks.append(
+            {
+                "query": query,
+                "mean": float(mean),
+                "low": float(low),
+                "high": float(high),
+                "n": len(each),
+            }
+        )
     return table, pd.DataFrame(ranks)
 
 
-def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu") -> pd.DataFrame:
+def brought_forward(
+    runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
+) -> pd.DataFrame:
     """From which layer on e2 and e3 can be read at the last position, without the adapter and with it.
 
     Read with the logit lens: an entity can be read where its first token is among the `failures.READABLE` highest. As
@@ -299,12 +383,18 @@ def brought_forward(runs: Sequence[Run], store: Store, count: int | None = None,
     question, e2, entity, adapter and readable ([L+1] bool, by state).
     """
     rows = []
-    for reader in readers(runs, store, count, device):
+    for reader in memory_probes(runs, store, count, device):
         for adapter in ("off", "on"):
             reader.wrapped.enabled = adapter == "on"
-            seen = read_conflict(reader.wrapped.base_model, reader.tokenizer, reader.frame, places=["last"])
+            seen = read_conflict(
+                reader.wrapped.base_model, reader.tokenizer, reader.frame, places=["last"]
+            )
             for entity, readable in seen.readable.items():  # [n, 1, L+1]
-                about = {"seed": reader.frame["seed"], "question": range(len(readable)), "e2": reader.frame["e2"]}
+                about = {
+                    "seed": reader.frame["seed"],
+                    "question": range(len(readable)),
+                    "e2": reader.frame["e2"],
+                }
                 part = pd.DataFrame(about).assign(entity=entity, adapter=adapter)
                 rows.append(part.assign(readable=list(readable[:, 0])))
     return pd.concat(rows, ignore_index=True)
@@ -330,15 +420,28 @@ def forward_table(made: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for entity, part in made.groupby("entity", sort=False):
-        wide = part.pivot(index=["seed", "question", "e2"], columns="adapter", values="readable").reset_index()
+        wide = part.pivot(
+            index=["seed", "question", "e2"], columns="adapter", values="readable"
+        ).reset_index()
         off, on = (np.stack(wide[adapter].to_list()) for adapter in ("off", "on"))  # [n, L+1]
-        row = {"entity": entity, "ever_off": off.any(1).mean(), "ever_on": on.any(1).mean(), "n": len(wide)}
+        row = {
+            "entity": entity,
+            "ever_off": off.any(1).mean(),
+            "ever_on": on.any(1).mean(),
+            "n": len(wide),
+        }
         both = off.any(1) & on.any(1)
         row |= {"both": int(both.sum())}
         if wide.loc[both, "e2"].nunique() > 1:
             first = [x[both].argmax(1) for x in (off, on)]
             mean, low, high = mean_interval(first[0] - first[1], wide.loc[both, "e2"])
-            row |= {"off": first[0].mean(), "on": first[1].mean(), "earlier": mean, "low": low, "high": high}
+            row |= {
+                "off": first[0].mean(),
+                "on": first[1].mean(),
+                "earlier": mean,
+                "low": low,
+                "high": high,
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -346,7 +449,9 @@ def forward_table(made: pd.DataFrame) -> pd.DataFrame:
 NOTICEABLE = 0.05  # nats
 
 
-def brings_high_states(models: dict[str, tuple[pd.DataFrame, pd.DataFrame, Sequence[int]]]) -> Claim:
+def brings_high_states(
+    models: dict[str, tuple[pd.DataFrame, pd.DataFrame, Sequence[int]]],
+) -> Claim:
     """C10. models: name -> (`reading.high_share` of r1 at the last position, `reading.knock_out_tests`, the layers).
 
     Two checks per model: the last position gives r1's high layers more weight than cells read alike would, with its
@@ -356,9 +461,17 @@ def brings_high_states(models: dict[str, tuple[pd.DataFrame, pd.DataFrame, Seque
     for name, (share, tests, high) in models.items():
         by = share.set_index("questions")
         whole, trainings = by.loc["all"], by[by.index.str.startswith("training")]
-        hidden = tests.set_index(["hidden", "control"]).loc[("r1, high layers", "random, same count as r1")]
-        passed += [whole["over_low"] > 0 and (trainings["over"] > 0).all(), hidden["low"] > NOTICEABLE]
-        against += [whole["over_high"] < 0 and (trainings["over"] < 0).all(), hidden["high"] < NOTICEABLE]
+        hidden = tests.set_index(["hidden", "control"]).loc[
+            ("r1, high layers", "random, same count as r1")
+        ]
+        passed += [
+            whole["over_low"] > 0 and (trainings["over"] > 0).all(),
+            hidden["low"] > NOTICEABLE,
+        ]
+        against += [
+            whole["over_high"] < 0 and (trainings["over"] < 0).all(),
+            hidden["high"] < NOTICEABLE,
+        ]
         told.append(
             f"{name}: weight of r1's layers {high[0]}–{high[-1]} at the last position {whole['share']:.1%} "
             f"[{whole['low']:.1%}, {whole['high']:.1%}], by chance {whole['chance']:.1%}; hiding them lowers log p(e3) "

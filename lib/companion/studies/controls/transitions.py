@@ -18,14 +18,18 @@ from companion.questions.splits import split
 from companion.report.intervals import bootstrap, interval, mean_interval
 from companion.report.verdicts import Claim, _points, _weighed
 from companion.runs.as_asked import asked, questions, test_groups
-from companion.runs.perform import trained
+from companion.runs.perform import load_trained
 from companion.runs.run import Run
-from companion.runs.store import Store, right_of
+from companion.runs.store import Store, answers_right
 from companion.studies.controls.memory import NO_MORE
 
 
 def transitions(
-    runs: Sequence[Run], store: Store, device: str = "cpu", dataset: str | None = None, count: int | None = None
+    runs: Sequence[Run],
+    store: Store,
+    device: str = "cpu",
+    dataset: str | None = None,
+    count: int | None = None,
 ) -> pd.DataFrame:
     """Whom the model names without and with each run's adapter, by the first token, on the run's test questions.
 
@@ -38,7 +42,7 @@ def transitions(
     for run in progress(list(runs), "asking again", unit="run"):
         there = replace(run, dataset=dataset, test_items=count) if dataset else run
         frame = asked(there, "test")
-        with trained(run, store, device) as (model, tokenizer):
+        with load_trained(run, store, device) as (model, tokenizer):
             facts = candidates(tokenizer, split(load(there.dataset), run.fold))
             facts = frame[TWO_HOP_KEYS].merge(facts, on=TWO_HOP_KEYS, validate="one_to_one")
             items = questions(there, tokenizer, "test")
@@ -46,24 +50,35 @@ def transitions(
                 with model.disable_adapter():
                     before[run.fold] = _said(model, items)
             said = {"before": before[run.fold], "after": _said(model, items)}
-        named = [dict(zip(ENTITIES, each, strict=True)) for each in facts[list(ID_COLUMNS)].to_numpy()]
-        about = {"arm": run.arm, "seed": run.seed, "question": range(len(facts)), **facts[["e2", "pair", "collides"]]}
+        named = [
+            dict(zip(ENTITIES, each, strict=True)) for each in facts[list(ID_COLUMNS)].to_numpy()
+        ]
+        about = {
+            "arm": run.arm,
+            "seed": run.seed,
+            "question": range(len(facts)),
+            **facts[["e2", "pair", "collides"]],
+        }
         for name, tokens in said.items():
-            about[name] = [outcome(int(token), own) for token, own in zip(tokens, named, strict=True)]
+            about[name] = [
+                outcome(int(token), own) for token, own in zip(tokens, named, strict=True)
+            ]
         table = pd.DataFrame(about)
         rows.append(table.assign(right=table["after"] == "e3"))
     return pd.concat(rows, ignore_index=True)
 
 
-def with_kept(made: pd.DataFrame, runs: Sequence[Run], store: Store) -> pd.DataFrame:
+def with_stored_arms(made: pd.DataFrame, runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """`transitions` with other arms' runs on the same questions, of which only what was kept is known: right.
 
     Raises ValueError when a run was tested on other questions.
     """
-    before = made.drop_duplicates(["seed", "question"])[["seed", "question", "e2", "pair", "before"]]
+    before = made.drop_duplicates(["seed", "question"])[
+        ["seed", "question", "e2", "pair", "before"]
+    ]
     rows = [made]
     for run in runs:
-        right = right_of(store.result(run))
+        right = answers_right(store.result(run))
         mine = before[before["seed"] == run.seed]
         if not np.array_equal(mine["e2"], test_groups(run, store.result(run))):
             raise ValueError(f"{run.arm!r}, seed {run.seed}, was not tested on the same questions.")
@@ -84,20 +99,30 @@ def _said(model, items) -> np.ndarray:
 
 def transition_table(made: pd.DataFrame) -> pd.DataFrame:
     """How many answers went from whom to whom: arm, before, after, count, share (of all with that before)."""
-    table = made.groupby(["arm", "before", "after"], sort=False).size().rename("count").reset_index()
+    table = (
+        made.groupby(["arm", "before", "after"], sort=False).size().rename("count").reset_index()
+    )
     table["share"] = table["count"] / table.groupby(["arm", "before"])["count"].transform("sum")
     order = {name: place for place, name in enumerate([*dict.fromkeys(made["arm"]), *OUTCOMES])}
-    return table.sort_values(["arm", "before", "after"], key=lambda column: column.map(order), ignore_index=True)
+    return table.sort_values(
+        ["arm", "before", "after"], key=lambda column: column.map(order), ignore_index=True
+    )
 
 
-def mended_shares(made: pd.DataFrame) -> pd.DataFrame:
+def repaired_shares(made: pd.DataFrame) -> pd.DataFrame:
     """Which share of each kind of failure becomes e3 with each arm: arm, before ("any" for all failures), share, low,
     high (95 %, over bridge entities; NaN for fewer than two), n, names."""
     rows = []
     for arm, part in made.groupby("arm", sort=False):
         for kind in (*OUTCOMES[1:], "any"):
             own = part[(part["before"] != "e3") if kind == "any" else (part["before"] == kind)]
-            row = {"arm": arm, "before": kind, "share": float("nan"), "low": float("nan"), "high": float("nan")}
+            row = {
+                "arm": arm,
+                "before": kind,
+                "share": float("nan"),
+                "low": float("nan"),
+                "high": float("nan"),
+            }
             if own["e2"].nunique() > 1:
                 mean, low, high = mean_interval(own["right"].to_numpy(dtype=float), own["e2"])
                 row |= {"share": float(mean), "low": float(low), "high": float(high)}
@@ -105,7 +130,7 @@ def mended_shares(made: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def mended_differences(made: pd.DataFrame) -> pd.DataFrame:
+def repaired_differences(made: pd.DataFrame) -> pd.DataFrame:
     """Does back attention mend e2 failures above all, and more of them than other arms?
 
     Two kinds of rows. "than other failures": the share mended of failures that say e2 less that of the others, within
@@ -116,11 +141,19 @@ def mended_differences(made: pd.DataFrame) -> pd.DataFrame:
     no failure of one kind in any pair, or an arm was asked other questions.
     """
     mine = made[made["arm"] == "back attention"].reset_index(drop=True)
-    is_e2, is_other = (mine["before"] == "e2").to_numpy(), (~mine["before"].isin(["e2", "e3"])).to_numpy()
+    is_e2, is_other = (
+        (mine["before"] == "e2").to_numpy(),
+        (~mine["before"].isin(["e2", "e3"])).to_numpy(),
+    )
     pairs = sorted(set(mine["pair"][is_e2]) & set(mine["pair"][is_other]))
     if not pairs:
-        raise ValueError("There are no failures that say e2, or none that do not, in any pair: ask more questions.")
-    good, weights = mine["right"].to_numpy(dtype=float), (np.ones((1, len(mine))), bootstrap(mine["e2"]))
+        raise ValueError(
+            "There are no failures that say e2, or none that do not, in any pair: ask more questions."
+        )
+    good, weights = (
+        mine["right"].to_numpy(dtype=float),
+        (np.ones((1, len(mine))), bootstrap(mine["e2"])),
+    )
 
     def within(draws: np.ndarray) -> np.ndarray:
         each, sizes = [], []
@@ -136,11 +169,19 @@ def mended_differences(made: pd.DataFrame) -> pd.DataFrame:
     rows = [_row("than other failures", *map(within, weights), n)]
     for other in [name for name in dict.fromkeys(made["arm"]) if name != "back attention"]:
         keys = ["seed", "question", "e2", "before"]
-        theirs = mine[keys].merge(made[made["arm"] == other], on=keys, how="left", validate="one_to_one")["right"]
+        theirs = mine[keys].merge(
+            made[made["arm"] == other], on=keys, how="left", validate="one_to_one"
+        )["right"]
         if theirs.isna().any():
             raise ValueError(f"Back attention and {other!r} were not asked the same questions.")
         less = good - theirs.to_numpy(dtype=float)
-        rows.append(_row(f"than {other}", *(_share(draws, is_e2, less) for draws in weights), int(is_e2.sum())))
+        rows.append(
+            _row(
+                f"than {other}",
+                *(_share(draws, is_e2, less) for draws in weights),
+                int(is_e2.sum()),
+            )
+        )
     return pd.DataFrame(rows)
 
 
@@ -153,20 +194,30 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
     Returns: questions ("known", "unknown", "known less unknown"), before, after (shares right; their differences), gain
     (after less before), low, high (95 %, over bridge entities), n, pairs. Raises ValueError when no pair has enough.
     """
-    both = pd.concat([known.assign(kind="known"), unknown.assign(kind="unknown")], ignore_index=True)
+    both = pd.concat(
+        [known.assign(kind="known"), unknown.assign(kind="unknown")], ignore_index=True
+    )
     both = both[~both["collides"]]
     counts = both.groupby(["pair", "kind"]).size().unstack(fill_value=0)
     counts = counts.reindex(columns=["known", "unknown"], fill_value=0)
     pairs = counts.index[(counts >= least).all(axis=1)]
     if pairs.empty:
-        raise ValueError(f"No pair of relations has {least} known and {least} unknown questions: ask more.")
+        raise ValueError(
+            f"No pair of relations has {least} known and {least} unknown questions: ask more."
+        )
     both = both[both["pair"].isin(pairs)].reset_index(drop=True)
-    parts = {"before": (both["before"] == "e3").to_numpy(dtype=float), "after": both["right"].to_numpy(dtype=float)}
+    parts = {
+        "before": (both["before"] == "e3").to_numpy(dtype=float),
+        "after": both["right"].to_numpy(dtype=float),
+    }
     parts["gain"] = parts["after"] - parts["before"]
     draws, ones = bootstrap(both["e2"]), np.ones((1, len(both)))
 
     def mean(weights: np.ndarray, kind: str, values: np.ndarray) -> np.ndarray:
-        each = [_share(weights, ((both["kind"] == kind) & (both["pair"] == pair)).to_numpy(), values) for pair in pairs]
+        each = [
+            _share(weights, ((both["kind"] == kind) & (both["pair"] == pair)).to_numpy(), values)
+            for pair in pairs
+        ]
         return np.nanmean(each, axis=0)
 
     rows = []
@@ -176,14 +227,18 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
         rows[-1] |= {"n": int((both["kind"] == kind).sum()), "pairs": len(pairs)}
     less = {name: rows[0][name] - rows[1][name] for name in parts}
     ends = interval(mean(draws, "known", parts["gain"]) - mean(draws, "unknown", parts["gain"]))
-    rows.append({"questions": "known less unknown", **less, **ends, "n": len(both), "pairs": len(pairs)})
+    rows.append(
+        {"questions": "known less unknown", **less, **ends, "n": len(both), "pairs": len(pairs)}
+    )
     return pd.DataFrame(rows)
 
 
 def _share(weights: np.ndarray, mask: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Weighted means [R] of values [n] where mask [n] holds, for weights [R, n]; NaN where nothing is drawn."""
     total = weights @ mask.astype(float)
-    return np.divide(weights @ (values * mask), total, out=np.full(len(weights), np.nan), where=total > 0)
+    return np.divide(
+        weights @ (values * mask), total, out=np.full(len(weights), np.nan), where=total > 0
+    )
 
 
 def _row(name: str, value: np.ndarray, draws: np.ndarray, n: int) -> dict:
@@ -198,7 +253,9 @@ def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> C
     """
     by = mended[mended["arm"] == "back attention"].set_index("before")
     rows = differences.set_index("more").loc[["than other failures", "than same layer"]]
-    less = ", ".join(f"{name} {_points(row)} points" for name, row in differences.set_index("more").iterrows())
+    less = ", ".join(
+        f"{name} {_points(row)} points" for name, row in differences.set_index("more").iterrows()
+    )
     shares = ", ".join(
         f"{kind} {row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {int(row['n'])}"
         for kind, row in by.dropna(subset=["share"]).iterrows()

@@ -48,9 +48,14 @@ def hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
                 f"No fact is left to ask for {form!r}: ask more facts, or a model that knows more of them."
             )
         distinct = asked.drop_duplicates(form)
-        said, _ = ask(model, tokenizer, distinct[form], distinct["pair"] + distinct["r1"] + distinct["r2"])
+        said, _ = ask(
+            model, tokenizer, distinct[form], distinct["pair"] + distinct["r1"] + distinct["r2"]
+        )
         by_prompt = dict(zip(distinct[form], said, strict=True))
-        right = [by_prompt[prompt] in ids for prompt, ids in zip(asked[form], asked[f"{entity}_ids"], strict=True)]
+        right = [
+            by_prompt[prompt] in ids
+            for prompt, ids in zip(asked[form], asked[f"{entity}_ids"], strict=True)
+        ]
         left = left.copy()
         left[left] = np.array(right) == wanted
         passed[step] = left
@@ -67,7 +72,10 @@ def filter_table(asked: pd.DataFrame) -> pd.DataFrame:
         "shortcut not right": asked["kept"],
     }
     counts = pd.DataFrame(
-        {name: pd.Series(mask).groupby(asked["pair"].to_numpy()).sum() for name, mask in steps.items()}
+        {
+            name: pd.Series(mask).groupby(asked["pair"].to_numpy()).sum()
+            for name, mask in steps.items()
+        }
     )
     counts.loc["all"] = counts.sum()
     return counts.rename_axis("pair").reset_index()
@@ -79,12 +87,21 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     Returns `frame` with: outcome (open vocabulary, by the model's own first token), said (that token), three_way (the
     likeliest of e3, e2 and, where it exists and differs, the shortcut) and log_prob_e3, log_prob_e2.
     """
-    wanted = [sorted(frozenset().union(*each)) for each in zip(*(frame[name] for name in ID_COLUMNS), strict=True)]
-    said, logs = ask(model, tokenizer, frame["two_hop"], frame["pair"] + frame["r1"] + frame["r2"], wanted)
+    wanted = [
+        sorted(frozenset().union(*each))
+        for each in zip(*(frame[name] for name in ID_COLUMNS), strict=True)
+    ]
+    said, logs = ask(
+        model, tokenizer, frame["two_hop"], frame["pair"] + frame["r1"] + frame["r2"], wanted
+    )
     rows = []
     for token, values, row in zip(said, logs, frame.itertuples(), strict=True):
         ids = _ids_of(row)
-        best = {name: max(values[i] for i in ids[name]) for name in ("e3", "e2", "shortcut") if ids[name]}
+        best = {
+            name: max(values[i] for i in ids[name])
+            for name in ("e3", "e2", "shortcut")
+            if ids[name]
+        }
         rows.append(
             {
                 "outcome": outcome(token, ids),
@@ -97,7 +114,9 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**pd.DataFrame(rows, index=frame.index))
 
 
-def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_size: int = 32) -> pd.DataFrame:
+def generated(
+    model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_size: int = 32
+) -> pd.DataFrame:
     """Let the model write on after each two-hop prompt, greedily, and see whom it names first.
 
     Returns `frame` with: written (up to the line's end) and named, the outcome whose name or alias
@@ -107,17 +126,22 @@ def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8, batch_
     written: list[str] = []
     for start in progress(range(0, len(frame), batch_size), "writing", unit="batch"):
         batch = encode(
-            tokenizer, frame["two_hop"].iloc[start : start + batch_size].tolist(), "left", input_device(model)
+            tokenizer,
+            frame["two_hop"].iloc[start : start + batch_size].tolist(),
+            "left",
+            input_device(model),
         )
         with torch.no_grad():
             tokens = model.generate(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
             )
-        written += tokenizer.batch_decode(tokens[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        written += tokenizer.batch_decode(
+            tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True
+        )
     written = [text.strip().split("\n")[0] for text in written]
     named = [_named(text, row) for text, row in zip(written, frame.itertuples(), strict=True)]
     return frame.assign(written=written, named=named)
@@ -145,18 +169,29 @@ def shares(labels: pd.Series, names: Sequence[str] = OUTCOMES) -> pd.DataFrame:
     Raises ValueError for an empty set.
     """
     if labels.empty:
-        raise ValueError("The analysis set is empty: ask more facts, or a model that knows more of them.")
+        raise ValueError(
+            "The analysis set is empty: ask more facts, or a model that knows more of them."
+        )
     rows = []
     for name in names:
         count = int((labels == name).sum())
         low, high = wilson(count, len(labels))
         rows.append(
-            {"outcome": name, "count": count, "n": len(labels), "share": count / len(labels), "low": low, "high": high}
+            {
+                "outcome": name,
+                "count": count,
+                "n": len(labels),
+                "share": count / len(labels),
+                "low": low,
+                "high": high,
+            }
         )
     return pd.DataFrame(rows)
 
 
-def shares_by(frame: pd.DataFrame, by: str | Sequence[str], column: str = "outcome", least: int = 1) -> pd.DataFrame:
+def shares_by(
+    frame: pd.DataFrame, by: str | Sequence[str], column: str = "outcome", least: int = 1
+) -> pd.DataFrame:
     """`shares` for each value of the columns `by` that at least `least` rows have."""
     by = [by] if isinstance(by, str) else list(by)
     parts = [
@@ -164,7 +199,9 @@ def shares_by(frame: pd.DataFrame, by: str | Sequence[str], column: str = "outco
         for key, part in frame.groupby(by, sort=False)
         if len(part) >= least
     ]
-    return pd.concat(parts, ignore_index=True)[[*by, "outcome", "count", "n", "share", "low", "high"]]
+    return pd.concat(parts, ignore_index=True)[
+        [*by, "outcome", "count", "n", "share", "low", "high"]
+    ]
 
 
 def bridge_lead(failures: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -189,13 +226,18 @@ def clear_cases(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     Right: the next token is the first of e3's proper name. Wrong: it belongs to no name of e3, and what is written on
     does not name e3 first either.
     """
-    first = {name: tokenizer.decode([continuation_ids(tokenizer, name)[0]]) for name in frame["e3"].unique()}
+    first = {
+        name: tokenizer.decode([continuation_ids(tokenizer, name)[0]])
+        for name in frame["e3"].unique()
+    }
     right = frame["said"] == frame["e3"].map(first)
     wrong = (frame["outcome"] != "e3") & (frame["named"] != "e3")
     return frame[right | wrong].reset_index(drop=True)
 
 
-def failures_say_bridge(census: pd.DataFrame, leads: pd.DataFrame, three_way: pd.DataFrame, n: int) -> Claim:
+def failures_say_bridge(
+    census: pd.DataFrame, leads: pd.DataFrame, three_way: pd.DataFrame, n: int
+) -> Claim:
     """C3. census, three_way: wording, outcome, share, low, high over all kept prompts; leads: `census.bridge_lead` over
     the prompts not answered e3. The worked examples are one-hop facts, the answers open vocabulary.
 
@@ -210,9 +252,14 @@ def failures_say_bridge(census: pd.DataFrame, leads: pd.DataFrame, three_way: pd
         row = table.set_index(["wording", "outcome"]).loc[(wording, outcome)]
         return f"{outcome} {row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
 
-    open_shares = ", ".join(percent(census, "possessive", outcome) for outcome in ("e3", "e2", "e1", "other"))
+    open_shares = ", ".join(
+        percent(census, "possessive", outcome) for outcome in ("e3", "e2", "e1", "other")
+    )
     others = "; ".join(f"{w}: {percent(census, w, 'e2')}" for w in by.index if w != "possessive")
-    ahead = ", ".join(f"{w} {r['lead']:+.0%} [{r['lead_low']:.0%}, {r['lead_high']:.0%}]" for w, r in by.iterrows())
+    ahead = ", ".join(
+        f"{w} {r['lead']:+.0%} [{r['lead_low']:.0%}, {r['lead_high']:.0%}]"
+        for w, r in by.iterrows()
+    )
     return Claim(
         id="C3",
         claim="two-hop failures answer the bridge entity e2",
@@ -233,9 +280,14 @@ def conflict_not_ignorance(census: pd.DataFrame) -> Claim:
     Two checks, in the paper's wording behind one-hop examples, each with its whole interval: more than half of these
     prompts fail all the same; and more say e2 than name none of the entities.
     """
-    mine = census[(census["wording"] == "possessive") & (census["examples"] == "one-hop")].set_index("outcome")
+    mine = census[
+        (census["wording"] == "possessive") & (census["examples"] == "one-hop")
+    ].set_index("outcome")
     right, bridge, other = (mine.loc[name] for name in ("e3", "e2", "other"))
-    told = ", ".join(f"{r.name} {r['share']:.0%} [{r['low']:.0%}, {r['high']:.0%}]" for r in (right, bridge, other))
+    told = ", ".join(
+        f"{r.name} {r['share']:.0%} [{r['low']:.0%}, {r['high']:.0%}]"
+        for r in (right, bridge, other)
+    )
     return Claim(
         id="B2",
         claim="two-hop failures are conflict, not missing knowledge",

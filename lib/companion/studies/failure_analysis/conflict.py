@@ -11,21 +11,25 @@ import pandas as pd
 import torch
 
 from backattn.analysis.flow_back import flow_back
-from backattn.analysis.knockouts import Prompts, blocked_log_probs
+from backattn.analysis.knockouts import CachedPrompts, blocked_log_probs
 from backattn.analysis.logit_flow import logit_flow
 from backattn.models.activations import capture
 from backattn.models.decoder import describe
 from backattn.models.tokens import encode
 from backattn.runtime import progress
 from companion.measures.stages import grouped_flow
-from companion.measures.two_hop import Reading, contrast, groups, pair_ids
-from companion.questions.prompts import ends
-from companion.report.intervals import bootstrap, mean_interval, mean_row
+from companion.measures.two_hop import Reading, contrast, first_token_pairs, place_labels
+from companion.questions.prompts import last_token_positions
+from companion.report.intervals import bootstrap, mean_interval, mean_summary
 from companion.report.verdicts import Claim, _weighed
 
 
 def conflict_table(
-    reading: Reading, right: Sequence[bool], strata: Sequence, clusters: Sequence, permutations: int = 2000
+    reading: Reading,
+    right: Sequence[bool],
+    strata: Sequence,
+    clusters: Sequence,
+    permutations: int = 2000,
 ) -> pd.DataFrame:
     """Logit e3 − e2 by place and layer for right and wrong cases, with 95 % bands over bridge entities (clusters).
 
@@ -37,7 +41,12 @@ def conflict_table(
     for case, mask in (("right", right), ("wrong", ~right)):
         mean, low, high = mean_interval(reading.difference[mask], clusters[mask])
         for place, name in enumerate(reading.places):
-            part = {"layer": range(mean.shape[1]), "mean": mean[place], "low": low[place], "high": high[place]}
+            part = {
+                "layer": range(mean.shape[1]),
+                "mean": mean[place],
+                "low": low[place],
+                "high": high[place],
+            }
             part |= {"contrast": test["difference"][place], "p": test["p"][place]}
             rows.append(pd.DataFrame(part).assign(place=name, case=case, n=int(mask.sum())))
     return pd.concat(rows, ignore_index=True)
@@ -47,10 +56,17 @@ def readable_table(reading: Reading) -> pd.DataFrame:
     """Share of prompts in which an entity can be read: place, entity, layer, share, shuffled (labels), wins."""
     rows = []
     for entity in ("e2", "e3"):
-        own, other = (reading.readable[name].mean(0) for name in (entity, f"{entity} shuffled"))  # [places, L+1]
+        own, other = (
+            reading.readable[name].mean(0) for name in (entity, f"{entity} shuffled")
+        )  # [places, L+1]
         for place, name in enumerate(reading.places):
             wins = reading.wins[entity].mean(0)[place]
-            part = {"layer": range(own.shape[1]), "share": own[place], "shuffled": other[place], "wins": wins}
+            part = {
+                "layer": range(own.shape[1]),
+                "share": own[place],
+                "shuffled": other[place],
+                "wins": wins,
+            }
             rows.append(pd.DataFrame(part).assign(place=name, entity=entity))
     return pd.concat(rows, ignore_index=True)
 
@@ -66,11 +82,18 @@ def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) 
     rows, weights = [], bootstrap(clusters, resamples)
     for place, name in enumerate(reading.places):
         for entity in ("e2", "e3"):
-            own, other = (reading.readable[key][:, place] for key in (entity, f"{entity} shuffled"))  # [n, L+1]
+            own, other = (
+                reading.readable[key][:, place] for key in (entity, f"{entity} shuffled")
+            )  # [n, L+1]
             wins = reading.wins[entity][:, place, :-1]
             low = np.percentile(weights @ wins, 2.5, axis=0) > 0.5
             run = int(np.argmin(low[::-1])) if not low.all() else len(low)
-            row = {"place": name, "entity": entity, "ever": own.any(1).mean(), "ever_shuffled": other.any(1).mean()}
+            row = {
+                "place": name,
+                "entity": entity,
+                "ever": own.any(1).mean(),
+                "ever_shuffled": other.any(1).mean(),
+            }
             told = float(len(low) - run) if run else np.nan
             rows.append({**row, "told": told, "wins": wins[:, -1].mean(), "n": len(own)})
     return pd.DataFrame(rows)
@@ -83,7 +106,9 @@ def causality(model, tokenizer, frame: pd.DataFrame, batch_size: int = 16) -> pd
 
     Returns: layer, r1, last.
     """
-    one = [text[: end[1]] + " is" for text, end in zip(frame["two_hop"], frame["r1_span"], strict=True)]
+    one = [
+        text[: end[1]] + " is" for text, end in zip(frame["two_hop"], frame["r1_span"], strict=True)
+    ]
     worst = []
     for start in range(0, len(frame), batch_size):
         pair = []
@@ -91,7 +116,12 @@ def causality(model, tokenizer, frame: pd.DataFrame, batch_size: int = 16) -> pd
             batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
             pair.append((batch, capture(model, batch, detail=False).hidden))
         where = torch.tensor(
-            [end[0] for end in ends(groups(tokenizer, frame.iloc[start : start + batch_size]), ["r1"])]
+            [
+                end[0]
+                for end in last_token_positions(
+                    place_labels(tokenizer, frame.iloc[start : start + batch_size]), ["r1"]
+                )
+            ]
         )
         (one_batch, one_hidden), (two_batch, two_hidden) = pair
         rows = torch.arange(len(where))
@@ -99,9 +129,15 @@ def causality(model, tokenizer, frame: pd.DataFrame, batch_size: int = 16) -> pd
         for name, (a, b) in spots.items():
             left, right = one_hidden[:, rows, a], two_hidden[:, rows, b]  # [L+1, B, D]
             error = (left - right).norm(dim=-1) / right.norm(dim=-1)
-            part = {"layer": range(len(error)), "place": name, "difference": error.max(1).values.cpu().numpy()}
+            part = {
+                "layer": range(len(error)),
+                "place": name,
+                "difference": error.max(1).values.cpu().numpy(),
+            }
             worst.append(pd.DataFrame(part))
-    table = pd.concat(worst).pivot_table(index="layer", columns="place", values="difference", aggfunc="max")
+    table = pd.concat(worst).pivot_table(
+        index="layer", columns="place", values="difference", aggfunc="max"
+    )
     return table[["r1", "last"]].reset_index().rename_axis(columns=None)
 
 
@@ -110,9 +146,15 @@ def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns: prompt, entity, layer, kind, group, flow, direct.
     """
-    labels, parts, ids = groups(tokenizer, frame), [], np.array(pair_ids(tokenizer, frame))
+    labels, parts, ids = (
+        place_labels(tokenizer, frame),
+        [],
+        np.array(first_token_pairs(tokenizer, frame)),
+    )
     for k, entity in enumerate(("e3", "e2")):
-        first = [tokenizer.decode([token]).strip() for token in ids[:, k]]  # what the flow is scored on anyway
+        first = [
+            tokenizer.decode([token]).strip() for token in ids[:, k]
+        ]  # what the flow is scored on anyway
         flow = logit_flow(model, tokenizer, frame["two_hop"], first, level="layer", batch_size=8)
         back = flow_back(model, tokenizer, flow, route="linear", batch_size=8)
         back.check()
@@ -121,9 +163,11 @@ def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def straight(flow: pd.DataFrame, place: str, entity: str) -> np.ndarray:
+def direct_flow(flow: pd.DataFrame, place: str, entity: str) -> np.ndarray:
     """What the last position's attention takes from one place straight into an entity's logit: [prompts, layers]."""
-    part = flow[(flow["group"] == place) & (flow["kind"] == "attention") & (flow["entity"] == entity)]
+    part = flow[
+        (flow["group"] == place) & (flow["kind"] == "attention") & (flow["entity"] == entity)
+    ]
     wide = part.pivot_table(index="prompt", columns="layer", values="direct", aggfunc="sum")
     prompts, layers = int(flow["prompt"].max()) + 1, int(flow["layer"].max()) + 1
     return wide.reindex(index=range(prompts), columns=range(layers)).fillna(0.0).to_numpy()
@@ -137,16 +181,22 @@ def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence) ->
     right, clusters, rows = np.asarray(right, dtype=bool), np.asarray(clusters), []
     for place in ("e1", "r1"):
         for entity in ("e3", "e2"):
-            values = straight(flow, place, entity)
+            values = direct_flow(flow, place, entity)
             for case, mask in (("right", right), ("wrong", ~right)):
                 mean, low, high = mean_interval(values[mask], clusters[mask])
-                table = pd.DataFrame({"layer": range(len(mean)), "mean": mean, "low": low, "high": high})
+                table = pd.DataFrame(
+                    {"layer": range(len(mean)), "mean": mean, "low": low, "high": high}
+                )
                 rows.append(table.assign(place=place, entity=entity, case=case))
     return pd.concat(rows, ignore_index=True)
 
 
 def flow_tests(
-    flow: pd.DataFrame, right: Sequence[bool], strata: Sequence, clusters: Sequence, permutations: int = 2000
+    flow: pd.DataFrame,
+    right: Sequence[bool],
+    strata: Sequence,
+    clusters: Sequence,
+    permutations: int = 2000,
 ) -> pd.DataFrame:
     """What C4 says of r1's high layers (the upper third), as numbers: question, mean, low, high, p, n, holds.
 
@@ -154,7 +204,7 @@ def flow_tests(
     about wrong cases alone (interval and p by bootstrap over clusters). holds: above zero with p < 0.05 / 3.
     """
     right, clusters = np.asarray(right, dtype=bool), np.asarray(clusters)
-    e3, e2 = (straight(flow, "r1", entity) for entity in ("e3", "e2"))  # [n, layers]
+    e3, e2 = (direct_flow(flow, "r1", entity) for entity in ("e3", "e2"))  # [n, layers]
     layers = np.arange(e2.shape[1])
     late, positive = layers >= -(-2 * len(layers) // 3), np.clip(e2, 0, None)
     rows = []
@@ -166,12 +216,19 @@ def flow_tests(
         ),
     ):
         test = contrast(values[:, None], right, strata, clusters, permutations)
-        rows.append({"question": question, "mean": -test["difference"][0], "p": test["p"][0], "n": len(right)})
+        rows.append(
+            {
+                "question": question,
+                "mean": -test["difference"][0],
+                "p": test["p"][0],
+                "n": len(right),
+            }
+        )
     ahead = (e2 - e3)[:, late].sum(1)[~right]
     resampled = bootstrap(clusters[~right], permutations) @ ahead
     p = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean()) + 1 / permutations
     question = "late flow from r1 in wrong cases, into e2 less into e3 (logits)"
-    rows.append({"question": question, **mean_row(ahead, clusters[~right]), "p": p})
+    rows.append({"question": question, **mean_summary(ahead, clusters[~right]), "p": p})
     table = pd.DataFrame(rows)[["question", "mean", "low", "high", "p", "n"]]
     return table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / len(table)))
 
@@ -184,15 +241,25 @@ def hide_windows(
     Returns: window (its first layer), hidden ("r1", "examples"), entity ("e3", "e2"), case, mean change of the
     entity's log-probability, low, high (95 %, over bridge entities), n.
     """
-    labels, ids, draw = groups(tokenizer, frame), np.array(pair_ids(tokenizer, frame)), np.random.default_rng(seed)
-    prompts, right, bridge = frame["two_hop"].tolist(), np.asarray(right, dtype=bool), frame["e2"].to_numpy()
+    labels, ids, draw = (
+        place_labels(tokenizer, frame),
+        np.array(first_token_pairs(tokenizer, frame)),
+        np.random.default_rng(seed),
+    )
+    prompts, right, bridge = (
+        frame["two_hop"].tolist(),
+        np.asarray(right, dtype=bool),
+        frame["e2"].to_numpy(),
+    )
     own = [np.flatnonzero(row == "r1").tolist() for row in labels]
     random = [
-        draw.choice(np.arange(1, np.flatnonzero(row == "e1")[0]), size=len(places), replace=False).tolist()
+        draw.choice(
+            np.arange(1, np.flatnonzero(row == "e1")[0]), size=len(places), replace=False
+        ).tolist()
         for row, places in zip(labels, own, strict=True)
     ]
 
-    again = Prompts(model, tokenizer, prompts)
+    again = CachedPrompts(model, tokenizer, prompts)
 
     def log_probs(sources: Sequence, layers: Sequence[int]) -> np.ndarray:
         logs = blocked_log_probs(again, sources, layers)
@@ -206,13 +273,15 @@ def hide_windows(
             for case, mask in (("right", right), ("wrong", ~right)):
                 for k, entity in enumerate(("e3", "e2")):
                     row = {"window": first, "hidden": hidden, "entity": entity, "case": case}
-                    rows.append({**row, **mean_row(change[mask, k], bridge[mask])})
+                    rows.append({**row, **mean_summary(change[mask, k], bridge[mask])})
     return pd.DataFrame(rows)
 
 
 def late_influence(tests: pd.DataFrame) -> Claim:
     """C4. tests: from `failures.flow_tests`. Three checks, its three rows."""
-    told = "; ".join(f"{r.question}: {r.mean:+.2f} (p = {r.p:.2g}), n = {r.n}" for r in tests.itertuples())
+    told = "; ".join(
+        f"{r.question}: {r.mean:+.2f} (p = {r.p:.2g}), n = {r.n}" for r in tests.itertuples()
+    )
     against = (tests["mean"] < 0) & (tests["p"] < 0.05 / len(tests))
     return Claim(
         id="C4",

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from backattn.analysis.back_patching import back_patch, back_patch_one
 from backattn.files import atomic_file
-from companion.measures.two_hop import donors, groups, pair_ids
-from companion.questions.prompts import ends
-from companion.report.intervals import mean_row, wilson
+from companion.measures.two_hop import donors, first_token_pairs, place_labels
+from companion.questions.prompts import last_token_positions
+from companion.report.intervals import mean_summary, wilson
 from companion.report.verdicts import Claim, _weighed
 
 
@@ -34,7 +34,9 @@ class Grid:
 PATCH_ARMS = ("r1", "r1 donor", "last", "last donor")
 
 
-def back_patching(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0) -> Grid:
+def back_patching(
+    model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int = 0
+) -> Grid:
     """Run every (source above target) pair for some rows of the analysis set, in all arms.
 
     The donor arms take the states of another prompt (`donors` of the whole frame, with any relations), at the same
@@ -52,14 +54,26 @@ def _patches(
     tokenizer, frame: pd.DataFrame, rows: Sequence[int], seed: int
 ) -> Iterator[tuple[str, tuple, list | None]]:
     """Per arm what `back_patch` takes for some rows: (arm, (prompts, positions, tokens), donors)."""
-    prompts, ids, other = frame["two_hop"].tolist(), pair_ids(tokenizer, frame), donors(frame, seed, "any")
-    labels = groups(tokenizer, frame)
+    prompts, ids, other = (
+        frame["two_hop"].tolist(),
+        first_token_pairs(tokenizer, frame),
+        donors(frame, seed, "any"),
+    )
+    labels = place_labels(tokenizer, frame)
     for arm in PATCH_ARMS:
-        places = [end for (end,) in ends(labels, [arm.split()[0]])]
-        given = [(prompts[other[row]], places[other[row]]) for row in rows] if arm.endswith("donor") else None
+        places = [end for (end,) in last_token_positions(labels, [arm.split()[0]])]
+        given = (
+            [(prompts[other[row]], places[other[row]]) for row in rows]
+            if arm.endswith("donor")
+            else None
+        )
         yield (
             arm,
-            ([prompts[row] for row in rows], [places[row] for row in rows], [ids[row][:1] for row in rows]),
+            (
+                [prompts[row] for row in rows],
+                [places[row] for row in rows],
+                [ids[row][:1] for row in rows],
+            ),
             given,
         )
 
@@ -67,14 +81,18 @@ def _patches(
 def grid_keys(frame: pd.DataFrame, seed: int = 0) -> list[str]:
     """What a row of the grid depends on: the prompt and its donor."""
     prompts = frame["two_hop"].to_numpy()
-    return [f"{own}\t{other}" for own, other in zip(prompts, prompts[donors(frame, seed, "any")], strict=True)]
+    return [
+        f"{own}\t{other}"
+        for own, other in zip(prompts, prompts[donors(frame, seed, "any")], strict=True)
+    ]
 
 
-def mended(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
+def repaired(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
     """Whether each patch makes the model say e3: arm -> [n, targets, sources]."""
     sets = [np.array(sorted(ids)) for ids in answers]
     return {
-        arm: np.stack([np.isin(x, ids) for x, ids in zip(said, sets, strict=True)]) for arm, said in grid.said.items()
+        arm: np.stack([np.isin(x, ids) for x, ids in zip(said, sets, strict=True)])
+        for arm, said in grid.said.items()
     }
 
 
@@ -84,7 +102,9 @@ def halves(bridges: Sequence) -> np.ndarray:
     return np.array([names.index(bridge) % 2 == 0 for bridge in bridges])
 
 
-def honest_choice(success: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def cross_fitted_choice(
+    success: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Choose the (target, source) after which most prompts of one half are right, and try it on the other; both ways.
 
     success: [n, targets, sources], right with the patch; first: [n] which half. All prompts count, so that a pair that
@@ -102,7 +122,9 @@ def honest_choice(success: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, l
     return result, pairs
 
 
-def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence) -> pd.DataFrame:
+def repair_table(
+    success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence
+) -> pd.DataFrame:
     """How many wrong cases back-patching mends, and how many right ones it breaks, by arm.
 
     honest: share of wrong cases mended by the pair chosen on the other half. oracle: by any pair (as published).
@@ -112,28 +134,39 @@ def mending_table(success: dict[str, np.ndarray], right: np.ndarray, bridges: Se
     """
     rows, first, wrong = [], halves(bridges), ~right
     for arm, table in success.items():
-        chosen, pairs = honest_choice(table, first)
+        chosen, pairs = cross_fitted_choice(table, first)
         row = {"arm": arm, "wrong": int(wrong.sum())}
         for name, hit in (("honest", chosen), ("oracle", table.any((1, 2)))):
             low, high = wilson(hit[wrong].sum(), wrong.sum())
             row |= {name: hit[wrong].mean(), f"{name}_low": low, f"{name}_high": high}
         defined = np.triu_indices(table.shape[1], 1, table.shape[2])
-        row |= {"any_pair": table[wrong][:, defined[0], defined[1]].mean(), "right": int(right.sum())}
+        row |= {
+            "any_pair": table[wrong][:, defined[0], defined[1]].mean(),
+            "right": int(right.sum()),
+        }
         row |= {"broken": 1 - chosen[right].mean() if right.any() else np.nan}
-        net = mean_row(chosen.astype(float) - right, bridges)
+        net = mean_summary(chosen.astype(float) - right, bridges)
         row |= {"net": net["mean"], "net_low": net["low"], "net_high": net["high"]}
         rows.append({**row, "pairs": ", ".join(f"{t} ← {s}" for t, s in pairs)})
     return pd.DataFrame(rows)
 
 
-def against_donor(success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence) -> pd.DataFrame:
+def against_donor(
+    success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence
+) -> pd.DataFrame:
     """Share of wrong cases mended, own states less a donor's: place, how, mean, low, high (over bridge entities), n."""
     rows, first, wrong, bridges = [], halves(bridges), ~right, np.asarray(bridges)
     for place in ("r1", "last"):
         own, donor = success[place], success[f"{place} donor"]
-        pairs = (honest_choice(x, first)[0] for x in (own, donor))
+        pairs = (cross_fitted_choice(x, first)[0] for x in (own, donor))
         for how, (a, b) in (("honest", pairs), ("oracle", (own.any((1, 2)), donor.any((1, 2))))):
-            rows.append({"place": place, "how": how, **mean_row(a[wrong].astype(float) - b[wrong], bridges[wrong])})
+            rows.append(
+                {
+                    "place": place,
+                    "how": how,
+                    **mean_summary(a[wrong].astype(float) - b[wrong], bridges[wrong]),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -147,7 +180,9 @@ def pair_maps(success: dict[str, np.ndarray], right: np.ndarray) -> pd.DataFrame
     return pd.concat(rows, ignore_index=True)
 
 
-def staircase_error(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], pairs: int, seed: int = 0) -> float:
+def staircase_error(
+    model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], pairs: int, seed: int = 0
+) -> float:
     """Largest difference of log p(e3) between the staircase and plain forward passes one by one.
 
     Over `pairs` random pairs of layers for each of some rows of the analysis set, in every arm (see `back_patching`).
@@ -161,7 +196,9 @@ def staircase_error(model, tokenizer, frame: pd.DataFrame, rows: Sequence[int], 
                 target, source = int(targets[pair]), int(sources[pair])
                 donor = given[index] if given else None
                 plain = back_patch_one(model, tokenizer, prompt, place, source, target, donor)
-                errors.append(abs(plain[token].item() - patched.log_probs[index, target, source, 0].item()))
+                errors.append(
+                    abs(plain[token].item() - patched.log_probs[index, target, source, 0].item())
+                )
     return max(errors)
 
 
@@ -170,7 +207,9 @@ def save_grid(grid: Grid, path: Path, model_name: str) -> None:
     tensors = {f"said {arm}": x.astype(np.int32) for arm, x in grid.said.items()}
     tensors |= {f"log_prob {arm}": x for arm, x in grid.log_prob.items()}
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"model": model_name, "prompts": json.dumps(grid.keys)})
+        save_file(
+            tensors, temporary, metadata={"model": model_name, "prompts": json.dumps(grid.keys)}
+        )
 
 
 def load_grid(path: Path, model_name: str) -> Grid | None:
@@ -184,7 +223,9 @@ def load_grid(path: Path, model_name: str) -> Grid | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        said, log_prob = ({arm: tensors[f"{kind} {arm}"] for arm in PATCH_ARMS} for kind in ("said", "log_prob"))
+        said, log_prob = (
+            {arm: tensors[f"{kind} {arm}"] for arm in PATCH_ARMS} for kind in ("said", "log_prob")
+        )
         grid = Grid(json.loads(about["prompts"]), said, log_prob)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -193,14 +234,20 @@ def load_grid(path: Path, model_name: str) -> Grid | None:
     return grid if about["model"] == model_name else None
 
 
-def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple[Grid, dict[str, float]]:
+def merge_grids(
+    fresh: Grid, shipped: Grid | None, keys: Sequence[str]
+) -> tuple[Grid, dict[str, float]]:
     """The fresh results, and the shipped ones for those of `keys` that were not run again.
 
     Returns (grid over the keys that either has, in their order; comparison on the prompts that both have: prompts, said
     (share of equal next tokens) and log_prob (largest difference)).
     """
     grids = [fresh, *([shipped] if shipped else [])]
-    place = {key: (g, grid.keys.index(key)) for g, grid in reversed(list(enumerate(grids))) for key in grid.keys}
+    place = {
+        key: (g, grid.keys.index(key))
+        for g, grid in reversed(list(enumerate(grids)))
+        for key in grid.keys
+    }
     chosen = [place[key] for key in keys if key in place]
 
     def pick(name: str, arm: str) -> np.ndarray:
@@ -209,15 +256,25 @@ def merge_grids(fresh: Grid, shipped: Grid | None, keys: Sequence[str]) -> tuple
     said, log_prob = ({arm: pick(name, arm) for arm in PATCH_ARMS} for name in ("said", "log_prob"))
     merged = Grid([key for key in keys if key in place], said, log_prob)
     both = [key for key in fresh.keys if shipped and key in shipped.keys]
-    compared: dict[str, float] = {"prompts": len(both), "said": float("nan"), "log_prob": float("nan")}
+    compared: dict[str, float] = {
+        "prompts": len(both),
+        "said": float("nan"),
+        "log_prob": float("nan"),
+    }
     if both:
         mine, theirs = ([grid.keys.index(key) for key in both] for grid in (fresh, shipped))
         defined = fresh.said["r1"][0] >= 0
         compared["said"] = float(
-            np.mean([(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in PATCH_ARMS])
+            np.mean(
+                [(fresh.said[a][mine] == shipped.said[a][theirs])[:, defined] for a in PATCH_ARMS]
+            )
         )
         compared["log_prob"] = max(
-            float(np.abs(fresh.log_prob[a][mine].astype(float) - shipped.log_prob[a][theirs])[:, defined].max())
+            float(
+                np.abs(fresh.log_prob[a][mine].astype(float) - shipped.log_prob[a][theirs])[
+                    :, defined
+                ].max()
+            )
             for a in PATCH_ARMS
         )
     return merged, compared

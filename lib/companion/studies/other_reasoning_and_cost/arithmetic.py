@@ -34,10 +34,16 @@ def small_sums() -> pd.DataFrame:
                     pair = f"{min(a, b)},{max(a, b)}"
                     rows.append((f"{a} {operator} {b} = ", str(result), operator, pair))
     frame = pd.DataFrame(rows, columns=["question", "answer", "operator", "pair"])
-    shown = frame.groupby("operator").sample(EXAMPLES, random_state=0).sample(frac=1, random_state=0)
-    head = "".join(f"{question}{answer}. " for question, answer in shown[["question", "answer"]].to_numpy())
+    shown = (
+        frame.groupby("operator").sample(EXAMPLES, random_state=0).sample(frac=1, random_state=0)
+    )
+    head = "".join(
+        f"{question}{answer}. " for question, answer in shown[["question", "answer"]].to_numpy()
+    )
     kinds = frame["operator"] + frame["pair"]
-    left = frame[~kinds.isin(kinds[shown.index])].sample(frac=1, random_state=0).reset_index(drop=True)
+    left = (
+        frame[~kinds.isin(kinds[shown.index])].sample(frac=1, random_state=0).reset_index(drop=True)
+    )
     return left.assign(prompt=head + left.pop("question"), start=len(head))
 
 
@@ -48,20 +54,29 @@ def long_sums(run: Run, tokenizer, digit: int) -> pd.DataFrame:
     """
     items = questions(run, tokenizer, "test")
     rows = []
-    for prompt, answer, pair in zip(items.prompts, items.answers, asked(run, "test")["group"], strict=True):
+    for prompt, answer, pair in zip(
+        items.prompts, items.answers, asked(run, "test")["group"], strict=True
+    ):
         text, digits = ("".join(tokenizer.convert_ids_to_tokens(part)) for part in (prompt, answer))
         operator = "+" if "+" in text else "-"
-        rows.append({"prompt": text + digits[:digit], "answer": digits[digit], "operator": operator, "pair": pair})
+        rows.append(
+            {
+                "prompt": text + digits[:digit],
+                "answer": digits[digit],
+                "operator": operator,
+                "pair": pair,
+            }
+        )
     return pd.DataFrame(rows).assign(start=0)
 
 
-def answered(model, tokenizer, frame: pd.DataFrame) -> np.ndarray:
+def answered_right(model, tokenizer, frame: pd.DataFrame) -> np.ndarray:
     """Whether the model's next token is the answer: [n] bool."""
     said, _ = ask(model, tokenizer, frame["prompt"], frame["start"])
     return np.array([tokenizer.decode([token]) for token in said]) == frame["answer"].to_numpy()
 
 
-def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
+def sum_labels(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """The group of every token, in the words of `stages`: "entity" (operands), "relation" (operator), "last" or
     "context" (worked examples, "=", digits of the answer)."""
     spans: dict[str, list[tuple[int, int]]] = {"first": [], "relation": [], "second": []}
@@ -74,7 +89,9 @@ def groups(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     return [np.where(np.isin(row, ("first", "second")), "entity", row) for row in labels]
 
 
-def arithmetic_has_stages(models: dict[str, tuple[pd.DataFrame, int]], knockouts: pd.DataFrame) -> Claim:
+def arithmetic_has_stages(
+    models: dict[str, tuple[pd.DataFrame, int]], knockouts: pd.DataFrame
+) -> Claim:
     """Q2. models: name -> (`stages.order_table` of `arithmetic`'s groups, n); knockouts: `stages.knockout_table` of the
     first model, of stages A to D, layer 0 left out.
 
@@ -84,13 +101,18 @@ def arithmetic_has_stages(models: dict[str, tuple[pd.DataFrame, int]], knockouts
     other stages.
     """
     if list(knockouts["stage"]) != list("ABCD"):
-        raise ValueError(f"Knock-outs of stages A to D are needed, one row each, not of {list(knockouts['stage'])}.")
+        raise ValueError(
+            f"Knock-outs of stages A to D are needed, one row each, not of {list(knockouts['stage'])}."
+        )
     passed, against, told = list(knockouts["needed"]), list(knockouts["difference_high"] < 0), []
     for name, (order, n) in models.items():
         steps = order[order["step"]]
         passed += list(steps["low"] > 0.5)
         against += list(steps["high"] < -0.5)
-        gaps = ", ".join(f"{r.earlier}→{r.later} {r.gap:+.1f} [{r.low:.1f}, {r.high:.1f}]" for r in steps.itertuples())
+        gaps = ", ".join(
+            f"{r.earlier}→{r.later} {r.gap:+.1f} [{r.low:.1f}, {r.high:.1f}]"
+            for r in steps.itertuples()
+        )
         told.append(f"{name}: {gaps}, n = {n}")
     needed = ", ".join(knockouts.loc[knockouts["needed"], "stage"]) or "none"
     return Claim(

@@ -18,7 +18,7 @@ from backattn.training.evaluation import written
 from companion.report.intervals import mean_interval
 from companion.report.verdicts import Claim, _points, _verdict
 from companion.runs.as_asked import questions, test_groups
-from companion.runs.perform import operations_of, trained
+from companion.runs.perform import load_trained, operations_of
 from companion.runs.run import Run
 from companion.runs.store import Store
 
@@ -68,21 +68,33 @@ def cost_table(
             counts = {name: _flops(wrapped, ids, context, name) for name in WAYS}
             ways = [made for _ in range(repeats) for made in _written(wrapped, ids, context)]
             took = {
-                (name, part): float(np.median([t for way in ways if way.name == name for t in getattr(way, part)]))
+                (name, part): float(
+                    np.median([t for way in ways if way.name == name for t in getattr(way, part)])
+                )
                 for name in WAYS
                 for part in PARTS
             }
             for name in WAYS:
                 row = {"way": name, "source_layer": layer, "context": context}
                 row |= {f"timed_{part}": took[name, part] for part in PARTS}
-                row |= {f"timed_{part}_ratio": took[name, part] / took[PLAIN, part] for part in PARTS}
-                row |= {"cache": _mebibytes(next(w.cache for w in ways if w.name == name)), **counts[name]}
-                ratios = {part: counts[name][f"{part}_flops"] / counts[PLAIN][f"{part}_flops"] for part in PARTS}
+                row |= {
+                    f"timed_{part}_ratio": took[name, part] / took[PLAIN, part] for part in PARTS
+                }
+                row |= {
+                    "cache": _mebibytes(next(w.cache for w in ways if w.name == name)),
+                    **counts[name],
+                }
+                ratios = {
+                    part: counts[name][f"{part}_flops"] / counts[PLAIN][f"{part}_flops"]
+                    for part in PARTS
+                }
                 row |= {f"{part}_ratio": ratio for part, ratio in ratios.items()}
                 for part in PARTS:
                     own, plain = (counts[which][f"{part}_flops"] - once for which in (name, PLAIN))
                     row[f"{part}_layers"] = own / plain
-                rows.append({**row, "bound": 1.0 if name == PLAIN else 1 + (layers - layer) / layers})
+                rows.append(
+                    {**row, "bound": 1.0 if name == PLAIN else 1 + (layers - layer) / layers}
+                )
         finally:
             wrapped.unload()
     return pd.DataFrame(rows)
@@ -101,7 +113,12 @@ def _written(wrapped: BackAttentionModel, ids: Tensor, context: int) -> Iterator
     for end in range(context, ids.shape[1]):
         for way in ways:
             begin = time.perf_counter()
-            _step(wrapped, way.name, ids[:, :context] if end == context else ids[:, end - 1 : end], way.cache)
+            _step(
+                wrapped,
+                way.name,
+                ids[:, :context] if end == context else ids[:, end - 1 : end],
+                way.cache,
+            )
             if ids.is_cuda:
                 torch.cuda.synchronize(ids.device)
             (way.first if end == context else way.each).append(time.perf_counter() - begin)
@@ -139,14 +156,35 @@ def tokens_of_thought(costs: pd.DataFrame, answer: int) -> pd.DataFrame:
     rows = []
     for row in costs[costs["way"] != PLAIN].itertuples():
         base = plain.loc[(row.source_layer, row.context)]
-        about = {"way": row.way, "source_layer": row.source_layer, "context": row.context, "answer": answer}
-        longer = row.timed_first - base["timed_first"] + (answer - 1) * (row.timed_each - base["timed_each"])
-        more = row.first_flops - base["first_flops"] + (answer - 1) * (row.each_flops - base["each_flops"])
-        rows.append({**about, "timed_thought": longer / base["timed_each"], "thought": more / base["each_flops"]})
+        about = {
+            "way": row.way,
+            "source_layer": row.source_layer,
+            "context": row.context,
+            "answer": answer,
+        }
+        longer = (
+            row.timed_first
+            - base["timed_first"]
+            + (answer - 1) * (row.timed_each - base["timed_each"])
+        )
+        more = (
+            row.first_flops
+            - base["first_flops"]
+            + (answer - 1) * (row.each_flops - base["each_flops"])
+        )
+        rows.append(
+            {
+                **about,
+                "timed_thought": longer / base["timed_each"],
+                "thought": more / base["each_flops"],
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def one_pass_answers(runs: Sequence[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
+def one_pass_answers(
+    runs: Sequence[Run], store: Store, count: int, device: str = "cpu"
+) -> pd.DataFrame:
     """Trained back attention asked its first `count` test questions, with new tokens in two passes and in one.
 
     Returns one row per run and question: dataset, seed, group, two, one (whether the number written is right).
@@ -154,13 +192,15 @@ def one_pass_answers(runs: Sequence[Run], store: Store, count: int, device: str 
     rows = []
     for run in progress(list(runs), "writing", unit="run"):
         groups = test_groups(run, store.result(run))[:count]
-        with trained(run, store, device) as (wrapped, tokenizer):
+        with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(groups)), tokenizer, "test")
             right = {}
             for way, one_pass in (("two", False), ("one", True)):
                 wrapped.one_pass = one_pass
                 right[way] = written(wrapped, tokenizer, items).astype(float)
-        rows.append(pd.DataFrame({"dataset": run.dataset, "seed": run.seed, "group": groups, **right}))
+        rows.append(
+            pd.DataFrame({"dataset": run.dataset, "seed": run.seed, "group": groups, **right})
+        )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -170,8 +210,21 @@ def one_pass_table(answered: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for dataset, part in answered.groupby("dataset", sort=False):
         mean, low, high = mean_interval((part["one"] - part["two"]).to_numpy(), part["group"])
-        row = {"dataset": dataset, "two": part["two"].mean(), "one": part["one"].mean(), "difference": float(mean)}
-        rows.append({**row, "low": float(low), "high": float(high), "n": len(part), "seeds": part["seed"].nunique()})
+        row = {
+            "dataset": dataset,
+            "two": part["two"].mean(),
+            "one": part["one"].mean(),
+            "difference": float(mean),
+        }
+        rows.append(
+            {
+                **row,
+                "low": float(low),
+                "high": float(high),
+                "n": len(part),
+                "seeds": part["seed"].nunique(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -184,14 +237,20 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> Claim:
     """
     by = {name: costs[costs["way"] == name] for name in dict.fromkeys(costs["way"])}
     twice, once = by["back attention"], by["back attention, new tokens in one pass"]
-    passed = [bool((np.abs(twice[f"{part}_layers"] / twice["bound"] - 1) < 0.05).all()) for part in ("first", "each")]
+    passed = [
+        bool((np.abs(twice[f"{part}_layers"] / twice["bound"] - 1) < 0.05).all())
+        for part in ("first", "each")
+    ]
 
     def told(table: pd.DataFrame, column: str) -> str:
         rows = table.sort_values("context").groupby("source_layer")[column].agg(["min", "max"])
-        return ", ".join(f"{layer}: {row['min']:.2f}–{row['max']:.2f}" for layer, row in rows.iterrows())
+        return ", ".join(
+            f"{layer}: {row['min']:.2f}–{row['max']:.2f}" for layer, row in rows.iterrows()
+        )
 
     bounds = ", ".join(
-        f"{layer}: {bound:.2f}" for layer, bound in twice.groupby("source_layer")["bound"].first().items()
+        f"{layer}: {bound:.2f}"
+        for layer, bound in twice.groupby("source_layer")["bound"].first().items()
     )
     lost = ", ".join(
         f"{_points(row)} points on {row['dataset']} (n = {row['n']}, {row['seeds']} seeds)"

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 
 from companion.report.verdicts import Claim, _gains, _weighed
-from companion.runs.results import Answers, _paired, answers
+from companion.runs.results import Answers, _paired, pooled_answers
 from companion.runs.run import Run
 from companion.runs.store import Store
 
 
-def pooled_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]) -> pd.DataFrame:
+def pooled_table(
+    runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]
+) -> pd.DataFrame:
     """`difference_table` over the questions of several datasets that ask of the same names, taken as one dataset "all".
 
     Names are resampled once for all datasets, so that a name counts as one however often and in whatever words it is
@@ -22,15 +24,28 @@ def pooled_table(runs: Sequence[Run], store: Store, arm: str, others: Sequence[s
 
     def whole(name: str, seed: int | None = None) -> Answers:
         mine = [run for run in by[name] if seed is None or run.seed == seed]
-        parts = [answers([r for r in mine if r.dataset == d], store) for d in dict.fromkeys(r.dataset for r in mine)]
-        return Answers(np.concatenate([p.right for p in parts], axis=1), np.concatenate([p.groups for p in parts]))
+        parts = [
+            pooled_answers([r for r in mine if r.dataset == d], store)
+            for d in dict.fromkeys(r.dataset for r in mine)
+        ]
+        return Answers(
+            np.concatenate([p.right for p in parts], axis=1),
+            np.concatenate([p.groups for p in parts]),
+        )
 
     rows, seeds = [], sorted({run.seed for run in by[arm]})
     for other in others:
         one, two = whole(arm), whole(other)
         single = [whole(arm, seed).right.mean() - whole(other, seed).right.mean() for seed in seeds]
-        row = {"model": runs[0].model, "dataset": "all", "other": other, **_paired(one, two, f"{arm!r} and {other!r}")}
-        rows.append({**row, "names": len(set(one.groups)), "worst": min(single), "best": max(single)})
+        row = {
+            "model": runs[0].model,
+            "dataset": "all",
+            "other": other,
+            **_paired(one, two, f"{arm!r} and {other!r}"),
+        }
+        rows.append(
+            {**row, "names": len(set(one.groups)), "worst": min(single), "best": max(single)}
+        )
     return pd.DataFrame(rows)
 
 

@@ -1,0 +1,82 @@
+"""The house: imports run one way, a study imports no other study, and backattn knows nothing of this paper."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LIB = Path(__file__).resolve().parents[1] / "lib"
+# Each room may import what is written at or before its own place; top-level files of a package lie below its rooms.
+FLOORS = [
+    {"backattn"},
+    {"backattn.models"},
+    {"backattn.analysis", "backattn.adapters"},
+    {"backattn.training"},
+    {"companion"},
+    {"companion.questions", "companion.report"},
+    {"companion.runs"},
+    {"companion.measures"},
+    {"companion.studies"},
+    {"companion.runner"},
+]
+FLOOR = {room: place for place, rooms in enumerate(FLOORS) for room in rooms}
+FACADES = {"backattn/__init__.py", "companion/notebook.py"}  # what is called from outside
+
+
+def room_of(module: str) -> str:
+    return (
+        ".".join(module.split(".")[:2])
+        if ".".join(module.split(".")[:2]) in FLOOR
+        else module.split(".")[0]
+    )
+
+
+def study_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["companion", "studies"] and len(parts) > 2 else None
+
+
+def imports_of(path: Path) -> list[str]:
+    found = []
+    package = list(path.relative_to(LIB).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{stem}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.split(".")[0] in ("backattn", "companion")]
+
+
+def wrong_imports(path: Path) -> list[str]:
+    """Sentences on the imports of one file that go up, or sideways between studies."""
+    module = ".".join(path.relative_to(LIB).with_suffix("").parts)
+    own, problems = room_of(module), []
+    for name in imports_of(path):
+        other = room_of(name)
+        if FLOOR[other] > FLOOR[own] or (FLOOR[other] == FLOOR[own] and other != own):
+            problems.append(f"{module} imports {name}, which lies above or beside it")
+        if study_of(name) and study_of(module) and study_of(name) != study_of(module):
+            problems.append(f"{module} imports {name}, another study")
+    return problems
+
+
+@pytest.mark.parametrize(
+    "path", sorted(LIB.rglob("*.py")), ids=lambda path: str(path.relative_to(LIB))
+)
+def test_imports_only_go_down(path):
+    if str(path.relative_to(LIB)) not in FACADES:
+        assert wrong_imports(path) == []
+
+
+def test_a_wrong_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "LIB", tmp_path)
+    for name, line in (
+        ("backattn/models/bad.py", "from companion.runs import store"),
+        ("companion/studies/one/bad.py", "from companion.studies.another import table"),
+        ("companion/questions/bad.py", "import companion.runs.store"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(line)
+        assert wrong_imports(tmp_path / name)
