@@ -18,8 +18,8 @@ from backattn import (
     runtime,
 )
 from backattn.adapters.arms import make_arm
-from backattn.models.checkpoint import weight_bytes
-from backattn.models.decoder import in_one_place
+from backattn.models.devices import weight_bytes
+from backattn.models.devices import in_one_place
 from backattn.models.tiny import TINY
 from backattn.training import loop
 from backattn.training.batches import collate, numbers

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from backattn.adapters.back_attention import BackAttentionModel
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.models.next_token import in_window
 from backattn.runtime import progress
 from backattn.training.batches import Items, Questions, collate

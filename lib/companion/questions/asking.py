@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from backattn import runtime
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.models.checkpoint import MEMORY_SHARE, one_device, weight_bytes
+from backattn.models.devices import MEMORY_SHARE, one_device, weight_bytes
 from backattn.models.families import check_supported
 from backattn.models.load import load_model
 from backattn.models.packaged import EMBEDDED

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from backattn import runtime
 from backattn.adapters.arms import make_arm
-from backattn.models.checkpoint import one_device
-from backattn.models.decoder import input_device
+from backattn.models.devices import one_device
+from backattn.models.devices import input_device
 from backattn.models.load import load_model
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate, perplexity, written

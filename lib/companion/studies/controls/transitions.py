@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import collate
 from backattn.training.evaluation import answer_logits

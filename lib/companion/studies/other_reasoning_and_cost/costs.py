@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from backattn.adapters.back_attention import BackAttentionModel, get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.models.decoder import describe, input_device
+from backattn.models.decoder import describe
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.evaluation import written
 from companion.report.intervals import mean_interval
