@@ -2,11 +2,12 @@
 
 Two independent routes to one picture:
 
-"parts"   Each value neuron's importance I (from `logit_flow`) is handed to the parts of its residual input in
-          proportion to each part's inner product with the neuron's input weights, norms frozen, and from those parts
-          on to theirs, down to the embedding. An attention neuron with coefficient v = w·x gives part k the
-          share w·x_k / v. A gated FFN neuron m = act(g)·u has two input rows; half its importance goes by g_k / g
-          and half by u_k / u. The normalisers v, g, u may come near zero; `hand_back` shows what happens there.
+"parts"   (1) Each value neuron's importance I (from `logit_flow`) enters as I per unit of its coefficient.
+          (2) It is handed to the parts of the neuron's residual input in proportion to each part's inner product with
+          the neuron's input weights w, norms frozen: an attention neuron with coefficient v = w·x gives part k the share
+          w·x_k / v. A gated FFN neuron m = act(g)·u has two input rows; half its importance goes by g_k / g and half
+          by u_k / u. (3) From those parts it goes on to theirs, down to the embedding. The normalisers v, g, u may
+          come near zero.
 
 "linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in its residual
           parts, and one backward pass from the answer's logit less the vocabulary's mean logit (before any soft
@@ -28,12 +29,12 @@ from torch import Tensor
 from backattn.analysis.logit_flow import LogitFlow
 from backattn.models.activations import Stream, capture
 from backattn.models.lens import Lens
-from backattn.models.tokens import Batch, encode
+from backattn.models.tokens import encode
 from backattn.runtime import progress
 
 ROUTES = ("parts", "linear")
 
-FLOOR = 1e-4  # neurons whose coefficient is below this share of the sub-layer's largest are withheld, and counted
+FLOOR = 1e-4  # neurons with a coefficient below this share of the sub-layer's largest are withheld
 
 
 @dataclass
@@ -58,11 +59,10 @@ class FlowBack:
         Raises ValueError with it when it exceeds the tolerance of the model's dtype, or when more than 1 % of what
         entered was withheld because neurons' coefficients vanish.
         """
-        table = self.conservation
-        error, withheld = (
-            (table["error"] / table["scale"]).max(),
-            (table["withheld"].abs() / table["scale"]).max(),
+        relative = (
+            self.conservation[["error", "withheld"]].abs().div(self.conservation["scale"], axis=0)
         )
+        error, withheld = relative.max()
         if not error <= self.tolerance:
             raise ValueError(
                 f"Flow is not conserved: {error:.2e} of what entered is unaccounted for."
@@ -81,29 +81,40 @@ def flow_back(
 
     Args:
         model, tokenizer: those that made `flow`.
-        flow: result of `logit_flow`; route "parts" starts from its neurons, so it must be of level "neuron".
+        flow: result of `logit_flow`; route "parts" starts from its neurons, so it must be of level "neuron". Where it
+            kept its forward passes they are used, else its prompts run again.
         route: "parts" or "linear", see the module's text.
-        batch_size: prompts per pass.
+        batch_size: prompts per pass, where they run again.
 
-    Returns a `FlowBack`. Raises ValueError for an unknown route or a flow without neurons.
+    Returns a `FlowBack`. Raises ValueError for an unknown route, a flow without neurons, and another model or
+    tokenizer than made the flow.
+
+    Example:
+        >>> from backattn import flow_back, load_model, logit_flow
+        >>> model, tokenizer = load_model("tiny-llama")
+        >>> flow = logit_flow(model, tokenizer, "France's capital is", "Paris")
+        >>> back = flow_back(model, tokenizer, flow)
+        >>> back.check() < 1e-3
+        True
+        >>> list(back.frame["kind"].cat.categories)
+        ['attention', 'embedding', 'ffn']
     """
     if route not in ROUTES:
         raise ValueError(f"route={route!r} is unknown; choose one of {', '.join(ROUTES)}.")
     if route == "parts" and flow.level != "neuron":
         raise ValueError('Route "parts" starts from neurons: call logit_flow with level="neuron".')
     frames, balances = [], []
-    for start, batch, stream in _batches(model, tokenizer, flow, batch_size):
-        sweep = _Sweep(stream)
-        if route == "parts":
-            sweep.enter_neurons(_values_of(flow, start, len(batch.input_ids)))
+    for start, stream in _streams(model, tokenizer, flow, batch_size):
+        sweep = _Sweep(stream, linear=route == "linear")
+        prompts = slice(start, start + len(stream.batch.input_ids))
+        if route == "linear":
+            sweep.enter_logit(torch.tensor(flow.answer_ids[prompts], device=model.device))
         else:
-            sweep.enter_logit(
-                torch.tensor(
-                    flow.answer_ids[start : start + len(batch.input_ids)], device=model.device
-                )
-            )
+            inside = flow.frame["prompt"].between(prompts.start, prompts.stop - 1)
+            neurons = flow.frame[inside & flow.frame["neuron"].notna()]
+            sweep.enter_neurons(neurons.assign(prompt=neurons["prompt"] - start))
         sweep.run()
-        tokens = [tokenizer.decode([i]) for i in batch.input_ids.flatten().tolist()]
+        tokens = [tokenizer.decode([i]) for i in stream.batch.input_ids.flatten().tolist()]
         frames.append(sweep.frame(np.array(tokens, dtype=object), start))
         balances.append(sweep.balance(start))
     frame = pd.concat(frames, ignore_index=True)
@@ -112,209 +123,207 @@ def flow_back(
     return FlowBack(frame, pd.concat(balances, ignore_index=True), route, tolerance)
 
 
-def _batches(
-    model, tokenizer, flow: LogitFlow, batch_size: int
-) -> Iterator[tuple[int, Batch, Stream]]:
-    starts = range(0, len(flow.prompts), batch_size)
-    for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
-        batch = encode(tokenizer, flow.prompts[start : start + batch_size], device=model.device)
-        stream = capture(model, batch)
-        answers = torch.tensor(flow.answer_ids[start : start + batch_size], device=model.device)
-        found = stream.logits.log_softmax(-1).gather(1, answers[:, None])[:, 0].cpu().numpy()
-        if not np.allclose(found, flow.log_prob[start : start + batch_size], atol=flow.tolerance):
+def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Stream]]:
+    """(index of the first prompt, stream) of every batch; raises ValueError where they are not the flow's."""
+    kept = flow.streams.made_by(model)
+    sizes = [len(stream.batch.input_ids) for stream in kept]
+    starts = np.cumsum([0, *sizes[:-1]]) if kept else range(0, len(flow.prompts), batch_size)
+    for k, start in enumerate(progress(starts, "flow back") if len(starts) > 1 else starts):
+        part = slice(int(start), int(start) + (sizes[k] if kept else batch_size))
+        batch = encode(tokenizer, flow.prompts[part], device=model.device)
+        if kept:
+            stream = kept[k]
+            same = torch.equal(batch.input_ids, stream.batch.input_ids)
+        else:
+            stream = capture(model, batch)
+            answers = torch.tensor(flow.answer_ids[part], device=model.device)
+            found = stream.logits.log_softmax(-1).gather(1, answers[:, None])[:, 0].cpu().numpy()
+            same = np.allclose(found, flow.log_prob[part], atol=flow.tolerance)
+        if not same:
             raise ValueError(
                 "This flow was made by another model or tokenizer: pass the ones given to logit_flow."
             )
-        yield start, batch, stream
-
-
-def _values_of(flow: LogitFlow, start: int, count: int) -> pd.DataFrame:
-    frame = flow.frame
-    rows = frame[frame["prompt"].between(start, start + count - 1) & frame["neuron"].notna()]
-    return rows.assign(prompt=rows["prompt"] - start)
+        yield part.start, stream
 
 
 class _Sweep:
-    """One pass from the top layer to the embedding. B prompts, T positions, D width, F neurons, H heads, d channels."""
+    """One pass from the top layer to the embedding.
 
-    def __init__(self, stream: Stream):
-        self.stream, self.batch = stream, stream.batch
-        hidden = stream.hidden  # [L+1, B, T, D]
-        self.device = hidden.device
-        self.covector = torch.zeros_like(hidden[0])  # on the residual stream, per position
-        self.top = torch.zeros_like(hidden[0])  # the part of it that reads the answer directly
+    B prompts, T positions, D width, F neurons, H heads, d channels. A covector on a state says how much flow each unit
+    of that state brings; a flow is a covector times its state.
+    """
+
+    def __init__(self, stream: Stream, linear: bool):
+        self.stream, self.batch, self.linear = stream, stream.batch, linear
+        self.covector = torch.zeros_like(stream.hidden[0])  # [B, T, D] on the residual stream
+        self.top = self.covector  # the part of it that reads the answer directly
         self.neurons_in: dict[tuple[str, int], Tensor] = {}  # importance per unit of coefficient
-        per_prompt = hidden.new_zeros(hidden.shape[1], dtype=torch.float64)
-        self.entering, self.withheld, self.scale, self.bias_mass = (
-            per_prompt.clone() for _ in range(4)
+        self.nodes: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # flow and direct, [B, T]
+        per_prompt = torch.zeros(
+            4, len(self.covector), dtype=torch.float64, device=self.covector.device
         )
-        per_node = hidden[1:, ..., 0]  # [L, B, T]
-        self.flow = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
-        self.direct = {kind: torch.zeros_like(per_node) for kind in ("attention", "ffn")}
-        self.linear = False
+        self.entering, self.withheld, self.scale, self.in_biases = per_prompt
 
     # -- what enters
 
     def enter_logit(self, answer: Tensor) -> None:
-        """Start from the answer's logit less the mean logit, at the last position, the final norm's scale frozen."""
-        self.linear = True
+        """Start from the answer's logit less the mean logit, the final norm's scale frozen."""
         lens, last = Lens(self.stream.arch), self.batch.at_last(self.stream.hidden[-1])  # [B, D]
         gradient = lens.norm.adjoint(lens.weight[answer] - lens.weight.mean(0), lens.scale(last))
-        index = torch.arange(len(last), device=self.device)
-        self.covector[index, self.batch.last] = gradient
+        self.covector[torch.arange(len(last), device=last.device), self.batch.last] = gradient
         self.top = self.covector.clone()
         self.entering = (gradient * last).sum(-1).double()
         self.scale = self.entering.abs()
 
     def enter_neurons(self, rows: pd.DataFrame) -> None:
         """Start from the importances of value neurons, given per unit of their coefficient."""
+        device = self.covector.device
+
+        def index(column: pd.Series) -> Tensor:
+            return torch.tensor(column.to_numpy(np.int64), device=device)
+
         for (kind, layer), part in rows.groupby(["kind", "layer"], observed=True):
-            b, neuron = self._index(part["prompt"]), self._index(part["neuron"])
-            importance = torch.tensor(part["increase"].to_numpy(), device=self.device)
+            b, neuron = index(part["prompt"]), index(part["neuron"])
+            importance = torch.tensor(part["increase"].to_numpy(), device=device)
             if kind == "ffn":
                 holder = self.stream.neurons[layer]  # [B, T, F]
-                index = (b, self.batch.last[b], neuron)
+                where = (b, self.batch.last[b], neuron)
             else:
                 holder = self.stream.expanded_values(layer)  # [B, T, H, d]
-                index = (
-                    b,
-                    self._index(part["position"]) + self.batch.start[b],
-                    self._index(part["head"]),
-                    neuron,
-                )
-            coefficient = holder[index].double()
-            largest = torch.zeros_like(self.entering).scatter_reduce(
-                0, b, coefficient.abs(), "amax"
-            )  # per prompt
+                position = index(part["position"]) + self.batch.start[b]
+                where = (b, position, index(part["head"]), neuron)
+            coefficient = holder[where].double()
+            largest = torch.zeros_like(self.entering)  # per prompt
+            largest = largest.scatter_reduce(0, b, coefficient.abs(), "amax")
             usable = coefficient.abs() > FLOOR * largest[b]
             self.entering.index_add_(0, b, importance)
             self.scale.index_add_(0, b, importance.abs())
             self.withheld.index_add_(0, b, importance * ~usable)
             entering = torch.zeros_like(holder)
-            index = tuple(i[usable] for i in index)
-            entering[index] = (importance[usable] / coefficient[usable]).float()
+            per_unit = (importance[usable] / coefficient[usable]).float()
+            entering[tuple(i[usable] for i in where)] = per_unit
             self.neurons_in[kind, layer] = entering
-
-    def _index(self, column: pd.Series) -> Tensor:
-        return torch.tensor(column.to_numpy(np.int64), device=self.device)
 
     # -- the sweep
 
     def run(self) -> None:
         for layer in reversed(range(self.stream.layers)):
-            attention_side = self.covector
-            below = self._ffn(layer)
-            if self.stream.arch.parallel:
-                self.covector = self.covector + below + self._attention(layer, attention_side)
-            else:
-                self.covector = self.covector + below
-                self.covector = self.covector + self._attention(layer, self.covector)
+            above = self.covector
+            self.covector = above + self._ffn(layer, above)
+            read = above if self.stream.arch.parallel else self.covector
+            self.covector = self.covector + self._attention(layer, read)
+        self.nodes["embedding", 0] = tuple(
+            (covector * self.stream.hidden[0]).sum(-1) for covector in (self.covector, self.top)
+        )
 
-    def _lose(self, mass: Tensor) -> None:
-        """Count what ends in a bias: [B, T] -> per prompt."""
-        self.bias_mass += mass.sum(-1).double()
+    def _pass(self, kind: str, layer: int, hand_down, covector: Tensor, held: Tensor) -> Tensor:
+        """What reaches a sub-layer's neurons per unit of their coefficients `held`, noted as its nodes' flow.
 
-    def _ffn(self, layer: int) -> Tensor:
+        hand_down: covector on the residual stream [B, T, D] -> (per unit [B, T, ...], what ends in the bias [B, T]).
+        """
+        per_unit, lost = hand_down(covector)
+        self._lose(lost)
+        own = self.neurons_in.get((kind, layer))
+        if own is not None:
+            per_unit = per_unit + own
+        direct = hand_down(self.top)[0] if self.linear else own
+        flows = [
+            None if x is None else (x * held).sum(tuple(range(2, x.dim())))
+            for x in (per_unit, direct)
+        ]
+        self.nodes[kind, layer] = (
+            flows[0],
+            torch.zeros_like(flows[0]) if direct is None else flows[1],
+        )
+        return per_unit
+
+    def _ffn(self, layer: int, covector: Tensor) -> Tensor:
         """Hand the FFN's flow to its input state: [B, T, D]."""
         stream, block = self.stream, self.stream.arch.blocks[layer]
         down, (gate, up) = block.ffn_out, block.ffn_in
         post, post_scale = block.norm("ffn_post"), stream.post_scale("ffn", layer)
-        raw = post.adjoint(self.covector, post_scale)  # covector on the FFN's raw output
-        self._lose(raw @ down.bias)
-        per_unit = raw @ down.weight  # [B, T, F] flow per unit of coefficient
-        straight = post.adjoint(self.top, post_scale) @ down.weight
-        if ("ffn", layer) in self.neurons_in:
-            per_unit = per_unit + self.neurons_in["ffn", layer]
-            straight = straight + self.neurons_in["ffn", layer]
+
+        def to_neurons(residual: Tensor) -> tuple[Tensor, Tensor]:
+            raw = post.adjoint(residual, post_scale)  # covector on the FFN's raw output
+            return raw @ down.weight, raw @ down.bias  # [B, T, F]
+
         m, g, u = stream.neurons[layer], stream.gates[layer], stream.ups[layer]
-        self.flow["ffn"][layer] = (per_unit * m).sum(-1)
-        self.direct["ffn"][layer] = (straight * m).sum(-1)
+        per_unit = self._pass("ffn", layer, to_neurons, covector, m)
         if gate is None:  # m = act(u): the gate is act(u) / u
-            to_up = per_unit * _gate_ratio(m, u)
+            to_up = per_unit * _ratio(m, u)
             on_input = to_up @ up.weight
         elif self.linear:  # act(g) is frozen
             to_up = per_unit * block.activation(g)
             on_input = to_up @ up.weight
         else:  # half by g, half by u
-            half = per_unit * _gate_ratio(block.activation(g), g) / 2
+            half = per_unit * _ratio(block.activation(g), g) / 2
             to_up, to_gate = half * g, half * u
             on_input = to_up @ up.weight + to_gate @ gate.weight
             self._lose(to_gate @ gate.bias)
         self._lose(to_up @ up.bias)
-        norm, state = block.norm("ffn_norm"), stream.ffn_input(layer)
-        self._lose(on_input @ norm.bias)
-        return norm.adjoint(on_input, norm.scale(state))
+        return self._through_norm(block.norm("ffn_norm"), stream.ffn_input(layer), on_input)
 
     def _attention(self, layer: int, covector: Tensor) -> Tensor:
         """Hand attention's flow to the states at its source positions: [B, T, D]."""
         stream, block = self.stream, self.stream.arch.blocks[layer]
         out, value = block.attention_out, block.value
         post, post_scale = block.norm("attention_post"), stream.post_scale("attention", layer)
-        values = stream.expanded_values(layer)  # [B, T, H, d]
 
-        def at_sources(residual: Tensor) -> tuple[Tensor, Tensor]:
+        def to_sources(residual: Tensor) -> tuple[Tensor, Tensor]:
             raw = post.adjoint(residual, post_scale)
-            heads = (raw @ out.weight).unflatten(
-                -1, (block.heads, block.head_dim)
-            )  # [B, T, H, d] at the queries
-            return torch.einsum("bhqk,bqhd->bkhd", stream.weights[layer], heads), raw @ out.bias
+            heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # at queries
+            at_sources = torch.einsum("bhqk,bqhd->bkhd", stream.weights[layer], heads)
+            return at_sources, raw @ out.bias  # [B, T, H, d]
 
-        per_unit, lost = at_sources(covector)
-        self._lose(lost)
-        straight = at_sources(self.top)[0] if self.linear else torch.zeros_like(values)
-        if ("attention", layer) in self.neurons_in:
-            per_unit = per_unit + self.neurons_in["attention", layer]
-            straight = straight + self.neurons_in["attention", layer]
-        self.flow["attention"][layer] = (per_unit * values).sum((-1, -2))
-        self.direct["attention"][layer] = (straight * values).sum((-1, -2))
-        grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G*d]
+        per_unit = self._pass(
+            "attention", layer, to_sources, covector, stream.expanded_values(layer)
+        )
+        grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G·d]
         self._lose(grouped @ value.bias)
-        on_input = grouped @ value.weight
-        norm, state = block.norm("attention_norm"), stream.attention_input(layer)
-        self._lose(on_input @ norm.bias)
-        return norm.adjoint(on_input, norm.scale(state))
+        state = stream.attention_input(layer)
+        return self._through_norm(block.norm("attention_norm"), state, grouped @ value.weight)
+
+    def _through_norm(self, norm, state: Tensor, covector: Tensor) -> Tensor:
+        self._lose(covector @ norm.bias)
+        return norm.adjoint(covector, norm.scale(state))
+
+    def _lose(self, mass: Tensor) -> None:
+        """Count what ends in a bias: [B, T] -> per prompt."""
+        self.in_biases += mass.sum(-1).double()
 
     # -- what comes out
 
     def frame(self, tokens: np.ndarray, first_prompt: int) -> pd.DataFrame:
+        """Rows of `FlowBack.frame`. tokens: text of each token of the batch, [B·T]."""
         real = self.batch.attention_mask.bool().cpu()
         prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
-        position = place - self.batch.start.cpu().numpy()[prompt]
-        token = tokens.reshape(real.shape)[prompt, place]
-
-        def part(layer: int, kind: str, flow: Tensor, direct: Tensor) -> pd.DataFrame:
-            return pd.DataFrame(
-                {
-                    "prompt": prompt + first_prompt,
-                    "layer": layer,
-                    "kind": kind,
-                    "position": position,
-                    "token": token,
-                    "flow": flow.cpu()[real].numpy(),
-                    "direct": direct.cpu()[real].numpy(),
-                }
-            )
-
-        parts = [part(0, "embedding", self._embedding(self.covector), self._embedding(self.top))]
-        for layer in range(self.stream.layers):
-            parts += [
-                part(layer, kind, self.flow[kind][layer], self.direct[kind][layer])
-                for kind in self.flow
-            ]
-        return pd.concat(parts, ignore_index=True)
-
-    def _embedding(self, covector: Tensor) -> Tensor:
-        return (covector * self.stream.hidden[0]).sum(-1)  # [B, T]
+        names = [("embedding", 0)]
+        names += [(kind, k) for k in range(self.stream.layers) for kind in ("attention", "ffn")]
+        flow, direct = (
+            torch.stack([self.nodes[name][k] for name in names]).cpu()[:, real].flatten().numpy()
+            for k in (0, 1)
+        )
+        where = {
+            "prompt": prompt + first_prompt,
+            "position": place - self.batch.start.cpu().numpy()[prompt],
+            "token": tokens.reshape(real.shape)[prompt, place],
+        }
+        columns = {name: np.tile(column, len(names)) for name, column in where.items()}
+        columns["layer"] = np.repeat([layer for _, layer in names], len(prompt))
+        columns["kind"] = np.repeat([kind for kind, _ in names], len(prompt))
+        columns |= {"flow": flow, "direct": direct}
+        order = ["prompt", "layer", "kind", "position", "token", "flow", "direct"]
+        return pd.DataFrame(columns)[order]
 
     def balance(self, first_prompt: int) -> pd.DataFrame:
-        leaving = self._embedding(self.covector).double().sum(-1) + self.bias_mass
-        error = (self.entering - leaving - self.withheld).abs()
+        """Rows of `FlowBack.conservation`."""
+        leaving = self.nodes["embedding", 0][0].double().sum(-1) + self.in_biases
         columns = {
             "entering": self.entering,
             "leaving": leaving,
-            "in_biases": self.bias_mass,
+            "in_biases": self.in_biases,
             "withheld": self.withheld,
-            "error": error,
+            "error": (self.entering - leaving - self.withheld).abs(),
             "scale": self.scale,
         }
         table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
@@ -322,9 +331,7 @@ class _Sweep:
         return table
 
 
-def _gate_ratio(activated: Tensor, x: Tensor) -> Tensor:
+def _ratio(activated: Tensor, x: Tensor) -> Tensor:
     """act(x) / x, and its limit 1/2 (SiLU and GELU) at x = 0."""
     near = x.abs() < 1e-6
-    return torch.where(
-        near, torch.full_like(x, 0.5), activated / torch.where(near, torch.ones_like(x), x)
-    )
+    return torch.where(near, 0.5, activated / torch.where(near, 1.0, x))
