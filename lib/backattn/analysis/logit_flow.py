@@ -196,7 +196,7 @@ def logit_flow(
         >>> flow = logit_flow(model, tokenizer, "France's capital is", "Paris", top_k=5)
         >>> flow.check() < 1e-4
         True
-        >>> flow.frame["neuron"].count()
+        >>> len(flow.frame.dropna(subset="neuron"))
         5
     """
     _check_options(level, norm, method, top_k, batch_size)
@@ -204,7 +204,9 @@ def logit_flow(
         raise ValueError(f"prompts is {prompts!r}; give one string or several.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encode(tokenizer, prompts)  # all input errors before any work
-    ids = None if answers is None else answer_ids(tokenizer, answers, len(prompts))
+    ids = answers.tolist() if isinstance(answers, Tensor) else answers
+    if ids is not None and not (list(map(type, ids)) == [int] * len(prompts)):
+        ids = answer_ids(tokenizer, ids, len(prompts))
     if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
         message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
         warnings.warn(message, stacklevel=2)

@@ -1,7 +1,5 @@
 """Logit flow: telescoping, neurons against a naive loop, answers, options, errors."""
 
-import importlib
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,20 +17,15 @@ KEYS = ["prompt", "layer", "kind", "head", "neuron", "position"]
 COLUMNS = [*KEYS, "token", "log_prob_before", "log_prob_after", "increase"]
 
 
-@pytest.mark.parametrize("norm", ["final", "own"])
-def test_layers_telescope_to_the_models_log_probability(tiny, norm):
-    model, tokenizer = tiny
-    flow = logit_flow(model, tokenizer, PROMPTS, level="layer", norm=norm)
-    assert list(flow.frame.columns) == COLUMNS
-    assert flow.check() <= 1e-4
-    plain = model(**tokenizer(PROMPTS[0], return_tensors="pt")).logits[0, -1].log_softmax(-1)
-    last = flow.frame[flow.frame["prompt"] == 0].iloc[-1]
-    assert last["log_prob_after"] == pytest.approx(plain.max().item(), abs=1e-4)
-    assert flow.answer_ids[0] == plain.argmax().item()
-    steps = flow.frame[flow.frame["prompt"] == 0]
-    assert np.allclose(
-        steps["log_prob_after"].iloc[:-1], steps["log_prob_before"].iloc[1:], atol=1e-6
-    )
+def neurons_of(flow) -> pd.DataFrame:
+    return flow.frame[flow.frame["neuron"].notna()].astype({"kind": str})
+
+
+def disagreement(one: pd.DataFrame, other: pd.DataFrame) -> float:
+    """Largest difference of importance over the rows of `one`, all of which `other` must have."""
+    joined = one.merge(other, on=KEYS, suffixes=("", "_other"))
+    assert len(joined) == len(one) > 0
+    return (joined["increase"] - joined["increase_other"]).abs().max()
 
 
 def naive_neurons(model, tokenizer, prompt: str, norm: str) -> pd.DataFrame:
@@ -68,49 +61,46 @@ def naive_neurons(model, tokenizer, prompt: str, norm: str) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("norm", ["final", "own"])
-def test_exact_equals_the_naive_loop(tiny, norm):
+def test_layers_telescope_to_the_models_log_probability(tiny, norm):
     model, tokenizer = tiny
+    flow = logit_flow(model, tokenizer, PROMPTS, level="layer", norm=norm)
+    assert list(flow.frame.columns) == COLUMNS
+    assert flow.check() <= 1e-4
+    plain = model(**tokenizer(PROMPTS[0], return_tensors="pt")).logits[0, -1].log_softmax(-1)
+    steps = flow.frame[flow.frame["prompt"] == 0]
+    after, before = steps["log_prob_after"], steps["log_prob_before"]
+    assert after.iloc[-1] == pytest.approx(plain.max().item(), abs=1e-4)
+    assert flow.answer_ids[0] == plain.argmax().item()
+    assert np.allclose(after.iloc[:-1], before.iloc[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["final", "own"])
+def test_exact_equals_the_naive_loop_and_screen_exact(tiny, norm):
+    model, tokenizer = tiny
+    flow = logit_flow(model, tokenizer, PROMPTS, method="exact", norm=norm)
+    exact = neurons_of(flow)
     naive = naive_neurons(model, tokenizer, PROMPTS[0], norm)
-    exact = logit_flow(model, tokenizer, PROMPTS[0], method="exact", norm=norm).frame
-    exact = exact[exact["neuron"].notna()].astype({"kind": str})
-    joined = naive.merge(exact, on=KEYS, suffixes=("", "_exact"))
-    assert len(joined) == len(naive) == len(exact)
-    assert (joined["increase"] - joined["increase_exact"]).abs().max() <= 1e-5
+    assert disagreement(naive, exact) <= 1e-5 and len(naive) == (exact["prompt"] == 0).sum()
+    screen = neurons_of(logit_flow(model, tokenizer, PROMPTS, norm=norm, top_k=60))
+    assert disagreement(screen, exact) <= 1e-5
+    assert (screen["prompt"].value_counts() == 60).all()
+    top = exact.sort_values("increase").groupby("prompt").tail(15)
+    # First order can miss one; benchmarks/logit_flow.py measures how often.
+    assert len(top.merge(screen, on=KEYS)) >= 0.9 * 15 * len(PROMPTS)
+    if norm == "final":  # more than there are: all
+        whole = logit_flow(model, tokenizer, PROMPTS, top_k=10**6)
+        assert len(whole.frame) == len(flow.frame)
 
 
-def test_a_neuron_that_dominates_is_still_exact(llama):
-    """Large coefficients leave the range of the expansion; the certified bound must send them to the softmax."""
+def test_a_neuron_that_dominates_is_still_exact():
+    """Large coefficients leave the range of the expansion: the bound sends them to the softmax."""
     model, tokenizer = load_model("tiny-llama")
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[:, :5] *= 40
     naive = naive_neurons(model, tokenizer, PROMPTS[0], "final")
-    exact = logit_flow(model, tokenizer, PROMPTS[0], method="exact").frame.astype({"kind": str})
-    joined = naive.merge(exact, on=KEYS, suffixes=("", "_exact"))
-    assert joined["increase"].abs().max() > 0.5
-    assert (joined["increase"] - joined["increase_exact"]).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("norm", ["final", "own"])
-def test_screen_scores_its_neurons_exactly_and_keeps_the_largest(tiny, norm):
-    model, tokenizer = tiny
-    exact = logit_flow(model, tokenizer, PROMPTS, method="exact", norm=norm).frame
-    screen = logit_flow(model, tokenizer, PROMPTS, method="screen", norm=norm, top_k=60).frame
-    found = 0
-    for prompt in range(len(PROMPTS)):
-        mine = screen[(screen["prompt"] == prompt) & screen["neuron"].notna()]
-        assert len(mine) == 60
-        top = exact[(exact["prompt"] == prompt) & exact["neuron"].notna()].nlargest(15, "increase")
-        found += len(top.merge(mine, on=KEYS))
-    assert found >= 0.9 * 15 * len(
-        PROMPTS
-    )  # first order can miss one; benchmarks/logit_flow.py measures how often
-    joined = screen[screen["neuron"].notna()].merge(exact, on=KEYS, suffixes=("", "_exact"))
-    assert (joined["increase"] - joined["increase_exact"]).abs().max() <= 1e-5
-
-
-def test_more_neurons_than_there_are_returns_all(llama):
-    exact = logit_flow(*llama, PROMPTS[0], method="exact").frame
-    assert len(logit_flow(*llama, PROMPTS[0], top_k=10**6).frame) == len(exact)
+    exact = neurons_of(logit_flow(model, tokenizer, PROMPTS[0], method="exact"))
+    assert naive["increase"].abs().max() > 0.5
+    assert disagreement(naive, exact) <= 1e-5
 
 
 def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
@@ -118,34 +108,29 @@ def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
     flow = logit_flow(model, tokenizer, PROMPTS, level="head")
     heads = flow.frame[flow.frame["kind"] == "attention"]
     lengths = [len(tokenizer(p)["input_ids"]) for p in PROMPTS]
-    assert len(heads) == model.config.num_hidden_layers * model.config.num_attention_heads * sum(
-        lengths
-    )
+    config = model.config
+    assert len(heads) == config.num_hidden_layers * config.num_attention_heads * sum(lengths)
     stream = capture(model, encode(tokenizer, PROMPTS[:1]))
     lens = Lens(stream.arch)
     base, scale = stream.hidden[2, 0, -1], lens.scale(stream.hidden[-1, 0, -1])
-    mine = heads[(heads["prompt"] == 0) & (heads["layer"] == 2)].set_index(["head", "position"])[
-        "increase"
-    ]
+    found = heads[heads["prompt"] == 0].set_index(["layer", "head", "position"])["increase"]
     for head, position in [(0, 0), (3, 1), (1, lengths[0] - 1)]:
         state = base + head_contributions(stream, 2)[0, head, position]
         expected = (lens.log_probs(state, scale) - lens.log_probs(base, scale))[flow.answer_ids[0]]
-        assert mine.loc[head, position] == pytest.approx(expected.item(), abs=1e-5)
-    ffn, layers = flow.frame[flow.frame["kind"] == "ffn"], flow.layers[flow.layers["kind"] == "ffn"]
-    assert np.allclose(ffn["increase"], layers["increase"], atol=1e-5)
+        assert found.loc[2, head, position] == pytest.approx(expected.item(), abs=1e-5)
+    ffn, layers = (x[x["kind"] == "ffn"]["increase"] for x in (flow.frame, flow.layers))
+    assert np.allclose(ffn, layers, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", ["layer", "head", "neuron"])
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny, level):
-    model, tokenizer = tiny
-    together = logit_flow(
-        model, tokenizer, PROMPTS, level=level, method="exact", batch_size=2
-    ).frame
+    options = {"level": level, "method": "exact"}
+    together = logit_flow(*tiny, PROMPTS, batch_size=2, **options).frame
     for index, prompt in enumerate(PROMPTS):
-        alone = logit_flow(model, tokenizer, prompt, level=level, method="exact").frame
-        mine = together[together["prompt"] == index]
-        assert np.allclose(mine["increase"], alone["increase"], atol=2e-5)
-        assert mine["token"].astype(str).tolist() == alone["token"].astype(str).tolist()
+        alone = logit_flow(*tiny, prompt, **options).frame
+        part = together[together["prompt"] == index]
+        assert np.allclose(part["increase"], alone["increase"], atol=2e-5)
+        assert part["token"].astype(str).tolist() == alone["token"].astype(str).tolist()
 
 
 def test_rows_name_the_right_token(llama):
@@ -168,28 +153,31 @@ def test_bfloat16_has_a_rounding_row_and_still_telescopes():
 # ---------------------------------------------------------------- answers
 
 
-def test_answer_text_is_the_first_token_after_a_space(llama):
+@pytest.mark.parametrize("as_id", [False, True])
+def test_an_answer_is_a_word_or_a_token_id(llama, as_id):
     model, tokenizer = llama
-    flow = logit_flow(model, tokenizer, PROMPTS[:1], answers=["Paris"], level="layer")
-    assert flow.answer_ids == tokenizer(" Paris")["input_ids"]
-    assert flow.answers == [" Paris"]
+    ids = tokenizer(" Paris")["input_ids"]
+    flow = logit_flow(model, tokenizer, PROMPTS[:1], ids if as_id else ["Paris"], level="layer")
+    assert flow.answer_ids == ids and flow.answers == [" Paris"]
     assert flow.check() <= 1e-4
 
 
-@pytest.mark.parametrize("answers", ["", "   ", [""], [None]])
-def test_an_empty_answer_is_refused(llama, answers):
-    with pytest.raises(ValueError, match="empty"):
-        logit_flow(*llama, PROMPTS[:1], answers=answers)
-
-
-def test_answers_that_share_their_first_token_are_refused(llama):
-    with pytest.raises(ValueError, match="both begin with the token"):
-        logit_flow(*llama, PROMPTS[:2], answers=["Paris-Rome", "Paris-Tokyo"])
-
-
-def test_an_answer_whose_first_token_says_nothing_is_refused(llama):
-    with pytest.raises(ValueError, match="many words share"):
-        logit_flow(*llama, PROMPTS[:1], answers=["xylophone"])
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ("", "empty"),
+        ("   ", "empty"),
+        ([""], "empty"),
+        ([None], "empty"),
+        (["xylophone"], "many words share"),
+        (["Paris", "Rome"], "1 prompts but 2 answers"),
+        (["Paris-Rome", "Paris-Tokyo"], "both begin with the token"),
+    ],
+)
+def test_an_unusable_answer_is_refused(llama, answers, message):
+    count = len(answers) if message.startswith("both") else 1
+    with pytest.raises(ValueError, match=message):
+        logit_flow(*llama, PROMPTS[:count], answers=answers)
 
 
 def test_an_answer_of_several_tokens_is_scored_on_its_first_and_said_so(llama):
@@ -198,33 +186,30 @@ def test_an_answer_of_several_tokens_is_scored_on_its_first_and_said_so(llama):
     assert flow.answers == [" Paris"]
 
 
-def test_one_answer_per_prompt(llama):
-    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
-        logit_flow(*llama, PROMPTS[:2], answers=["Paris"])
+def test_a_prompt_that_ends_with_a_space_is_remarked(llama):
+    with pytest.warns(UserWarning, match="ends with a space"):
+        logit_flow(*llama, "France's capital is ", answers="Paris", level="layer")
 
 
 # ---------------------------------------------------------------- options and errors
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "message"),
     [
-        {"level": "block"},
-        {"norm": "none"},
-        {"method": "fast"},
-        {"top_k": 0},
-        {"top_k": 2.5},
-        {"batch_size": 0},
+        ({"level": "block"}, "choose one of"),
+        ({"norm": "none"}, "choose one of"),
+        ({"method": "fast"}, "choose one of"),
+        ({"top_k": 0}, "at least 1"),
+        ({"top_k": 2.5}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": 3}, "give one string"),
     ],
 )
-def test_unknown_options_name_the_known_ones(llama, option):
-    with pytest.raises(ValueError, match=r"choose one of|at least 1"):
-        logit_flow(*llama, PROMPTS, **option)
-
-
-def test_an_empty_batch_is_refused(llama):
-    with pytest.raises(ValueError, match="at least one prompt"):
-        logit_flow(*llama, [])
+def test_unknown_options_name_the_known_ones(llama, option, message):
+    with pytest.raises(ValueError, match=message):
+        logit_flow(*llama, **{"prompts": PROMPTS, **option})
 
 
 def test_a_broken_lens_scale_is_caught(llama, monkeypatch):
@@ -235,34 +220,21 @@ def test_a_broken_lens_scale_is_caught(llama, monkeypatch):
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_broken_decomposition_is_caught_in_any_layer(llama, monkeypatch, layer):
-    flow = importlib.import_module("backattn.logit_flow")
-
     def broken(*args, **kwargs):
         stream = capture(*args, **kwargs)
         stream.ffn[layer] *= 1.05
         return stream
 
-    monkeypatch.setattr(flow, "capture", broken)
+    monkeypatch.setattr("backattn.analysis.logit_flow.capture", broken)
     with pytest.raises(ValueError, match="miss the model's log-probability"):
         logit_flow(*llama, PROMPTS, level="layer").check()
 
 
-def test_a_prompt_that_ends_with_a_space_is_remarked(llama):
-    with pytest.warns(UserWarning, match="ends with a space"):
-        logit_flow(*llama, "France's capital is ", answers="Paris", level="layer")
-
-
-def test_a_changed_layer_score_is_caught(llama):
+@pytest.mark.parametrize(("change", "message"), [(1e-3, "prompt 0"), (float("nan"), "miss")])
+def test_a_changed_layer_score_is_caught(llama, change, message):
     flow = logit_flow(*llama, PROMPTS, level="layer")
-    flow.layers.loc[5, "increase"] += 1e-3
-    with pytest.raises(ValueError, match="prompt 0"):
-        flow.check()
-
-
-def test_nan_is_caught(llama):
-    flow = logit_flow(*llama, PROMPTS, level="layer")
-    flow.layers.loc[5, "increase"] = float("nan")
-    with pytest.raises(ValueError, match="miss"):
+    flow.layers.loc[5, "increase"] += change
+    with pytest.raises(ValueError, match=message):
         flow.check()
 
 
