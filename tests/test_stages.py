@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from backattn import flow_back, logit_flow
 from backattn.models.activations import capture

@@ -141,7 +141,7 @@ def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[tupl
 
 
 def _read(arch: Arch, states: Tensor) -> Tensor:
-    """The model's own log-probabilities from states before the final norm, [n, D] -> [n, V] fp32."""
+    """The model's log-probabilities from states before the final norm: [n, D] -> [n, V]."""
     logits = arch.unembedding_module(arch.final_norm_module(states)).float()
     if arch.softcap is not None:
         logits = arch.softcap * torch.tanh(logits / arch.softcap)

@@ -1,4 +1,4 @@
-"""What logit flow scores in a batch, and the rows it makes: small columns at first, one frame at the end."""
+"""What logit flow reads in a batch, and the rows it makes of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

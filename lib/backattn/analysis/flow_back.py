@@ -1,21 +1,24 @@
-"""Flow back: from the value neurons at the last position to the positions and layers that switched them on.
+"""Flow back: from the value neurons at the last position to what switched them on.
 
-Two independent routes to one picture:
+Two independent routes to one picture, by position and layer:
 
-"parts"   (1) Each value neuron's importance I (from `logit_flow`) enters as I per unit of its coefficient.
-          (2) It is handed to the parts of the neuron's residual input in proportion to each part's inner product with
-          the neuron's input weights w, norms frozen: an attention neuron with coefficient v = w·x gives part k the share
-          w·x_k / v. A gated FFN neuron m = act(g)·u has two input rows; half its importance goes by g_k / g and half
-          by u_k / u. (3) From those parts it goes on to theirs, down to the embedding. The normalisers v, g, u may
-          come near zero.
+"parts"   (1) Each value neuron's importance I (from `logit_flow`) enters per unit of its
+          coefficient. (2) It is handed to the parts of the neuron's residual input in proportion to
+          each part's inner product with the neuron's input weights w, norms frozen: an attention
+          neuron with coefficient v = w·x gives part k the share w·x_k / v. A gated FFN neuron
+          m = act(g)·u has two input rows; half its importance goes by g_k / g and half by u_k / u.
+          (3) From those parts it goes on to theirs, down to the embedding. The normalisers v, g, u
+          may come near zero.
 
-"linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in its residual
-          parts, and one backward pass from the answer's logit less the vocabulary's mean logit (before any soft
-          cap) gives every neuron's flow. Nothing is divided by anything, and the total is conserved exactly. The
-          gradient of the log-probability itself would not do: it vanishes where the model is sure.
+"linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in
+          its residual parts, and one backward pass from the answer's logit less the vocabulary's
+          mean logit (before any soft cap) gives every neuron's flow, as RelP and AttnLRP do.
+          Nothing is divided by anything, and the total is conserved exactly. The gradient of the
+          log-probability itself would not do: it vanishes where the model is sure.
 
-Both are one sweep from the top layer down with a covector per position; they differ in what enters and in how a
-gate shares. What is not handed to the embedding ends in biases, so that what enters equals what leaves.
+Both are one sweep from the top layer down with a covector per position; they differ in what enters
+and in how a gate shares. What is not handed to the embedding ends in biases, so that what enters
+equals what leaves.
 """
 
 from collections.abc import Iterator
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from backattn.analysis.logit_flow import LogitFlow
 from backattn.models.activations import Stream, capture
+from backattn.models.decoder import Norm
 from backattn.models.lens import Lens
 from backattn.models.tokens import encode
 from backattn.runtime import progress
@@ -41,11 +45,12 @@ FLOOR = 1e-4  # neurons with a coefficient below this share of the sub-layer's l
 class FlowBack:
     """Result of `flow_back`.
 
-    frame: prompt, layer, kind (embedding, attention, ffn), position (source position for attention), token,
-        flow (all that passes through this node), direct (the part that goes straight to the answer; the rest
-        reaches it through later neurons). Flow passes through many nodes: sums over layers are no shares.
-    conservation: prompt, entering, leaving (of which in_biases), withheld, error = |entering − leaving − withheld|,
-        scale (Σ|what entered|, against which errors are measured).
+    frame: prompt, layer, kind (embedding, attention, ffn), position (source position for
+        attention), token, flow (all that passes through this node), direct (the part that goes
+        straight to the answer; the rest reaches it through later neurons). Flow passes through
+        many nodes: sums over layers are no shares.
+    conservation: prompt, entering, leaving (of which in_biases), withheld,
+        error = |entering − leaving − withheld|, scale (Σ|what entered|, which errors refer to).
     """
 
     frame: pd.DataFrame
@@ -56,20 +61,17 @@ class FlowBack:
     def check(self) -> float:
         """Largest conservation error relative to what enters.
 
-        Raises ValueError with it when it exceeds the tolerance of the model's dtype, or when more than 1 % of what
-        entered was withheld because neurons' coefficients vanish.
+        Raises ValueError where it exceeds the tolerance of the model's dtype, or where more than
+        1 % of what entered was withheld because neurons' coefficients vanish.
         """
-        relative = (
-            self.conservation[["error", "withheld"]].abs().div(self.conservation["scale"], axis=0)
-        )
-        error, withheld = relative.max()
+        table = self.conservation
+        error = (table["error"] / table["scale"]).max()
+        withheld = (table["withheld"].abs() / table["scale"]).max()
         if not error <= self.tolerance:
-            raise ValueError(
-                f"Flow is not conserved: {error:.2e} of what entered is unaccounted for."
-            )
+            raise ValueError(f"Flow is not conserved: {error:.2e} of what entered is missing.")
         if not withheld <= 0.01:
             raise ValueError(
-                f"{withheld:.1%} of the flow was withheld: those neurons' coefficients are near zero."
+                f"{withheld:.1%} of the flow was withheld: those neurons' coefficients are near 0."
             )
         return float(error)
 
@@ -81,13 +83,13 @@ def flow_back(
 
     Args:
         model, tokenizer: those that made `flow`.
-        flow: result of `logit_flow`; route "parts" starts from its neurons, so it must be of level "neuron". Where it
-            kept its forward passes they are used, else its prompts run again.
+        flow: result of `logit_flow`; route "parts" starts from its neurons, so its level must be
+            "neuron". The forward passes that it kept are used; without them its prompts run again.
         route: "parts" or "linear", see the module's text.
         batch_size: prompts per pass, where they run again.
 
-    Returns a `FlowBack`. Raises ValueError for an unknown route, a flow without neurons, and another model or
-    tokenizer than made the flow.
+    Returns a `FlowBack`. Raises ValueError for an unknown route, a flow without neurons, and
+    another model or tokenizer than made the flow.
 
     Example:
         >>> from backattn import flow_back, load_model, logit_flow
@@ -124,15 +126,15 @@ def flow_back(
 
 
 def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Stream]]:
-    """(index of the first prompt, stream) of every batch; raises ValueError where they are not the flow's."""
+    """Per batch the index of its first prompt and its stream, kept or made again."""
     kept = flow.streams.made_by(model)
-    sizes = [len(stream.batch.input_ids) for stream in kept]
-    starts = np.cumsum([0, *sizes[:-1]]) if kept else range(0, len(flow.prompts), batch_size)
-    for k, start in enumerate(progress(starts, "flow back") if len(starts) > 1 else starts):
-        part = slice(int(start), int(start) + (sizes[k] if kept else batch_size))
+    size = len(kept[0].batch.input_ids) if kept else batch_size
+    starts = range(0, len(flow.prompts), size)
+    for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
+        part = slice(start, start + size)
         batch = encode(tokenizer, flow.prompts[part], device=model.device)
         if kept:
-            stream = kept[k]
+            stream = kept[start // size]
             same = torch.equal(batch.input_ids, stream.batch.input_ids)
         else:
             stream = capture(model, batch)
@@ -141,16 +143,16 @@ def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
             same = np.allclose(found, flow.log_prob[part], atol=flow.tolerance)
         if not same:
             raise ValueError(
-                "This flow was made by another model or tokenizer: pass the ones given to logit_flow."
+                "This flow was made by another model or tokenizer: pass those given to logit_flow."
             )
-        yield part.start, stream
+        yield start, stream
 
 
 class _Sweep:
     """One pass from the top layer to the embedding.
 
-    B prompts, T positions, D width, F neurons, H heads, d channels. A covector on a state says how much flow each unit
-    of that state brings; a flow is a covector times its state.
+    B prompts, T positions, D width, F neurons, H heads, d channels. A covector says how much flow
+    each unit of a state, or of a neuron's coefficient, brings: flow = covector · state.
     """
 
     def __init__(self, stream: Stream, linear: bool):
@@ -159,10 +161,8 @@ class _Sweep:
         self.top = self.covector  # the part of it that reads the answer directly
         self.neurons_in: dict[tuple[str, int], Tensor] = {}  # importance per unit of coefficient
         self.nodes: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # flow and direct, [B, T]
-        per_prompt = torch.zeros(
-            4, len(self.covector), dtype=torch.float64, device=self.covector.device
-        )
-        self.entering, self.withheld, self.scale, self.in_biases = per_prompt
+        zero = self.covector.new_zeros(4, len(self.covector), dtype=torch.float64)
+        self.entering, self.withheld, self.scale, self.in_biases = zero  # [B] each
 
     # -- what enters
 
@@ -209,33 +209,27 @@ class _Sweep:
     def run(self) -> None:
         for layer in reversed(range(self.stream.layers)):
             above = self.covector
-            self.covector = above + self._ffn(layer, above)
-            read = above if self.stream.arch.parallel else self.covector
-            self.covector = self.covector + self._attention(layer, read)
-        self.nodes["embedding", 0] = tuple(
-            (covector * self.stream.hidden[0]).sum(-1) for covector in (self.covector, self.top)
-        )
+            below_ffn = above + self._ffn(layer, above)
+            read = above if self.stream.arch.parallel else below_ffn
+            self.covector = below_ffn + self._attention(layer, read)
+        embedding = self.stream.hidden[0]
+        flows = ((covector * embedding).sum(-1) for covector in (self.covector, self.top))
+        self.nodes["embedding", 0] = tuple(flows)
 
-    def _pass(self, kind: str, layer: int, hand_down, covector: Tensor, held: Tensor) -> Tensor:
-        """What reaches a sub-layer's neurons per unit of their coefficients `held`, noted as its nodes' flow.
+    def _to_neurons(self, kind: str, layer: int, units: Tensor, above: Tensor, hand_down) -> Tensor:
+        """Covector on a sub-layer's coefficients `units`, whose flow is noted: [B, T, ...].
 
-        hand_down: covector on the residual stream [B, T, D] -> (per unit [B, T, ...], what ends in the bias [B, T]).
+        hand_down: from a covector on the residual stream, such as `above`, to (that on the
+        coefficients, what ends in the output's bias [B, T]).
         """
-        per_unit, lost = hand_down(covector)
+        entering = self.neurons_in.get((kind, layer), torch.zeros_like(units))
+        direct = hand_down(self.top)[0] if self.linear else entering
+        covector, lost = hand_down(above)
         self._lose(lost)
-        own = self.neurons_in.get((kind, layer))
-        if own is not None:
-            per_unit = per_unit + own
-        direct = hand_down(self.top)[0] if self.linear else own
-        flows = [
-            None if x is None else (x * held).sum(tuple(range(2, x.dim())))
-            for x in (per_unit, direct)
-        ]
-        self.nodes[kind, layer] = (
-            flows[0],
-            torch.zeros_like(flows[0]) if direct is None else flows[1],
-        )
-        return per_unit
+        covector = covector + entering
+        axes = tuple(range(2, units.dim()))
+        self.nodes[kind, layer] = (covector * units).sum(axes), (direct * units).sum(axes)
+        return covector
 
     def _ffn(self, layer: int, covector: Tensor) -> Tensor:
         """Hand the FFN's flow to its input state: [B, T, D]."""
@@ -243,12 +237,12 @@ class _Sweep:
         down, (gate, up) = block.ffn_out, block.ffn_in
         post, post_scale = block.norm("ffn_post"), stream.post_scale("ffn", layer)
 
-        def to_neurons(residual: Tensor) -> tuple[Tensor, Tensor]:
-            raw = post.adjoint(residual, post_scale)  # covector on the FFN's raw output
+        def hand_down(residual: Tensor) -> tuple[Tensor, Tensor]:
+            raw = post.adjoint(residual, post_scale)  # on the FFN's raw output
             return raw @ down.weight, raw @ down.bias  # [B, T, F]
 
         m, g, u = stream.neurons[layer], stream.gates[layer], stream.ups[layer]
-        per_unit = self._pass("ffn", layer, to_neurons, covector, m)
+        per_unit = self._to_neurons("ffn", layer, m, covector, hand_down)
         if gate is None:  # m = act(u): the gate is act(u) / u
             to_up = per_unit * _ratio(m, u)
             on_input = to_up @ up.weight
@@ -269,21 +263,20 @@ class _Sweep:
         out, value = block.attention_out, block.value
         post, post_scale = block.norm("attention_post"), stream.post_scale("attention", layer)
 
-        def to_sources(residual: Tensor) -> tuple[Tensor, Tensor]:
+        def hand_down(residual: Tensor) -> tuple[Tensor, Tensor]:
             raw = post.adjoint(residual, post_scale)
             heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # at queries
             at_sources = torch.einsum("bhqk,bqhd->bkhd", stream.weights[layer], heads)
-            return at_sources, raw @ out.bias  # [B, T, H, d]
+            return at_sources, raw @ out.bias
 
-        per_unit = self._pass(
-            "attention", layer, to_sources, covector, stream.expanded_values(layer)
-        )
+        values = stream.expanded_values(layer)  # [B, T, H, d]
+        per_unit = self._to_neurons("attention", layer, values, covector, hand_down)
         grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G·d]
         self._lose(grouped @ value.bias)
-        state = stream.attention_input(layer)
-        return self._through_norm(block.norm("attention_norm"), state, grouped @ value.weight)
+        norm, state = block.norm("attention_norm"), stream.attention_input(layer)
+        return self._through_norm(norm, state, grouped @ value.weight)
 
-    def _through_norm(self, norm, state: Tensor, covector: Tensor) -> Tensor:
+    def _through_norm(self, norm: Norm, state: Tensor, covector: Tensor) -> Tensor:
         self._lose(covector @ norm.bias)
         return norm.adjoint(covector, norm.scale(state))
 
@@ -297,36 +290,31 @@ class _Sweep:
         """Rows of `FlowBack.frame`. tokens: text of each token of the batch, [B·T]."""
         real = self.batch.attention_mask.bool().cpu()
         prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
-        names = [("embedding", 0)]
-        names += [(kind, k) for k in range(self.stream.layers) for kind in ("attention", "ffn")]
-        flow, direct = (
-            torch.stack([self.nodes[name][k] for name in names]).cpu()[:, real].flatten().numpy()
-            for k in (0, 1)
+        layers = range(self.stream.layers)
+        names = [("embedding", 0), *((kind, k) for k in layers for kind in ("attention", "ffn"))]
+        nodes = torch.stack([torch.stack(self.nodes[name]) for name in names]).cpu()
+        flow, direct = nodes.transpose(0, 1)[..., real].flatten(1).numpy()  # [nodes · positions]
+        position = place - self.batch.start.cpu().numpy()[prompt]
+        return pd.DataFrame(
+            {
+                "prompt": np.tile(prompt + first_prompt, len(names)),
+                "layer": np.repeat([layer for _, layer in names], len(prompt)),
+                "kind": np.repeat([kind for kind, _ in names], len(prompt)),
+                "position": np.tile(position, len(names)),
+                "token": np.tile(tokens.reshape(real.shape)[prompt, place], len(names)),
+                "flow": flow,
+                "direct": direct,
+            }
         )
-        where = {
-            "prompt": prompt + first_prompt,
-            "position": place - self.batch.start.cpu().numpy()[prompt],
-            "token": tokens.reshape(real.shape)[prompt, place],
-        }
-        columns = {name: np.tile(column, len(names)) for name, column in where.items()}
-        columns["layer"] = np.repeat([layer for _, layer in names], len(prompt))
-        columns["kind"] = np.repeat([kind for kind, _ in names], len(prompt))
-        columns |= {"flow": flow, "direct": direct}
-        order = ["prompt", "layer", "kind", "position", "token", "flow", "direct"]
-        return pd.DataFrame(columns)[order]
 
     def balance(self, first_prompt: int) -> pd.DataFrame:
         """Rows of `FlowBack.conservation`."""
+        entering, withheld = self.entering, self.withheld
         leaving = self.nodes["embedding", 0][0].double().sum(-1) + self.in_biases
-        columns = {
-            "entering": self.entering,
-            "leaving": leaving,
-            "in_biases": self.in_biases,
-            "withheld": self.withheld,
-            "error": (self.entering - leaving - self.withheld).abs(),
-            "scale": self.scale,
-        }
-        table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+        error = (entering - leaving - withheld).abs()
+        columns = [entering, leaving, self.in_biases, withheld, error, self.scale]
+        names = ["entering", "leaving", "in_biases", "withheld", "error", "scale"]
+        table = pd.DataFrame(torch.stack(columns, dim=1).cpu().numpy(), columns=names)
         table.insert(0, "prompt", np.arange(len(table)) + first_prompt)
         return table
 

@@ -4,7 +4,7 @@ Mean ablation keeps the model's shape and removes what is specific to the prompt
 contribution is replaced by its mean over other prompts at the same kind of position.
 
 1. `group_means`: the mean FFN output and attention value per layer and position group.
-2. `KnockoutProbe`: what stands before the first changed position is computed once (`CachedPrompts`).
+2. `CachedPrompts`: what stands before the first changed position is computed once.
 3. `KnockoutProbe.log_probs`: the rest runs with the means in place, for each set of `Knockout`s.
 
 `blocked_log_probs` is the attention knock-out (Geva et al. 2023): it hides positions from the last.
@@ -90,12 +90,6 @@ class CachedPrompts:
 
     batches: (rows, the batch padded on the left, keys and values of it unchanged or None); similar
     lengths together. Keys and values of all prompts are held: 46 kB a token for SmolLM2.
-
-    Example:
-        >>> from backattn import load_model
-        >>> prompts = CachedPrompts(*load_model("tiny-llama"), ["Anna lives in Rome", "Rome is"])
-        >>> prompts.batches[0][0]  # the shorter one first
-        [1, 0]
     """
 
     def __init__(self, model, tokenizer, prompts: Sequence[str]):
@@ -113,6 +107,16 @@ class KnockoutProbe(CachedPrompts):
     """Prompts with an answer each, to knock something out.
 
     groups: one array of labels per prompt, one label per token; means: from `group_means`.
+
+    Example:
+        >>> from backattn import load_model
+        >>> model, tokenizer = load_model("tiny-llama")
+        >>> prompts = ["France is", "Rome is"]
+        >>> groups = [["x"] * len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        >>> means = group_means(model, tokenizer, prompts, groups)
+        >>> probe = KnockoutProbe(model, tokenizer, prompts, [5, 5], groups, means)
+        >>> (probe.log_probs() - probe.log_probs([Knockout("ffn", (0, 1), ("x",))])).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -131,17 +135,6 @@ class KnockoutProbe(CachedPrompts):
         """The answers' log-probabilities with `knockouts` in force (none: the model's own): [n].
 
         Raises ValueError for an unknown kind.
-
-        Example:
-            >>> from backattn import load_model
-            >>> model, tokenizer = load_model("tiny-llama")
-            >>> prompts = ["France is", "Rome is"]
-            >>> groups = [["x"] * len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-            >>> means = group_means(model, tokenizer, prompts, groups)
-            >>> probe = KnockoutProbe(model, tokenizer, prompts, [5, 5], groups, means)
-            >>> lost = probe.log_probs() - probe.log_probs([Knockout("ffn", (0, 1), ("x",))])
-            >>> lost.shape
-            torch.Size([2])
         """
         for kind in {knockout.kind for knockout in knockouts} - {"ffn", "attention"}:
             raise ValueError(f'Cannot knock out {kind!r}; choose "ffn" or "attention".')

@@ -1,20 +1,21 @@
 """Logit flow: which layers, heads and neurons raise the answer's log-probability.
 
-At the last position of a prompt, with embedding h_0, attention outputs a_l and FFN outputs f_l of the layers l < L:
+At the last position of a prompt, with embedding h_0, attention outputs a_l and FFN outputs f_l:
 
-    (1)  the state is a running sum        h_{l+1} = h_l + a_l + f_l
-    (2)  the lens reads any part x of it   log p(w | x) = log softmax(W_U (γ ⊙ s·x))_w
+(1) The state is a running sum: h_{l+1} = h_l + a_l + f_l, up to h_L.
+(2) The lens reads any part x of it: log p(w | x) = log softmax(W_U (γ ⊙ s·x))_w, with the
+    unembedding W_U, the final norm's weight γ and its scale s at h_L (norm="final": parts add up
+    in the logits) or at x itself (norm="own": the logit lens); biases and soft caps included.
+(3) The importance of a part v whose sub-layer had the residual input b (its base: h_l for
+    attention, h_l + a_l for the FFN) is log p(w | b + v) − log p(w | b).
+(4) Importances of whole sub-layers telescope: together with log p(w | 0) they add up to
+    log p(w | h_L), the model's own. Those of smaller parts do not add up to their sub-layer's.
 
-         with the unembedding W_U, the final norm's weight γ and its scale s at h_L (`norm="final"`: parts add up in
-         the logits) or at x itself (`norm="own"`: the logit lens). Biases and a soft cap are applied where there are.
-    (3)  the importance of a part v whose sub-layer had the residual input b (its base: h_l for attention, h_l + a_l
-         for the FFN) is                   log p(w | b + v) − log p(w | b)
-    (4)  importances of whole sub-layers telescope: their sum, and log p(w | 0), make log p(w | h_L), the model's own.
+A part of a_l is a head at a source position, or a neuron of it: a value channel times its attention
+weight times a column of W_O. A part of f_l is a neuron: a coefficient times a column of W_down.
 
-The parts of a_l are its heads at each source position, or its neurons: channel i of a head at a source position brings
-α·v_i times a column of W_O. Those of f_l are its neurons, a coefficient times a column of W_down. Importances of parts do
-not add up to their sub-layer's. `_layer_rows` is the definition; `neuron_scores` is (3) for hundreds of thousands of
-neurons; `flow_back` goes on from the neurons at the last position to what switched them on.
+`_layer_rows` is the definition; `neuron_scores` is (3) for hundreds of thousands of neurons;
+`flow_back` goes on from the neurons at the last position to what switched them on.
 """
 
 import warnings
@@ -118,12 +119,13 @@ def _at_last(reading: Reading, layer: int, kind: str, before: Tensor, increase: 
 class LogitFlow:
     """Result of `logit_flow`.
 
-    frame: one row per component: prompt, layer, kind, head, neuron, position, token, log_prob_before,
-        log_prob_after, increase (nats). `position` is the source position of an attention component and the
-        last position of everything else; head and neuron are missing (NA) where they do not apply.
+    frame: one row per component: prompt, layer, kind, head, neuron, position, token,
+        log_prob_before, log_prob_after, increase (nats). `position` is the source position of an
+        attention component and the last position of everything else; head and neuron are NA where
+        they do not apply.
     layers: the layer-level rows, whatever the level.
     log_prob: the model's own log-probability of each answer, [prompts].
-    streams: activations kept for `flow_back`, see `keep_bytes` of `logit_flow`.
+    streams: forward passes kept for `flow_back`, see `keep_bytes` of `logit_flow`.
     """
 
     frame: pd.DataFrame
@@ -139,13 +141,13 @@ class LogitFlow:
     streams: KeptStreams = field(repr=False)
 
     def errors(self) -> np.ndarray:
-        """|start + sum of layer importances − the model's own log-probability| per prompt, in nats."""
+        """|log p(w | 0) + sum of layer importances − the model's log-probability| per prompt."""
         grouped = self.layers.groupby("prompt", sort=True)
         total = grouped["log_prob_before"].first() + grouped["increase"].sum()
         return np.abs(total.to_numpy() - self.log_prob)
 
     def check(self) -> float:
-        """Largest telescoping error; raises ValueError where it exceeds the tolerance of the model's dtype."""
+        """Largest of `errors`; raises ValueError above the tolerance of the model's dtype."""
         errors = self.errors()
         worst = int(np.nanargmax(np.where(np.isnan(errors), np.inf, errors)))
         if not errors[worst] <= self.tolerance:
@@ -168,22 +170,23 @@ def logit_flow(
     batch_size: int = 16,
     keep_bytes: int = 2**30,
 ) -> LogitFlow:
-    """Importance of every layer, head or neuron for the answer's log-probability at the last position.
+    """Importance of every layer, head or neuron for the answer at the last position.
 
     Args:
-        model, tokenizer: a supported Hugging Face decoder (see `backattn.models.families`) and its tokenizer.
+        model, tokenizer: a Hugging Face decoder (see `backattn.models.families`), its tokenizer.
         prompts: one prompt or several.
-        answers: one per prompt: words, each scored on the first token of " answer", or token ids. None takes the
-            model's own next token.
-        level: "layer" (embedding, attention, FFN of each layer), "head" (each head × source position) or
-            "neuron" (each FFN neuron at the last position, each attention channel × source position).
-        norm: "final" freezes the final norm's scale of the full pass (logit flow); "own" recomputes it (logit lens).
-        method: for neurons, "exact" scores every neuron; "screen" scores all to first order and the `top_k` with
-            the largest first-order increase exactly, and returns those.
-        top_k: neurons kept per prompt by "screen".
+        answers: one per prompt: words, scored on the first token of " answer", or token ids. None
+            takes the model's own next token.
+        level: "layer" (embedding, attention and FFN of each layer), "head" (each head × source
+            position) or "neuron" (each FFN neuron, each attention channel × source position).
+        norm: "final" freezes the final norm's scale of the full pass (logit flow); "own" recomputes
+            it (logit lens).
+        method: for neurons, "exact" scores all; "screen" scores all to first order and exactly the
+            `top_k` with the largest first-order increase, and returns those.
+        top_k: neurons returned per prompt by "screen".
         batch_size: prompts per forward pass.
-        keep_bytes: the result keeps its forward passes while all of them together take no more memory than this, so
-            that `flow_back` need not run them again; 0 keeps none. Level "layer" records too little to keep.
+        keep_bytes: the result keeps its forward passes for `flow_back` if no batch takes more than
+            its share of this memory; 0 keeps none. Level "layer" records too little to keep.
 
     Returns a `LogitFlow`; call `.check()` to see that the layer scores telescope.
 
@@ -199,13 +202,13 @@ def logit_flow(
         >>> len(flow.frame.dropna(subset="neuron"))
         5
     """
-    _check_options(level, norm, method, top_k, batch_size)
+    _check_options(level, norm, method, top_k=top_k, batch_size=batch_size)
     if not isinstance(prompts, str | Iterable):
         raise ValueError(f"prompts is {prompts!r}; give one string or several.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encode(tokenizer, prompts)  # all input errors before any work
     ids = answers.tolist() if isinstance(answers, Tensor) else answers
-    if ids is not None and not (list(map(type, ids)) == [int] * len(prompts)):
+    if ids is not None and list(map(type, ids)) != [int] * len(prompts):
         ids = answer_ids(tokenizer, ids, len(prompts))
     if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
         message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
@@ -250,14 +253,11 @@ def logit_flow(
     )
 
 
-def _check_options(level: str, norm: str, method: str, top_k: int, batch_size: int) -> None:
-    for name, value, known in (
-        ("level", level, LEVELS),
-        ("norm", norm, NORMS),
-        ("method", method, METHODS),
-    ):
+def _check_options(level: str, norm: str, method: str, **counts: int) -> None:
+    choices = (("level", level, LEVELS), ("norm", norm, NORMS), ("method", method, METHODS))
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+    for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")

@@ -1,19 +1,18 @@
 """Importances of single neurons (equation 3 of `logit_flow`) without a forward pass for each.
 
-A neuron adds c·v to its sub-layer's base b: its coefficient times its output vector. With s the scale of the final norm
-at b and s' that at b + c·v (the same when it is frozen), the uncapped logits z = W_U (γ ⊙ s·b) become
+A neuron adds c·v to its sub-layer's base b: a coefficient times an output vector. With s the final
+norm's scale at b and s' that at b + c·v (the same where it is frozen), the uncapped logits
+z = W_U (γ ⊙ s·b) become
 
-    (5)  z' = (s'/s) z + c s' d    with the direction d = W_U (γ ⊙ v),
+(5) z' = (s'/s) z + c s' d,  with the neuron's direction d = W_U (γ ⊙ v).
 
-and one matrix product gives the directions of many neurons, for all prompts and source positions. Then
+One matrix product gives the directions of many neurons, for all prompts and source positions. Then
 
-"exact"   takes the softmax of z' for every neuron, or, where the scale is frozen and logits are not capped, the moments
-          of d under the base distribution, which cost no softmax and have a certified error (`_by_moments`);
-"screen"  ranks all neurons to first order,
+"exact"   takes the softmax of z' for every neuron or, where the scale is frozen and logits are not
+          capped, the moments of d under the base distribution: no softmax, and a certified error;
+"screen"  takes the softmax of z' for the neurons that are largest to first order,
 
-    (6)  c v · ∇_b log p(w | b),
-
-          and takes the softmax of z' for the `top_k` largest.
+(6) c v · ∇_b log p(w | b).
 """
 
 from collections.abc import Iterator
@@ -159,7 +158,7 @@ def _factors(
 
 
 def _after(lens: Lens, raw: Tensor, q: Tensor, directions: Tensor, answer: Tensor) -> Tensor:
-    """The answer's log-probability after some neurons, by softmax: raw [k, V] is (s'/s) z -> [k]."""
+    """The answer's log-probability after some neurons: raw [k, V], which is (s'/s) z -> [k]."""
     logits = lens.cap(torch.addcmul(raw + lens.offset, q, directions))
     return (logits[:, answer].double() - _logsumexp(logits)).cpu()
 
@@ -169,9 +168,10 @@ def _by_moments(
 ) -> tuple[Tensor, Tensor]:
     """Importances from the moments of each direction, and whether their error is certified.
 
-    With X the direction's entry at a random token of the base distribution and Y = X − E X, log p(answer) rises by
-    c (X_answer − E X) − log E exp(cY). The expectation is expanded to c⁴; since E Y = 0 it is at least 1, so the error
-    is at most |c|⁵ max|Y| E Y⁴ exp(|c| max|Y|) / 120.
+    With X the direction's entry at a random token of the base distribution and Y = X − E X,
+    log p(answer) rises by c (X_answer − E X) − log E exp(cY). The expectation is expanded to c⁴;
+    since E Y = 0 it is at least 1, so the error is at most
+    |c|⁵ max|Y| E Y⁴ exp(|c| max|Y|) / 120.
 
     directions: [n, V]; c: [B, P, n] with the scale, float64; base: [B, V] -> two [B, P, n].
     """
