@@ -5,8 +5,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import PROMPTS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from backattn import load_model, logit_flow
 from backattn.models.activations import capture, head_contributions
@@ -134,11 +132,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny, level):
 
 
 def test_rows_name_the_right_token(llama):
-    model, tokenizer = llama
-    flow = logit_flow(model, tokenizer, PROMPTS[:2], level="head")
+    frame = logit_flow(*llama, PROMPTS[:2], level="head").frame
     for index, prompt in enumerate(PROMPTS[:2]):
-        texts = [tokenizer.decode([i]) for i in tokenizer(prompt)["input_ids"]]
-        rows = flow.frame[flow.frame["prompt"] == index]
+        texts = [llama[1].decode([i]) for i in llama[1](prompt)["input_ids"]]
+        rows = frame[frame["prompt"] == index]
         assert [texts[p] for p in rows["position"]] == rows["token"].astype(str).tolist()
         assert (rows.loc[rows["kind"] == "ffn", "position"] == len(texts) - 1).all()
 
@@ -180,15 +177,19 @@ def test_an_unusable_answer_is_refused(llama, answers, message):
         logit_flow(*llama, PROMPTS[:count], answers=answers)
 
 
-def test_an_answer_of_several_tokens_is_scored_on_its_first_and_said_so(llama):
-    with pytest.warns(UserWarning, match="first token"):
-        flow = logit_flow(*llama, PROMPTS[:1], answers=["Paris-Rome"], level="layer")
+@pytest.mark.parametrize(
+    ("prompt", "answer", "message"),
+    [
+        ("France's capital is", "Paris-Rome", "first token"),
+        ("France's capital is ", "Paris", "ends with a space"),
+    ],
+)
+def test_an_answer_is_scored_on_its_first_token_and_what_is_odd_is_said(
+    llama, prompt, answer, message
+):
+    with pytest.warns(UserWarning, match=message):
+        flow = logit_flow(*llama, prompt, answer, level="layer")
     assert flow.answers == [" Paris"]
-
-
-def test_a_prompt_that_ends_with_a_space_is_remarked(llama):
-    with pytest.warns(UserWarning, match="ends with a space"):
-        logit_flow(*llama, "France's capital is ", answers="Paris", level="layer")
 
 
 # ---------------------------------------------------------------- options and errors
@@ -236,11 +237,3 @@ def test_a_changed_layer_score_is_caught(llama, change, message):
     flow.layers.loc[5, "increase"] += change
     with pytest.raises(ValueError, match=message):
         flow.check()
-
-
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(prompts=st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=4))
-def test_any_text_telescopes(llama, prompts):
-    assert logit_flow(*llama, prompts, level="neuron", top_k=20).check() <= 1e-4
