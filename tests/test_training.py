@@ -33,8 +33,10 @@ from companion.questions.datasets import (
     DATASETS,
     OTHER_PROMPTS,
     Dataset,
+    load,
     one_digit_composite,
 )
+from companion.questions.splits import split
 from companion.runs import as_asked
 from companion.runs.as_asked import test_groups
 from companion.runs.perform import (

@@ -21,11 +21,11 @@ from companion.questions.prompts import (
 FACTS = pd.DataFrame(
     {
         "pair": "x",
-        "e1": ["Milan", "Lyon", "Munich", "Osaka", "Nice"],
+        "e1": ["Milan", "Lyon", "Munich", "Osaka", "Bergen", "Nice"],
         "r1": "country",
-        "e2": ["Italy", "France", "Germany", "Japan", "France"],
+        "e2": ["Italy", "France", "Germany", "Japan", "Norway", "France"],
         "r2": "capital",
-        "e3": ["Rome", "Paris", "Berlin", "Tokyo", "Paris"],
+        "e3": ["Rome", "Paris", "Berlin", "Tokyo", "Oslo", "Paris"],
         "e2_aliases": "",
         "e3_aliases": "",
     }
@@ -117,9 +117,9 @@ def test_equal_relation_words_are_told_apart():
         (FACTS, {"examples": "many"}, "Unknown examples 'many'"),
         (FACTS.head(1), {}, "give more facts"),
         (  # the sentence begins with a capital
-            FACTS.assign(e1=["Milan", "Lyon", "Munich", "Osaka", "iPhone"]),
+            FACTS.replace({"e1": {"Nice": "iPhone"}}),
             {"examples": "none"},
-            r"Fact 4 \(.*iPhone\): 'iPhone' does not occur in the prompt",
+            r"Fact 5 \(.*iPhone\): 'iPhone' does not occur in the prompt",
         ),
     ],
 )
