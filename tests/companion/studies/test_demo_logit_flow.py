@@ -76,7 +76,8 @@ def test_bad_input_is_answered_in_words(adapted, prompt, said):
     panel.prompt.value, panel.answer.value = PROMPT, "Paris Rome"
     panel.button.click()
     assert (
-        panel.message.value.startswith("Flow to") and "scored on their first token" in panel.message.value
+        panel.message.value.startswith("Flow to")
+        and "scored on their first token" in panel.message.value
     )
 
 
@@ -87,4 +88,6 @@ def test_an_unknown_model_and_one_without_adapter(tmp_path):
     assert "Could not load" in panel.message.value and "nothing &lt;b&gt;" in panel.message.value
     panel.model.value = "tiny-gpt2"
     panel.button.click()
-    assert "No trained back attention is shipped" in panel.message.value and "tiny-gpt2" in models.kept
+    assert (
+        "No trained back attention is shipped" in panel.message.value and "tiny-gpt2" in models.kept
+    )
