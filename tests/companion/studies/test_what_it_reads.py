@@ -264,6 +264,6 @@ def test_c10_follows_its_rule(over, more, trainings, verdict):
         {"one": model, "two": (*model[:1], tests.assign(low=0.1, high=0.2), (3, 4))}
     )
     assert (
-        one_more.verdict in ("reproduced", "partly")
-        and "two: weight of r1's layers 3–4" in one_more.ours
+        one_more["verdict"] in ("reproduced", "partly")
+        and "two: weight of r1's layers 3–4" in one_more["ours"]
     )
