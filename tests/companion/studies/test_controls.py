@@ -26,6 +26,7 @@ from companion.studies.controls.memory import (
     memory_edits,
     memory_table,
     memory_tests,
+    r1_is_needed,
     several_layers_help,
 )
 from companion.studies.controls.transitions import (
@@ -462,3 +463,18 @@ def test_known_and_unknown_facts_are_apart():
     keys = [set(map(tuple, frame[TWO_HOP_KEYS].to_numpy())) for frame in (known, unknown)]
     assert not keys[0] & keys[1] and unknown.groupby("pair").size().max() == 100
     assert not unknown["tested"].all() and list(known.columns) == list(unknown.columns)
+
+
+@pytest.mark.parametrize(
+    "own, hidden, verdict",
+    [
+        ((0.1, 0.3), (0.2, 0.8), "reproduced"),
+        ((-0.1, 0.3), (0.2, 0.8), "partly"),
+        ((-0.1, 0.3), (0.95, 1.0), "not at this scale"),
+        ((-0.3, -0.1), (0.95, 1.0), "contradicted"),
+    ],
+)
+def test_b4_follows_its_rule(own, hidden, verdict):
+    row = {"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}
+    claim = r1_is_needed(pd.DataFrame([row]), {"one": kept_rows(r1_hidden=hidden)})
+    assert claim["verdict"] == verdict
