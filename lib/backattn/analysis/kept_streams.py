@@ -41,7 +41,7 @@ class KeptStreams:
 
 def _size(stream: Stream) -> int:
     """Bytes of the tensors of a stream; those that share memory count once."""
-    lists = (x if isinstance(x, list) else [x] for x in vars(stream).values())
+    lists = (x if isinstance(x, list | tuple) else [x] for x in vars(stream).values())
     tensors = [x for part in lists for x in part if isinstance(x, Tensor)]
     storages = [x.untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
