@@ -404,7 +404,7 @@ def test_static_caches_and_odd_masks_are_refused(llama):
         wrapped.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"\[batch, time\]"):
         wrapped(input_ids=ids, attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1]))
-    assert wrapped._pass is None
+    assert wrapped._call is None
     wrapped(input_ids=ids)  # nothing is left behind
 
 
@@ -583,7 +583,7 @@ def test_works_in_trainer_and_pipeline(tmp_path, caplog):
     trainer.save_model(str(tmp_path / "kept"))
     kept = {p.name: p.stat().st_size for p in (tmp_path / "kept").iterdir()}
     assert kept["model.safetensors"] < 10_000  # the adapter only
-    write = pipeline("text-generation", model=wrapped, tokenizer=tok)
+    write = pipeline("text-generation", model=wrapped.base_model, tokenizer=tok)
     text = write(PROMPTS[0], max_new_tokens=3, do_sample=False)[0]["generated_text"]
     assert text.startswith(PROMPTS[0]) and len(text) > len(PROMPTS[0])
     assert "not supported" not in caplog.text
