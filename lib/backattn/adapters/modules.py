@@ -13,7 +13,7 @@ def normed(x: Tensor) -> Tensor:
     """x over its root mean square, in fp32: [..., D].
 
     Example:
-        >>> normed(torch.tensor([3.0, -3.0]))
+        >>> normed(torch.tensor([3.0, -3.0])).round(decimals=3)
         tensor([ 1., -1.])
     """
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
