@@ -1,7 +1,6 @@
 """Odd input, killed processes and files that somebody made to do harm: nothing wrong is used, and nothing is lost."""
 
 import contextlib
-import json
 import pickle
 import subprocess
 import sys

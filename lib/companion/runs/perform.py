@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from backattn import runtime
 from backattn.adapters.arms import make_arm
-from backattn.models.devices import one_device
-from backattn.models.devices import input_device
+from backattn.models.devices import input_device, one_device
 from backattn.models.load import load_model
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate, perplexity, written
