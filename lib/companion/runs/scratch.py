@@ -98,6 +98,8 @@ COMPOSING_ARMS = by_name(
 )
 # fmt: on
 
+SIZED = tuple(arm.name for arm in SCRATCH_ARMS.values() if arm.sized)
+
 LOOKS = {**UNTRAINED, **ARMS, **SCRATCH_ARMS, **COMPOSING_ARMS}  # one arm, one look
 
 
