@@ -139,7 +139,8 @@ def test_every_edit_is_what_it_says(kept, made):
 def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
     """What the first question's queries may read, by the name of the edit: cells [T, M, T]."""
     run, store = kept
-    reader, seen = next(memory_probes([run], store)), {}
+    readers, seen = memory_probes([run], store), {}
+    reader = next(readers)
     edits = _edits(reader)
     labels, layers = reader.labels[0], np.array(reader.memory_layers)  # 1 … 4
 

@@ -22,12 +22,11 @@ from backattn.models.checkpoint import weight_bytes
 from backattn.models.decoder import in_one_place
 from backattn.models.tiny import TINY
 from backattn.training import loop
-from backattn.training.batches import collate, numbers
-from backattn.training.evaluation import FirstPasses, answer_logits
-from backattn.training.loop import Recipe, _Batches
+from backattn.training.batches import numbers
+from backattn.training.evaluation import FirstPasses
+from backattn.training.loop import Recipe
 from companion.runs import estimate, launch
 from companion.runs.as_asked import questions
-from companion.runs.perform import trained_weights
 from companion.runs.plans import main_runs
 from companion.runs.store import Store
 
@@ -123,98 +122,6 @@ def test_weights_are_counted_without_them():
     assert weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
 
 
-# ---------------------------------------------------------------- a batch in pieces
-
-
-@pytest.fixture
-def learnt():
-    """Trains fresh back attention on ten questions; returns (curve, weights)."""
-
-    def train(**options):
-        torch.manual_seed(0)
-        model, tokenizer = load_model("tiny-llama")
-        rows = [
-            (f"{a} plus {b} is", f" {n}")
-            for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])
-        ]
-        items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
-        wrapped = make_arm("back attention", model, 1, 4)
-        curve = loop.train(wrapped, items, Recipe(10, 0.01, batch_size=6), items, **options)
-        return curve, trained_weights(wrapped)
-
-    return train
-
-
-def same(one, other) -> bool:
-    columns = ["step", "loss", "train", "validation"]
-    pd.testing.assert_frame_equal(one[0][columns], other[0][columns], atol=1e-4)
-    return all(torch.allclose(one[1][name], other[1][name], atol=1e-3) for name in one[1])
-
-
-def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, monkeypatch, capsys):
-    whole, ordinary, sizes = learnt(), answer_logits, []
-
-    def tight(model, batch, *args):
-        if torch.is_grad_enabled():
-            sizes.append(len(batch.input_ids))
-        if len(batch.input_ids) > 2:
-            raise torch.OutOfMemoryError("no room")
-        return ordinary(model, batch, *args)
-
-    monkeypatch.setattr("backattn.training.loop.answer_logits", tight)
-    monkeypatch.setattr("backattn.training.evaluation.answer_logits", tight)
-    assert same(learnt(), whole)
-    assert sizes[:3] == [6, 3, 2] and set(sizes[3:]) == {1, 2}  # tried once, then in four pieces
-    assert "4 pieces" in capsys.readouterr().err
-
-
-def gradients(pieces: int):
-    """(those that a batch of six leaves, those of its mean loss)."""
-    torch.manual_seed(0)
-    model, tokenizer = load_model("tiny-llama")
-    rows = [
-        (f"{a} plus {b} is", f" {n}")
-        for n, (a, b) in enumerate([(a, b) for a in "12345" for b in "67"])
-    ]
-    items = numbers(tokenizer, pd.DataFrame(rows, columns=["prompt", "answer"]))
-    wrapped = make_arm("LoRA q,v", model, 1, 4)
-    weights = [p for p in wrapped.parameters() if p.requires_grad]
-    batches = _Batches(wrapped, items, Recipe(1, 0.01, batch_size=6), None)
-    batches.pieces = pieces
-    loss, _ = batches.gradients([0, 3, 4, 5, 8, 9], weights)
-    batch = collate(items, [0, 3, 4, 5, 8, 9])
-    logits = answer_logits(wrapped, batch)
-    mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-    assert loss == pytest.approx(mean.item(), abs=1e-5)
-    return [p.grad for p in weights if p.grad is not None], torch.autograd.grad(
-        mean, weights, allow_unused=True
-    )
-
-
-@pytest.mark.parametrize("pieces", [1, 2, 4, 6])
-def test_pieces_add_up_to_the_gradient_of_the_mean_loss(pieces):
-    made, whole = gradients(pieces)
-    assert made and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made, whole, strict=True))
-    assert max(g.abs().max() for g in whole) > 1e-3
-
-
-def test_where_not_one_question_fits_it_is_an_error(learnt, monkeypatch):
-    def never(*_):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr("backattn.training.loop.answer_logits", never)
-    monkeypatch.setattr("backattn.training.evaluation.answer_logits", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        learnt()
-
-
-def test_first_passes_are_kept_where_there_is_room(learnt, monkeypatch, capsys):
-    roomy = learnt()
-    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": 1000)
-    assert same(learnt(), roomy)
-    assert "it runs each time" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- several processes
 
 SHARED = """
@@ -280,15 +187,6 @@ def test_two_processes_train_together(tmp_path):
             assert one["right"] == other["right"] and len(one["curve"]) == len(other["curve"])
             for mine, theirs in zip(one["curve"], other["curve"], strict=True):
                 assert mine["losses"] == pytest.approx(theirs["losses"], abs=2e-4)
-
-
-def test_more_processes_than_questions_is_an_error(learnt, monkeypatch):
-    class Many:
-        num_processes, process_index, is_main_process = 7, 0, True
-
-    monkeypatch.setattr(runtime, "world", Many)
-    with pytest.raises(ValueError, match="7 processes cannot share a batch of 6"):
-        learnt()
 
 
 # ---------------------------------------------------------------- what it takes
