@@ -9,10 +9,9 @@ import pandas as pd
 from backattn.training.batches import Items, first_tokens, numbers
 from companion.questions import splits
 from companion.questions.asking import candidates
-from companion.questions.datasets import load
+from companion.questions.datasets import DATASETS, load
 from companion.questions.splits import draw
 from companion.runs.run import SCRATCH, SHOTS, Run
-from companion.runs.shim import DATASETS
 
 
 @functools.cache
@@ -41,16 +40,16 @@ def questions(run: Run, tokenizer, split: str) -> Items:
     scratch in fixed width."""
     frame, scratch = _folded(run.dataset, run.fold), run.model == SCRATCH
     by_first_token = DATASETS[run.dataset].judge == "first token"
-    if by_first_token:
+    if by_first_token and "e3" in frame:
         frame = candidates(tokenizer, frame)
     part = _drawn(run, frame, split)
     if run.arm == "few-shot":
         shown = draw(frame, "train", SHOTS, seed=run.seed)
         part["prompt"] = "".join(shown["prompt"] + shown["answer"] + ". ") + part["prompt"]
     if by_first_token:
-        return first_tokens(tokenizer, part, part["e3_ids"].tolist())
-    if run.dataset == "compositions":
-        return replace(first_tokens(tokenizer, part), kinds=part["kind"].tolist())
+        accepted = part["e3_ids"].tolist() if "e3_ids" in part else None
+        kinds = part["kind"].tolist() if "kind" in part else None
+        return replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
     if scratch:
         part = _fixed_width(part)
     return numbers(tokenizer, part, end=";" if scratch else ".")

@@ -22,10 +22,10 @@ from backattn.models.families import check_supported
 from backattn.models.load import load_model
 from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import Batch
+from companion.questions.datasets import DATASETS
 from companion.runs.as_asked import questions
 from companion.runs.plans import Planned, found, tried
 from companion.runs.scratch import arm_of
-from companion.runs.shim import DATASETS
 from companion.runs.store import Store
 
 TIMED = (1, 3)  # layers

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from backattn import runtime
-from backattn.adapters.arms import make_arm
+from backattn.adapters.arms import UNTRAINED, make_arm
 from backattn.models.checkpoint import one_device
 from backattn.models.decoder import input_device
 from backattn.models.load import load_model
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
-from companion.questions.datasets import held_out_text
+from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
 from companion.runs.run import SCRATCH, Run
 from companion.runs.scratch import scratch_model
-from companion.runs.shim import DATASETS, UNTRAINED
 from companion.runs.store import Store, answers_right
 
 

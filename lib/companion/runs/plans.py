@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backattn import runtime
+from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
+from companion.questions.datasets import DATASETS
 from companion.runs.perform import train_and_test
 from companion.runs.run import SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
-from companion.runs.shim import ARMS, DATASETS, UNTRAINED
 from companion.runs.store import CHECKPOINTS, Store
 
 MOST_RATES = 4  # tried for one arm

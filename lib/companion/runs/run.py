@@ -5,12 +5,11 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 
+from backattn.adapters.arms import UNTRAINED as UNTRAINED
 from backattn.models.packaged import EMBEDDED
 from backattn.training.loop import Recipe
-from companion.questions.datasets import TWINS, load
+from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
-from companion.runs.shim import DATASETS
-from companion.runs.shim import UNTRAINED as UNTRAINED
 
 VERSION = 1  # raised when the same configuration would give another result
 
@@ -90,9 +89,7 @@ def data_hash(dataset: str) -> str:
     Of a published one the file's own hash: its results can be read where it cannot be had.
     """
     if published := DATASETS[dataset].published:
-        content = f"{TWINS}{published[2]}"  # sha256
+        content = f"{TWINS}{published.sha256}"
     else:
-        frame = load(dataset)
-        columns = ("prompt", "answer", "group", "tested", "e3_aliases", "split")
-        content = frame[[name for name in columns if name in frame]].to_csv(index=False)
+        content = load(dataset)[list(DATASETS[dataset].columns)].to_csv(index=False)
     return hashlib.sha256(f"{[FOLDS, VALIDATION]}{content}".encode()).hexdigest()[:16]

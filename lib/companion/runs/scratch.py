@@ -5,13 +5,13 @@ from functools import partial
 
 from torch import nn
 
+from backattn.adapters.arms import ARMS, UNTRAINED, Arm
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
 from backattn.adapters.modules import LoopLoRA, Return
 from backattn.adapters.two_pass import TwoPassModel
-from companion.questions.compositions import INVENTED, RELATIONS
+from companion.questions.datasets import DATASETS
 from companion.runs.run import SCRATCH, Run
-from companion.runs.shim import ARMS, UNTRAINED, Arm
 
 RATES = (5e-4, 1e-3, 2e-3)
 
@@ -33,7 +33,7 @@ def llama(run: Run, layers: int, repeats: int = 1, widened: bool = False) -> nn.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(_words(run.dataset)),
+        vocab_size=len(_vocabulary(run.dataset)),
         hidden_size=run.width,
         intermediate_size=round(8 * run.width / 3) + widened * round(4 * run.dim / 3),
         num_hidden_layers=layers * repeats,
@@ -107,7 +107,7 @@ def arms_of(run: Run) -> dict[str, Arm]:
     """The arms that there are for a run's model and dataset."""
     if run.model != SCRATCH:
         return {**UNTRAINED, **ARMS}
-    return COMPOSING_ARMS if run.dataset == "compositions" else SCRATCH_ARMS
+    return COMPOSING_ARMS if DATASETS[run.dataset].words else SCRATCH_ARMS
 
 
 def arm_of(run: Run) -> Arm:
@@ -126,18 +126,13 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(_words(run.dataset))}
+    words = {word: i for i, word in enumerate(_vocabulary(run.dataset))}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    by_word = run.dataset == "compositions"
-    core.pre_tokenizer = (
-        pre_tokenizers.WhitespaceSplit() if by_word else pre_tokenizers.Split("", "isolated")
-    )
+    by_word, by_character = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")
+    core.pre_tokenizer = by_word if DATASETS[run.dataset].words else by_character
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
     return arm_of(run).make(run), tokenizer
 
 
-def _words(dataset: str) -> list[str]:
-    """The vocabulary: the invented words of `compositions`, or the characters of sums."""
-    if dataset != "compositions":
-        return ["<pad>", *"0123456789+-=;"]
-    return ["<pad>", *(f"{x}{i}" for x, n in (("e", INVENTED), ("r", RELATIONS)) for i in range(n))]
+def _vocabulary(dataset: str) -> list[str]:
+    return ["<pad>", *(DATASETS[dataset].words or "0123456789+-=;")]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from companion.questions.datasets import DATASETS, one_digit_composite
+from companion.questions.datasets import DATASETS, Dataset, one_digit_composite
 from companion.runs.run import Run
 from companion.runs.store import Store
 
@@ -18,7 +18,7 @@ def store(tmp_path):
 @pytest.fixture
 def tiny_run(monkeypatch):
     words = one_digit_composite().assign(prompt="one plus two is", answer=" 3")
-    monkeypatch.setitem(DATASETS, "tiny", lambda: words)
+    monkeypatch.setitem(DATASETS, "tiny", Dataset("tiny", lambda: words))
     return Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
 
 
@@ -32,7 +32,7 @@ def mixed_run(tiny_run, monkeypatch):
         for a, b in zip(two, one, strict=True)
     ]
     frame = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
-    monkeypatch.setitem(DATASETS, "mixed", lambda: frame)
+    monkeypatch.setitem(DATASETS, "mixed", Dataset("mixed", lambda: frame))
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
     sizes = {"learning_rate": 0.05, "steps": 40, "train_items": 64, "test_items": 16}
     return replace(tiny_run, dataset="mixed", **sizes)

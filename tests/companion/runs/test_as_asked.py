@@ -24,8 +24,9 @@ def test_worked_examples_come_from_training_only(tiny_run, llama):
 def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, store, monkeypatch):
     frame = one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
     frame["split"] = ["train", "validation", "test"] * 2187
-    monkeypatch.setitem(DATASETS, "SVAMP", lambda: frame)
+    svamp = DATASETS["SVAMP"]
+    monkeypatch.setitem(DATASETS, "SVAMP", replace(svamp, load=lambda: frame))
     run = replace(tiny_run, dataset="SVAMP")
     train_and_test(run, store)
-    monkeypatch.setitem(DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
+    monkeypatch.setitem(DATASETS, "SVAMP", replace(svamp, load=lambda: pytest.fail("loaded")))
     assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8

@@ -22,8 +22,8 @@ from companion.runs.plans import sweep
 from companion.runs.run import Run
 from companion.runs.store import Store
 
-frame = datasets.one_digit_composite()
-datasets.DATASETS["tiny"] = lambda: frame.assign(prompt="one plus two is", answer=" 3")
+frame = datasets.one_digit_composite().assign(prompt="one plus two is", answer=" 3")
+datasets.DATASETS["tiny"] = datasets.Dataset("tiny", lambda: frame)
 perform.perplexity = lambda *_: 1.0
 run = Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
 world, folder = runtime.process_state(), Path(sys.argv[1])
