@@ -1,4 +1,4 @@
-"""What `backattn.estimates` says before training against what the training then takes, in the same run.
+"""What `companion.runs.estimate` says before training against what the training then takes, in the same run.
 
     .venv/bin/python benchmarks/estimate.py
 
@@ -18,7 +18,7 @@ import pandas as pd
 from backattn import runtime
 from companion.runs.estimate import estimate
 from companion.runs.perform import train_and_test
-from companion.runs.plans import main_runs
+from companion.runs.plans import found, main_runs
 from companion.runs.store import Store
 
 GOAL = 2.0
@@ -29,11 +29,12 @@ def main() -> int:
     runtime.use_threads()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        final = main_runs(store)[1]
+        plan = main_runs()
+        final = found(plan, store)
         runs = [run for run in final if (run.dataset, run.arm) in CHOSEN and run.seed == 0]
         for run in runs:
             del store.shipped[run.key]
-        said = estimate("smollm2", store)
+        said = estimate(plan, store)
         print(said, flush=True)
         rows = []
         for run in runs:

@@ -1,9 +1,4 @@
-"""Models that one place cannot hold, training in several processes or in pieces, and what it takes before it begins."""
-
-import os
-import subprocess
-import sys
-from dataclasses import replace
+"""Models that one place cannot hold."""
 
 import pandas as pd
 import pytest
@@ -19,12 +14,7 @@ from backattn.adapters.arms import make_arm
 from backattn.models.tiny import TINY
 from backattn.training import loop
 from backattn.training.batches import numbers
-from backattn.training.evaluation import FirstPasses
 from backattn.training.loop import Recipe
-from companion.runs import estimate, launch
-from companion.runs.as_asked import questions
-from companion.runs.plans import main_runs
-from companion.runs.store import Store
 
 PROMPT = "Mozart 's mother 's father is"
 
@@ -88,143 +78,3 @@ def test_a_model_that_fits_is_whole(folder):
 def test_weights_are_counted_without_them():
     model, _ = load_model("tiny-llama")
     assert weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
-
-
-# ---------------------------------------------------------------- several processes
-
-SHARED = """
-import sys
-from pathlib import Path
-import torch
-from backattn import datasets, experiments, runtime, training
-frame = datasets.one_digit_composite()
-frame = frame.assign(prompt="one plus two is", answer=" 3")
-datasets.DATASETS["tiny"] = datasets.Dataset("tiny", lambda: frame)
-experiments.perplexity = lambda *_: 1.0
-run = experiments.Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
-with experiments.armed(run, "float32") as (model, tokenizer):
-    items = experiments.questions(run, tokenizer, "train")
-    torch.nn.init.normal_(model.updates["1"].o_proj.weight)  # else three of four gradients are zero
-    weights = [p for p in model.parameters() if p.requires_grad]
-    training._Batches(model, items, run.recipe, None).gradients([1, 2, 5, 7], weights)
-    if runtime.world().is_main_process:
-        Path(sys.argv[1]).mkdir()
-        torch.save([p.grad for p in weights], Path(sys.argv[1]) / "gradients.pt")
-runs = [run, experiments.replace(run, arm="zero-shot", steps=0), experiments.replace(run, learning_rate=1e30)]
-store = experiments.Store(Path(sys.argv[1]), shipped=None)
-experiments.sweep(runs, store)
-world, made = runtime.world(), sum(store.result(run) is not None for run in runs)
-(Path(sys.argv[1]) / f"said-{world.process_index}").write_text(f"{world.num_processes} {made}")
-"""
-
-
-def test_two_processes_train_together(tmp_path):
-    (tmp_path / "runs.py").write_text(SHARED)
-    several = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    several += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    results, said = [], []  # "processes, finished runs", as each process sees it
-    for name, how in (("one", []), ("two", several)):
-        command = [sys.executable, *how, str(tmp_path / "runs.py"), str(tmp_path / name)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-        said.append([path.read_text() for path in sorted((tmp_path / name).glob("said-*"))])
-        files = sorted((tmp_path / name).rglob("result.json"))
-        results.append({path.parent.name: pd.read_json(path, typ="series") for path in files})
-    assert said == [["1 3"], ["2 3", "2 3"]]
-    alone, shared = (
-        torch.load(tmp_path / name / "gradients.pt", weights_only=True) for name in ("one", "two")
-    )
-    assert min(g.abs().max() for g in alone) > 1e-4
-    assert all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(alone, shared, strict=True)
-    )
-    assert results[0].keys() == results[1].keys() and len(results[0]) == 3
-    for key, one in results[0].items():
-        other = results[1][key]
-        assert ("diverged" in one) == ("diverged" in other)
-        if "curve" in one:
-            assert one["right"] == other["right"] and len(one["curve"]) == len(other["curve"])
-            for mine, theirs in zip(one["curve"], other["curve"], strict=True):
-                assert mine["losses"] == pytest.approx(theirs["losses"], abs=2e-4)
-
-
-# ---------------------------------------------------------------- what it takes
-
-
-@pytest.fixture
-def sizes(monkeypatch):
-    """A plan on one small dataset."""
-    monkeypatch.setattr("companion.runs.estimate.REPEATS", 1)
-    return {
-        "every_arm_on": ["1DC"],
-        "core_arms_on": ["1DC"],
-        "source_layer": 1,
-        "dim": 4,
-        "steps": 4,
-    }
-
-
-def test_an_estimate_counts_what_is_unfinished(tmp_path, sizes):
-    store = Store(tmp_path, shipped=None)
-    told = estimate.estimate("tiny-llama", store, **sizes)
-    tried, _ = main_runs(store, "tiny-llama", **sizes)
-    assert told.runs > len(tried) and told.seconds > 0
-    model, tokenizer = load_model("tiny-llama")
-    assert told.weights == (2 + 4) * model.num_parameters()  # trained on in bf16, tested in fp32
-    wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))
-    run = replace(tried[0], arm="back attention")
-    kept = FirstPasses.gigabytes(wrapped, questions(run, tokenizer, "train"))
-    wrapped.unload()
-    assert told.states == pytest.approx(kept * 2**30 / 2, rel=0.01)
-    while True:  # the lowest rate does best, so that there are more to try than at first
-        tried, final = main_runs(store, "tiny-llama", **sizes)
-        for run in [run for run in tried if store.result(run) is None]:
-            store.keep(run, {"validation": 0.5, "validation_loss": run.learning_rate}, {})
-        if final:
-            break
-    left = estimate.estimate("tiny-llama", store, **sizes)
-    assert left.runs == len({run.key for run in final}) < told.runs
-    for run in final:
-        store.keep(run, {"validation": 0.5}, {})
-    assert estimate.estimate("tiny-llama", store, **sizes).runs == 0
-
-
-def test_a_batch_of_more_layers_keeps_more(sizes):
-    model, _ = load_model("tiny-llama")
-    about = (3, 8, 4, torch.device("cpu"), torch.float32)
-    kept = [estimate._timed(model.config, layers, *about)[2] for layers in (1, 2, 3)]
-    assert kept[0] < kept[1] < kept[2] and kept[2] - kept[1] == pytest.approx(
-        kept[1] - kept[0], rel=0.1
-    )
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_every_family_can_be_timed_at_another_depth(name):
-    model, _ = load_model(name)
-    assert min(estimate._timed(model.config, 3, 2, 6, 4, torch.device("cpu"), torch.float32)) > 0
-
-
-def test_the_launcher_says_what_it_takes_and_stops(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("companion.runs.store.BUILD", tmp_path)
-    monkeypatch.setenv("BACKATTN_DTYPE", "float32")
-    plan = main_runs
-    monkeypatch.setattr(
-        "companion.runs.estimate.main_runs",
-        lambda *a, **sizes: plan(*a, **{**sizes, "every_arm_on": ["1DC"], "core_arms_on": []}),
-    )
-    assert (
-        launch.main(["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--estimate"])
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "runs to make" in said and "GiB are free, so that it fits" in said

@@ -25,7 +25,7 @@ from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import encode
 from companion.report import figures
 from companion.runs.perform import put_weights
-from companion.runs.plans import adapter_runs
+from companion.runs.plans import adapter_runs, found
 from companion.runs.store import Store
 
 MOST_TOKENS = 48  # more rows cannot be read, and memory grows with their square
@@ -156,13 +156,11 @@ class Models:
     def _adapter(self, name: str, model) -> BackAttentionModel | None:
         if name not in EMBEDDED:
             return None
-        plan = adapter_runs(self.store, model=name, names=["two-hop"], arms=["back attention"])
-        run = next((r for r in plan[1] if r.arm == "back attention" and r.seed == 0), None)
+        runs = found(adapter_runs(model=name, arms=["back attention"]), self.store)
+        run = next(run for run in runs if run.arm == "back attention" and run.seed == 0)
         try:
-            weights = self.store.weights(run) if run else None
+            weights = self.store.weights(run)
         except FileNotFoundError:
-            weights = None
-        if weights is None:
             return None
         config = BackAttentionConfig(run.source_layer, run.dim)
         adapter = get_back_attention_model(model, config)
