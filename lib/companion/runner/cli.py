@@ -26,7 +26,7 @@ SWITCHES = {
     "--list": "list the notebooks and what each takes",
     "--force": "run again what is done already",
     "--keep-going": "go on after a failed notebook",
-    "--update": "replace what is committed: notebooks, figures and tables; with --profile full data/",
+    "--update": "replace what is committed: notebooks, figures, tables; with --profile full data/",
 }
 
 
@@ -67,7 +67,7 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the chosen notebooks; returns the exit status. A second run waits for the first to end."""
+    """Run the chosen notebooks; returns the exit status. A second run waits for the first."""
     with one_process(paths.run_folder(arguments.profile)):
         found, began, failed = committed.notebooks(), time.monotonic(), []
         chosen = select(found, arguments.only, arguments.start, arguments.stop)
@@ -156,7 +156,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME", help="another: a name, a hub id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument("--dtype", choices=DTYPES, help="of the models; training is in bfloat16")
-    p.add_argument("--cluster", metavar="ADDRESS", help="train on a dask scheduler's workers")
+    workers = "train on a dask scheduler's workers, of one thread each, that see this folder"
+    p.add_argument("--cluster", metavar="ADDRESS", help=workers)
     return p
 
 

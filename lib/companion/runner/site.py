@@ -1,4 +1,4 @@
-"""The committed notebooks as a static site: notebooks/_config.yml and _toc.yml say how and of what."""
+"""The committed notebooks as a static site, of what notebooks/_config.yml and _toc.yml say."""
 
 import re
 import shutil
