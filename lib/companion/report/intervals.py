@@ -1,9 +1,11 @@
-"""Means, shares and differences with their 95 % intervals.
+"""Means, shares and differences with their 95 % intervals: everywhere `mean, low, high, n`.
 
-What belongs together (prompts about one subject, questions with one bridge entity) is resampled together.
+What belongs together (prompts about one subject, questions with one bridge entity) is resampled
+together.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,37 +15,41 @@ RESAMPLES = 2000
 
 
 def multinomial_counts(things: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of some things is drawn in samples of as many, with replacement: [resamples, things]."""
-    return np.random.default_rng(seed).multinomial(
-        things, np.full(things, 1 / things), size=resamples
-    )
+    """How often each of some things is drawn in samples of as many: [resamples, things]."""
+    draw = np.random.default_rng(seed)
+    return draw.multinomial(things, np.full(things, 1 / things), size=resamples)
+
+
+def names_of(label: Hashable) -> list:
+    """The names that a cluster label holds: "a|b" holds two."""
+    return label.split("|") if isinstance(label, str) else [label]
 
 
 def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Weights [resamples, prompts] of bootstrap resamples; each row sums to 1.
+    """Weights [resamples, n] of bootstrap resamples; each row sums to 1, or is NaN where nothing
+    was drawn.
 
-    clusters: one label per prompt. Prompts with the same label are not independent, so labels are resampled, each with
-    all its prompts.
+    clusters: one label per value. Values with the same label are not independent, so names are
+    resampled, each with all its values; a value with two names ("a|b") counts as often as the
+    product of their counts. The draws depend on the labels and the seed alone, so that two arms
+    with the same questions get the same samples.
     """
-    labels, member = np.unique(np.asarray(clusters), return_inverse=True)
-    weights = multinomial_counts(len(labels), resamples, seed)[:, member].astype(float)
-    return weights / weights.sum(1, keepdims=True)
+    return _bootstrap(tuple(clusters), resamples, seed)
 
 
-def group_weights(groups: Sequence[str], seed: int = 0) -> np.ndarray:
-    """`bootstrap` for questions that may have several names each ("|" between): [RESAMPLES, questions].
-
-    A question with two names counts as often as the product of their counts. The draws depend on `groups` and `seed`
-    alone, so that two arms with the same questions get the same samples.
-    """
-    parts = [str(group).split("|") for group in groups]
+@functools.lru_cache(maxsize=4)
+def _bootstrap(clusters: tuple, resamples: int, seed: int) -> np.ndarray:
+    parts = [names_of(label) for label in clusters]
     names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
-    counts = multinomial_counts(len(names), RESAMPLES, seed)  # [RESAMPLES, names]
+    counts = multinomial_counts(len(names), resamples, seed)  # [resamples, names]
     weights = np.stack(
         [counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1
-    ).astype(float)
+    )
+    weights = weights.astype(float)
     total = weights.sum(1, keepdims=True)
-    return np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+    weights = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
+    weights.setflags(write=False)  # it is handed out again
+    return weights
 
 
 def interval(draws: np.ndarray) -> dict[str, float]:
@@ -53,7 +59,8 @@ def interval(draws: np.ndarray) -> dict[str, float]:
 
 
 def two_sided(draws: np.ndarray) -> float:
-    """Two-sided p of no difference: twice the share of samples on the other side of zero, never none."""
+    """Two-sided p of no difference: twice the share of samples on the other side of zero, never
+    none."""
     draws = draws[~np.isnan(draws)]
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
@@ -62,18 +69,59 @@ def two_sided(draws: np.ndarray) -> float:
 def mean_interval(
     values: np.ndarray, clusters: Sequence
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis (prompts) and its 95 % interval: (mean, low, high). clusters: see `bootstrap`."""
+    """Mean over the first axis and its 95 % interval, for [n, ...]: (mean, low, high). clusters:
+    see `bootstrap`."""
     values = np.asarray(values, dtype=float)
-    low, high = np.percentile(
-        np.tensordot(bootstrap(clusters), values, axes=1), [2.5, 97.5], axis=0
-    )
+    draws = np.tensordot(bootstrap(clusters), values, axes=1)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
     return values.mean(0), low, high
 
 
-def mean_summary(values: np.ndarray, clusters: Sequence) -> dict[str, float]:
-    """`mean_interval` of one value per prompt as columns of a table: mean, low, high, n."""
+def mean_summary(values: Sequence[float], clusters: Sequence) -> dict[str, float]:
+    """`mean_interval` of one number each: mean, low, high, n; fewer than two names have no interval
+    (NaN)."""
+    if len({name for label in clusters for name in names_of(label)}) < 2:
+        mean = float(np.mean(values)) if len(values) else float("nan")
+        return {"mean": mean, "low": float("nan"), "high": float("nan"), "n": len(values)}
     mean, low, high = mean_interval(values, clusters)
     return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def summary(
+    frame: pd.DataFrame, value: str, by: str | Sequence[str] = (), cluster: str = "e2"
+) -> pd.DataFrame:
+    """The mean of a column in each group of rows: the columns `by`, mean, low, high, n.
+
+    Groups come in the order of their first rows. cluster: the column whose names are resampled.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    groups = frame.groupby(by, sort=False, observed=True) if by else [((), frame)]
+    rows = [
+        {**dict(zip(by, key, strict=True)), **mean_summary(part[value].to_numpy(), part[cluster])}
+        for key, part in groups
+    ]
+    return pd.DataFrame(rows)
+
+
+def paired(
+    frame: pd.DataFrame,
+    a: Hashable,
+    b: Hashable,
+    by: str,
+    value: str,
+    units: Sequence[str] = ("seed", "question"),
+    cluster: str = "e2",
+) -> dict[str, float]:
+    """The mean of `value` where column `by` is a, less where it is b, on the same units: mean, low,
+    high, n.
+
+    Raises ValueError where the two were not measured on the same units.
+    """
+    one, other = (frame[frame[by] == which].set_index(list(units)) for which in (a, b))
+    if len(one) != len(other) or not one.index.isin(other.index).all():
+        raise ValueError(f"{a!r} and {b!r} were not asked the same questions.")
+    less = one[value].astype(float) - other[value].reindex(one.index).astype(float)
+    return mean_summary(less.to_numpy(), one[cluster])
 
 
 def wilson(count: int, total: int) -> tuple[float, float]:
@@ -85,7 +133,9 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 
 
 def holm(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with its column p corrected for all its rows (Holm), as a column `corrected`."""
-    from statsmodels.stats.multitest import multipletests  # slow to import, and needed here only
-
-    return table.assign(corrected=multipletests(table["p"], method="holm")[1])
+    """`table` with its column p corrected for all its rows (Holm 1979), as a column `corrected`."""
+    order = np.argsort(table["p"].to_numpy(), kind="stable")
+    steps = table["p"].to_numpy()[order] * np.arange(len(table), 0, -1)
+    corrected = np.empty(len(table))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return table.assign(corrected=corrected)
