@@ -53,7 +53,8 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
 def key_of(path: Path, profile: str, parameters: dict) -> str:
     """Hash of all that decides an outcome: cells, library, data, profile, parameters, versions."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(path, as_version=4).cells]
-    inputs = [*sorted((paths.ROOT / "lib").rglob("*.py")), *sorted(paths.DATA.rglob("*.csv"))]
+    inputs = sorted([*(paths.ROOT / "lib").rglob("*.py"), *paths.DATA.rglob("*.csv")])
+    inputs += sorted(paths.DATA.glob("*.yml"))
     if profile != "full":  # which makes these results itself
         inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
     files = [

@@ -45,6 +45,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
                 parameters,
                 cwd=paths.NOTEBOOKS,
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 extra_arguments=["--log-level=ERROR"],
             )
