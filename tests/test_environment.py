@@ -24,7 +24,9 @@ def text():
 @pytest.fixture(scope="module")
 def listed(text):
     """Names of packages as they are imported, lower case."""
-    names = [entry.split("==")[0].lower() for entry in yaml.safe_load(text)["dependencies"][2]["pip"]]
+    names = [
+        entry.split("==")[0].lower() for entry in yaml.safe_load(text)["dependencies"][2]["pip"]
+    ]
     return {IMPORTED_AS.get(name, name) for name in names}
 
 

@@ -16,7 +16,7 @@ GOOD = ["n = 3", "print('n is', n)", "(folder / 'made.txt').write_text(str(n))"]
 
 
 class Place:
-    """A repository below a temporary folder; its one parameter cell comes first in each notebook."""
+    """A repository below a temporary folder; each notebook begins with its parameter cell."""
 
     def __init__(self, root):
         self.root, self.build = root, root / "build/smoke"
@@ -128,7 +128,9 @@ def test_a_failing_cell_is_shown_with_its_source_and_the_way_on(place, capsys):
 
 
 def test_a_dead_kernel_is_called_that(place, capsys):
-    place.write("01_dead", "n = 3", "n", "import os\nos._exit(9)  # as if the system killed it", "4")
+    place.write(
+        "01_dead", "n = 3", "n", "import os\nos._exit(9)  # as if the system killed it", "4"
+    )
     assert run() == 1
     shown = capsys.readouterr().out
     assert "The kernel died" in shown and "memory" in shown
@@ -164,7 +166,9 @@ def test_selection(place):
 
 
 def test_every_option_of_the_design_is_there(capsys):
-    names = "check html profile only from to list force keep-going update model device dtype cluster"
+    names = (
+        "check html profile only from to list force keep-going update model device dtype cluster"
+    )
     assert all(f"--{name}" in parser().format_help() for name in names.split())
     assert list(committed.profiles()) == ["smoke", "paper", "full"]
     assert main(["--list"]) == 0

@@ -1,4 +1,4 @@
-"""Killed at random, and two at once: nothing is lost, nothing is half-written, nothing is made twice."""
+"""Killed at random, and two at once: nothing lost, nothing half-written, nothing made twice."""
 
 import contextlib
 import subprocess
@@ -54,7 +54,7 @@ def products(place: Path) -> dict[str, bytes]:
 
 
 def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runner, tmp_path):
-    """Three times here; benchmarks/kill_and_resume.py does it twenty times with the real notebooks."""
+    """Three times; benchmarks/kill_and_resume.py does it twenty times with the real notebooks."""
     begin = time.monotonic()
     whole = runner("whole")
     assert whole.wait(timeout=300) == 0, whole.stdout.read()
