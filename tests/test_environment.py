@@ -1,4 +1,4 @@
-"""environment.yml is the one list: pinned, commented, complete."""
+"""environment.yml is the one list of dependencies, README's Layout the one list of files."""
 
 import ast
 import re
@@ -64,3 +64,18 @@ def test_the_librarys_floors_name_only_listed_packages(listed):
     floors = {re.split(r"[>=<]", name)[0].lower() for name in project["dependencies"]}
     assert {IMPORTED_AS.get(name, name) for name in floors} <= listed
     assert project["requires-python"] == ">=3.11,<3.14"
+
+
+def test_readme_lists_every_file_of_lib_with_five_words():
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Layout")[2].split("```")[1].partition("\nnotebooks/")[0]
+    listed, folders = set(), []
+    for line in tree.strip().splitlines():
+        name, words = line.split(maxsplit=1)
+        folders = [*folders[: (len(line) - len(line.lstrip())) // 2], name]
+        if name.endswith(".py"):
+            listed.add("".join(folders))
+            assert len(words.split()) <= 7, line
+    files = (paths.ROOT / "lib").rglob("*.py")
+    there = {file.relative_to(paths.ROOT).as_posix() for file in files}
+    assert listed == {name for name in there if not name.endswith("__init__.py")}
