@@ -2,6 +2,6 @@
 
 
 def pytest_collectstart(collector):
-    """HTML tables differ by pandas version and repeat the plain text; a model that is fetched tells so on stderr."""
+    """HTML tables differ by pandas version and repeat the plain text; fetching talks on stderr."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("text/html", "stderr")
