@@ -6,9 +6,7 @@ import torch
 
 from backattn import load_model, runtime
 from backattn.models.tiny import tiny_names
-from backattn.training.batches import first_tokens
-from companion.questions.datasets import DATASETS
-from companion.runs import as_asked
+from companion.questions.datasets import DATASETS, Dataset
 from companion.runs.as_asked import _folded
 from companion.runs.perform import trained_weights, with_adapter
 from companion.runs.run import Run, data_hash
@@ -71,23 +69,7 @@ def kept(tmp_path, monkeypatch):
         e3_aliases="",
         shortcut="",
     )
-    monkeypatch.setitem(DATASETS, "facts", lambda: frame)
-    users = (
-        "runs.as_asked",
-        "runs.perform",
-        "runs.estimate",
-        "measures.memory",
-        "studies.controls.transitions",
-    )
-    for user in users:
-        monkeypatch.setattr(
-            f"companion.{user}.questions",
-            lambda run, tok, split: first_tokens(
-                tok,
-                asked := as_asked.asked(run, split),
-                [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]],
-            ),
-        )
+    monkeypatch.setitem(DATASETS, "facts", Dataset("facts", lambda: frame, judge="first token"))
     run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
     store = Store(tmp_path, shipped=None)
     with with_adapter(run, "float32") as (model, _):

@@ -13,7 +13,7 @@ from companion.measures.settings import (
     over_settings,
     setting_differences,
 )
-from companion.questions.datasets import DATASETS, one_digit_composite, two_digit
+from companion.questions.datasets import DATASETS, Dataset, one_digit_composite, two_digit
 from companion.report import intervals
 from companion.runs import as_asked
 from companion.runs.results import (
@@ -44,7 +44,7 @@ def store(tmp_path, monkeypatch):
     """Two arms with three seeds, each with its fold, one better by a fifth; 300 groups of some 20 questions."""
     frame = one_digit_composite()
     frame["group"] = [f"g{i % 300}" for i in range(len(frame))]
-    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
+    monkeypatch.setitem(DATASETS, "made up", Dataset("made up", lambda: frame))
     kept, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
     runs = []
     for arm, chance in (("back attention", 0.7), ("bias", 0.5), ("few-shot", 0.5)):
@@ -177,7 +177,7 @@ def test_kinds_of_questions_are_told_apart(tmp_path):
 
 def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
     frame = two_digit()
-    monkeypatch.setitem(DATASETS, "sums", lambda: frame)
+    monkeypatch.setitem(DATASETS, "sums", Dataset("sums", lambda: frame))
     kept, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
     questions, runs = draw.random(500), []  # how hard each is
     for arm, level in (("1 layer", 0.5), ("2 layers", 0.6)):
@@ -272,7 +272,7 @@ def test_arms_tried_on_some_datasets_are_compared_there_only(store, monkeypatch)
 def laid_out(tmp_path, monkeypatch):
     """One arm at three source layers with two seeds: layer 1 is best, layer 2 jumps and differs from seed to seed."""
     frame = one_digit_composite()
-    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
+    monkeypatch.setitem(DATASETS, "made up", Dataset("made up", lambda: frame))
     kept, runs, rng = Store(tmp_path, shipped=None), [], np.random.default_rng(0)
     for layer, share, apart in ((0, 0.4, 0), (1, 0.8, 0), (2, 0.5, 0.2)):
         for seed in (0, 1):

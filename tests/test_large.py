@@ -18,8 +18,8 @@ from backattn import (
     runtime,
 )
 from backattn.adapters.arms import make_arm
-from backattn.models.checkpoint import weight_bytes
-from backattn.models.decoder import in_one_place
+from backattn.models.devices import weight_bytes
+from backattn.models.devices import in_one_place
 from backattn.models.tiny import TINY
 from backattn.training import loop
 from backattn.training.batches import collate, numbers
@@ -223,7 +223,8 @@ from pathlib import Path
 import torch
 from backattn import datasets, experiments, runtime, training
 frame = datasets.one_digit_composite()
-datasets.DATASETS["tiny"] = lambda: frame.assign(prompt="one plus two is", answer=" 3")
+frame = frame.assign(prompt="one plus two is", answer=" 3")
+datasets.DATASETS["tiny"] = datasets.Dataset("tiny", lambda: frame)
 experiments.perplexity = lambda *_: 1.0
 run = experiments.Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
 with experiments.armed(run, "float32") as (model, tokenizer):

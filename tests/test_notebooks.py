@@ -27,8 +27,9 @@ LEAST_IMAGES = {
     "05_what_it_reads": 7,
     "06_capacity": 3,
     "07_controls": 4,
-    "08_beyond_facts_and_cost": 3,
-    "09_claims": 1,
+    "08_composition": 1,
+    "09_other_reasoning_and_cost": 3,
+    "11_claims": 1,
     "demo_logit_flow": 1,
 }
 MEGABYTES = 1.5

@@ -3,12 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from backattn import flow_back, logit_flow
-from backattn.analysis.knockouts import Knockout, KnockoutProbe, group_means
 from backattn.models.activations import capture
-from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import encode
 from companion.measures.stages import (
     boundaries,
@@ -18,7 +15,6 @@ from companion.measures.stages import (
     order_table,
     other_layers,
     profile_bands,
-    stage_knockouts,
     stage_profiles,
     stage_table,
 )
@@ -160,81 +156,6 @@ def test_tables_by_label_hold_all_and_each_label():
     assert (bands["low"] <= bands["high"]).all() and bands.loc[
         bands["layer"] == 10, "share"
     ].min() > 0.1
-
-
-# ---------------------------------------------------------------- knock-outs
-
-
-def log_probs(model_and_tokenizer, prompts, groups, knockouts, means):
-    ids = [1] * len(prompts)
-    return KnockoutProbe(
-        *model_and_tokenizer, prompts["prompt"].tolist(), ids, groups, means
-    ).log_probs(knockouts)
-
-
-def test_knocking_out_nothing_changes_nothing(tiny):
-    model, tokenizer = tiny
-    frame = single_hop(the_facts(), shots=0, per_relation=2)
-    labels = position_groups(tokenizer, frame)
-    means = group_means(model, tokenizer, frame["prompt"].tolist(), labels)
-    plain = log_probs(tiny, frame, labels, (), means)
-    stream = capture(model, encode(tokenizer, frame["prompt"].tolist()))
-    assert torch.allclose(plain, stream.logits.log_softmax(-1)[:, 1], atol=1e-4)
-    for kind in ("ffn", "attention"):
-        empty = Knockout(kind, (), ("entity",))
-        assert torch.equal(log_probs(tiny, frame, labels, (empty,), means), plain)
-        some = Knockout(kind, (1, 2), ("entity", "relation", "last"))
-        assert (log_probs(tiny, frame, labels, (some,), means) - plain).abs().max() > 1e-4
-
-
-def test_a_prompt_that_is_its_own_mean_is_not_changed(tiny):
-    """With one prompt and one token per group, the mean is the component itself: an exact null."""
-    model, tokenizer = tiny
-    prompt = "France is"
-    labels = [np.array([f"p{i}" for i in range(len(tokenizer(prompt)["input_ids"]))], dtype=object)]
-    frame = pd.DataFrame({"prompt": [prompt]})
-    means = group_means(model, tokenizer, [prompt], labels)
-    plain = log_probs(tiny, frame, labels, (), means)
-    for kind in ("ffn", "attention"):
-        knockout = Knockout(kind, (0, 1, 2, 3), tuple(labels[0]))
-        assert torch.allclose(log_probs(tiny, frame, labels, (knockout,), means), plain, atol=1e-4)
-
-
-def test_what_stands_before_a_knockout_is_computed_once(tiny, monkeypatch):
-    """Beginning at the first position that is knocked out gives what whole prompts give."""
-    frame = single_hop(the_facts(), shots=0, per_relation=2)
-    model, tokenizer = tiny
-    if getattr(model.config, "sliding_window", None):
-        monkeypatch.setattr(model.config, "sliding_window", 64)  # longer than the prompts
-    labels = position_groups(tokenizer, frame)
-    means = group_means(model, tokenizer, frame["prompt"].tolist(), labels)
-    some = [Knockout(kind, (1, 2), ("relation", "last")) for kind in ("ffn", "attention")]
-    seen, ordinary = [], next_log_probs
-    monkeypatch.setattr(
-        "backattn.analysis.knockouts.next_log_probs",
-        lambda *a, **k: (seen.append(k["cache"]), ordinary(*a, **k))[1],
-    )
-    quick = log_probs(tiny, frame, labels, some, means)
-    assert len(seen) == 1  # a batch
-    monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
-    whole = log_probs(tiny, frame, labels, some, means)
-    assert seen[0].get_seq_length() > 0 and seen[-1] is None
-    assert torch.allclose(quick, whole, atol=1e-4)
-    assert (whole - log_probs(tiny, frame, labels, (), means)).abs().max() > 1e-3
-
-
-def test_padding_does_not_leak_into_knockouts(llama, prompts, groups):
-    means = group_means(*llama, prompts["prompt"].tolist(), groups)
-    knockout = stage_knockouts("D", [1, 2])
-    together = log_probs(llama, prompts, groups, knockout, means)
-    for i in range(len(prompts)):
-        alone = log_probs(llama, prompts.iloc[[i]], [groups[i]], knockout, means)
-        assert torch.allclose(together[i], alone[0], atol=1e-4)
-
-
-def test_an_unknown_component_is_refused(llama, prompts, groups):
-    with pytest.raises(ValueError, match="Cannot knock out"):
-        log_probs(llama, prompts, groups, (Knockout("norm", (0,), ("entity",)),), None)
 
 
 # ---------------------------------------------------------------- correct against conflicting

@@ -4,19 +4,15 @@ import ast
 import hashlib
 import itertools
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from backattn import load_model, runtime
 from backattn.adapters.arms import ARMS, make_arm
@@ -33,24 +29,14 @@ from backattn.training.evaluation import (
 )
 from backattn.training.loop import Recipe, _rows_of, _save, train
 from companion.paths import NOTEBOOKS
-from companion.questions import datasets
-from companion.questions.compositions import INVENTED, RELATIONS, compositions
 from companion.questions.datasets import (
     DATASETS,
     OTHER_PROMPTS,
-    in_context,
+    Dataset,
     load,
-    majority_baseline,
-    majority_baseline_by_kind,
-    multiarith,
-    near_duplicate_groups,
     one_digit_composite,
-    svamp,
-    two_digit,
-    two_hop,
 )
-from companion.questions.facts import two_hop_facts
-from companion.questions.splits import FOLDS, SPLITS, _turn, draw, place_of, split
+from companion.questions.splits import split
 from companion.runs import as_asked
 from companion.runs.as_asked import test_groups
 from companion.runs.perform import (
@@ -83,233 +69,6 @@ from companion.runs.store import CHECKPOINTS, Store
 
 NOTEBOOK_03 = NOTEBOOKS / "03_back_attention_training.ipynb"
 
-PLACES = [0.5584, 0.3624, 0.4048]  # of "Spain", "3,4", "ant"
-OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *OTHER_PROMPTS]
-TWICE = (
-    "two-hop",
-    "question",
-    "code",
-)  # ask some questions twice: the capital of a country of a city, of a company
-
-
-# ---------------------------------------------------------------- datasets
-
-
-@pytest.mark.parametrize("fold", [None, 0, 1, 2])
-@pytest.mark.parametrize("name", OFFLINE)
-def test_no_name_is_in_two_splits(name, fold):
-    frame = split(load(name), fold)
-    assert set(frame["split"]) == set(SPLITS)
-    assert not frame["prompt"].duplicated().any() or name in TWICE
-    names = frame.assign(name=frame["group"].str.split("|")).explode("name")
-    assert (names.groupby("name")["split"].nunique() == 1).all()
-    assert frame.loc[frame["split"] == "test", "tested"].all()
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_every_question_is_tested_in_one_fold_or_validates_in_all(name):
-    whole = load(name)
-    parts = [split(whole, fold) for fold in range(FOLDS)]
-    tested = pd.concat([part[part["split"] == "test"] for part in parts])["prompt"]
-    held_out = [set(part.loc[part["split"] == "validation", "prompt"]) for part in parts]
-    assert held_out[0] == held_out[1] == held_out[2] and not held_out[0] & set(tested)
-    if name != "legs, two kinds":  # whose animals may fall into different folds
-        alone = whole[whole["tested"] & ~whole["prompt"].isin(held_out[0])]
-        assert sorted(tested) == sorted(alone["prompt"])
-
-
-def test_places_are_what_they_were():
-    """A salted hash would shuffle the splits with every start of Python."""
-    assert [round(place_of(name), 4) for name in ("Spain", "3,4", "ant")] == PLACES
-    with pytest.raises(ValueError, match="folds 0 to 2"):
-        split(load("1DC"), 3)
-
-
-def test_arithmetic_is_right_and_no_first_step_is_seen_before():
-    frame = two_digit()
-    assert len(frame) == 20_000
-    for row in frame.sample(300, random_state=0).itertuples():
-        assert int(row.answer) == eval(row.prompt.rstrip("="))
-    composite = split(one_digit_composite(), 0)
-    assert len(composite) == 6_561
-    for row in composite.sample(300, random_state=0).itertuples():
-        assert int(row.answer) == eval(row.prompt.rstrip("="))
-    digits = (
-        composite["prompt"]
-        .str.extract(r"\((\d).(\d)\)")
-        .apply(lambda row: tuple(sorted(row)), axis=1)
-    )
-    assert not set(digits[composite["split"] == "test"]) & set(
-        digits[composite["split"] == "train"]
-    )
-
-
-def test_other_wordings_ask_the_same_questions():
-    plain, question, code = (load(name) for name in ("two-hop", "question", "code"))
-    row = plain.index[plain["prompt"] == "Dubliners's author's country is"]
-    assert question["prompt"][row].tolist() == [
-        "Question: What is the country of the author of Dubliners? Answer:"
-    ]
-    assert code["prompt"][row].tolist() == ["country(author(Dubliners)) ="]
-    for other in (question, code):
-        assert other.drop(columns="prompt").equals(plain.drop(columns="prompt"))
-
-
-def test_a_first_hop_in_context_is_said_once_and_needed():
-    facts, frame = two_hop(), in_context()
-    known = set(facts[["r1", "e2", "r2", "e3"]].itertuples(index=False, name=None))
-    answers = {(e2, r2): e3 for e2, r2, e3 in two_hop_facts()[["e2", "r2", "e3"]].to_numpy()}
-    assert len(frame) > 800 and frame["tested"].all() and (frame["group"] == frame["e2"]).all()
-    assert frame.groupby(["r1", "e2", "r2"]).size().nunique() == 1
-    for row in frame.itertuples():
-        *said, asked = re.split(r"(?<=\.) ", row.prompt)
-        assert (
-            f"{row.e1}'s {row.r1} is {row.e2}." in said
-            and asked == f"{row.e1}'s {row.r1}'s {row.r2} is"
-        )
-        bridges = {s.split(f"'s {row.r1} is ")[1].rstrip(".") for s in said}
-        assert len({s.split("'s ")[0] for s in said}) == len(said) == len(bridges) == 3
-        assert len({_turn(name) for name in bridges}) == 1
-        assert row.e3 not in bridges and (row.r1, row.e2, row.r2, row.e3) in known
-        assert all(answers.get((name, row.r2)) != row.e3 for name in bridges - {row.e2})
-
-
-def test_the_most_frequent_answer_is_guessed(monkeypatch):
-    names = [f"g{i}" for i in range(400)]
-    answers = ["often" if i % 4 else "seldom" for i in range(400)]
-    frame = pd.DataFrame(
-        {"prompt": names, "answer": answers, "group": names, "r2": "r", "tested": True}
-    )
-    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
-    assert majority_baseline("made up") == pytest.approx(0.75, abs=0.03)
-    assert 0.1 < majority_baseline("in context") < 0.4
-    floor = majority_baseline_by_kind()
-    assert (
-        list(floor.index) == ["ID/ID", "ID/OOD", "OOD/ID", "OOD/OOD"]
-        and 0 < floor.min() < floor.max() < 0.15
-    )
-
-
-def test_compositions_hold_out_what_they_say():
-    frame = compositions()
-    facts = dict(frame.loc[frame["kind"] == "fact", ["prompt", "answer"]].to_numpy())
-    assert len(facts) == INVENTED * RELATIONS / 2
-    seen = {"ID": set(), "OOD": set()}
-    trained, held = set(), set()
-    for row in frame[frame["kind"] != "fact"].itertuples():
-        e1, r1, r2 = row.prompt.split()
-        first, second = f"{e1} {r1}", f"{row.group} {r2}"
-        assert facts[first] == f" {row.group}" and facts[second] == row.answer
-        for kind, fact in zip(row.kind.split("/"), (first, second), strict=True):
-            seen[kind].add(fact)
-        if row.kind == "ID/ID":
-            (trained if row.split == "train" else held).update(
-                [("first", first), ("second", second)]
-            )
-        assert row.split != "train" or row.kind == "ID/ID"
-    assert held <= trained  # each in its place
-    assert not seen["ID"] & seen["OOD"] and 0.15 < len(seen["OOD"]) / len(facts) < 0.25
-    held_out = frame[frame["split"] != "train"].groupby(["split", "kind"]).size().unstack()
-    assert (
-        (held_out.loc["validation"] == 70).all()
-        and (held_out.loc["test"] == 200).all()
-        and len(held_out.columns) == 4
-    )
-    assert not frame["prompt"].duplicated().any() and split(frame, 1).equals(frame)
-    with pytest.raises(ValueError, match="only 224 questions of kind OOD/OOD"):
-        compositions(1)
-
-
-def test_compositions_are_tuned_alike(tmp_path):
-    """Each arm tries the same decays with the search's rates, and is trained at what does best on ID/ID questions."""
-    store = Store(tmp_path, shipped=None)
-    while True:
-        tried, final = composing_runs(store)
-        if final:
-            break
-        for run in tried:
-            if store.result(run) is None:
-                pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
-    assert {run.arm for run in tried} == set(COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
-    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(
-        final
-    ) == 7 * 3
-    assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {
-        (1600, None, 1.0)
-    }
-
-
-def test_tested_two_hop_questions_need_both_hops():
-    frame = two_hop()
-    assert 0.4 < frame["tested"].mean() < 0.7
-    assert (frame["group"] == frame["e2"]).all()
-
-
-def test_legs_add_up():
-    """The stand-in's answers are linear in the counts, with one number of legs for each kind."""
-    frame = pd.read_csv(datasets.DATA / "legs.csv")
-    one = frame[~frame["animals"].str.contains("|", regex=False)]
-    count = one["prompt"].str.extract(r"have (\d+) ")[0].astype(int)
-    legs = (one["answer"] / count).groupby(one["animals"]).agg(["min", "max"])
-    assert (legs["min"] == legs["max"]).all()
-    for row in (
-        frame[frame["animals"].str.contains("|", regex=False)]
-        .sample(200, random_state=0)
-        .itertuples()
-    ):
-        counts = [int(word) for word in row.prompt.replace(",", " ").split() if word.isdigit()]
-        words = row.prompt.partition("have ")[2].partition("?")[0].split(", ")
-        kinds = row.animals.split("|")
-        order = [next(k for k in kinds if k in word) for word in words]
-        assert sum(n * legs.loc[k, "min"] for n, k in zip(counts, order, strict=True)) == row.answer
-
-
-@given(st.text(min_size=1))
-def test_places_lie_in_the_unit_interval(name):
-    assert 0 <= place_of(name) < 1
-
-
-def test_texts_that_say_nearly_the_same_are_twins():
-    texts = [
-        "Ann has N pens and then buys N more at a shop",
-        "Bob has N pens and then buys N more at a shop",
-        "How tall is a tree of N years",
-    ]
-    groups = near_duplicate_groups([text.lower().split() for text in texts])
-    assert groups[0] == groups[1] != groups[2]
-
-
-def test_draw_is_seeded_and_says_when_there_is_nothing():
-    frame = split(one_digit_composite(), 0)
-    assert draw(frame, "test", 20).equals(draw(frame, "test", 20))
-    assert len(draw(frame, "test")) == (frame["split"] == "test").sum()
-    with pytest.raises(ValueError, match="no questions in split 'dev'"):
-        draw(frame, "dev", 3)
-    with pytest.raises(ValueError, match="Unknown dataset"):
-        load("gsm")
-    with pytest.raises(ValueError, match="1 or 2 kinds"):
-        datasets.legs(3)
-
-
-def test_published_files_are_read_and_checked(tmp_path, monkeypatch):
-    items = [{"Body": "Tom has 3 pens .", "Question": "How many?", "Answer": 3.0}] * 2
-    (tmp_path / "svamp").mkdir()
-    path = tmp_path / "svamp" / "SVAMP.json"
-    path.write_text(json.dumps(items))
-    with pytest.raises(ValueError, match="another sha256"):
-        svamp(tmp_path)
-    place, url, _ = datasets.PUBLISHED["svamp"]
-    digest = datasets.hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, url, digest))
-    frame = svamp(tmp_path)
-    assert frame["prompt"][0] == "Tom has 3 pens. How many? Answer:" and frame["answer"][0] == " 3"
-    with pytest.raises(FileNotFoundError, match="unset BACKATTN_DATASETS"):
-        multiarith(tmp_path)
-    monkeypatch.delenv("BACKATTN_DATASETS", raising=False)
-    monkeypatch.setattr("companion.questions.datasets.CACHE", tmp_path / "cache")
-    monkeypatch.setitem(datasets.PUBLISHED, "svamp", (place, "http://127.0.0.1:9/none", digest))
-    with pytest.raises(OSError, match="Put the file into"):
-        svamp()
 
 
 # ---------------------------------------------------------------- batches and answers
@@ -604,7 +363,7 @@ def test_training_says_what_is_wrong():
 def tiny_run(monkeypatch):
     frame = one_digit_composite()
     words = frame.assign(prompt="one plus two is", answer=" 3")
-    monkeypatch.setitem(DATASETS, "tiny", lambda: words)
+    monkeypatch.setitem(DATASETS, "tiny", Dataset("tiny", lambda: words))
     return Run("tiny", "back attention", 0, 0.01, 6, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
 
 
@@ -630,7 +389,7 @@ def mixed_run(tiny_run, monkeypatch):
         for a, b in zip(two, one, strict=True)
     ]
     questions = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
-    monkeypatch.setitem(DATASETS, "mixed", lambda: questions)
+    monkeypatch.setitem(DATASETS, "mixed", Dataset("mixed", lambda: questions))
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
     return replace(
         tiny_run, dataset="mixed", learning_rate=0.05, steps=40, train_items=64, test_items=16
@@ -695,6 +454,25 @@ def test_a_new_setting_at_its_default_leaves_keys_what_they_are(tiny_run):
         more: int = 1
 
     assert Later(**asdict(tiny_run)).key == tiny_run.key != Later(**asdict(tiny_run), more=2).key
+
+
+def test_compositions_are_tuned_alike(tmp_path):
+    """Each arm tries the same decays with the search's rates, and is trained at what does best on ID/ID questions."""
+    store = Store(tmp_path, shipped=None)
+    while True:
+        tried, final = composing_runs(store)
+        if final:
+            break
+        for run in tried:
+            if store.result(run) is None:
+                pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
+    assert {run.arm for run in tried} == set(COMPOSING_ARMS) and len(tried) == 7 * 3 * 3
+    assert {(run.weight_decay, run.learning_rate) for run in final} == {(1.0, 1e-3)} and len(
+        final
+    ) == 7 * 3
+    assert {(run.steps, run.test_items, run.recipe.weight_decay) for run in final} == {
+        (1600, None, 1.0)
+    }
 
 
 def test_a_plan_without_core_arms_comes_to_an_end():
@@ -869,7 +647,7 @@ def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, tmp_path
 
 def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_path, monkeypatch):
     frame = one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
-    monkeypatch.setitem(DATASETS, "SVAMP", lambda: frame)
+    monkeypatch.setitem(DATASETS, "SVAMP", replace(DATASETS["SVAMP"], load=lambda: frame))
     run, store = replace(tiny_run, dataset="SVAMP"), Store(tmp_path, shipped=None)
     for user in ("questions.datasets", "runs.as_asked"):
         monkeypatch.setattr(
@@ -877,12 +655,13 @@ def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_pat
             lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187),
         )
     train_and_test(run, store)
-    monkeypatch.setitem(DATASETS, "SVAMP", lambda: pytest.fail("loaded"))
+    not_loaded = replace(DATASETS["SVAMP"], load=lambda: pytest.fail("loaded"))
+    monkeypatch.setitem(DATASETS, "SVAMP", not_loaded)
     assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
 
 
 def test_a_plan_is_completed(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("companion.runs.plans.TUNED_ON", {"tiny": "tiny"})
+    monkeypatch.setitem(DATASETS, "tiny", replace(DATASETS["tiny"], tuned_on="tiny"))
     monkeypatch.setattr("companion.runs.plans.MOST_RATES", 3)
     store, sizes = (
         Store(tmp_path, shipped=None),
@@ -1093,18 +872,3 @@ def test_weights_from_scratch():
         < count["2 layers"]
     )
     assert count["1 layer + back attention"] / count["2 layers"] == pytest.approx(0.567, abs=0.01)
-
-
-PUBLISHED = Path(os.environ.get("BACKATTN_DATASETS", "nowhere"))
-
-
-@pytest.mark.skipif(
-    not (PUBLISHED / "svamp").exists(), reason="set BACKATTN_DATASETS to a folder with the datasets"
-)
-def test_published_datasets_as_they_are():
-    for name, count in (("SVAMP", 1000), ("MultiArith", 600)):
-        frame = split(load(name), 0)
-        assert len(frame) == count and set(frame["split"]) == set(SPLITS)
-        assert (frame.groupby("group")["split"].nunique() == 1).all()
-        assert frame["answer"].str.fullmatch(r" -?\d+(\.\d+)?").all()
-        assert frame["prompt"].str.endswith("? Answer:").mean() > 0.9

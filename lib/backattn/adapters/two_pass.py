@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from backattn.adapters.cache import _cache_in, _OnlyPass, _SecondPass
 from backattn.adapters.modules import BackAttention
-from backattn.models.decoder import describe, runs_on
+from backattn.models.decoder import describe
+from backattn.models.devices import runs_on
 from backattn.models.next_token import cache_prefix
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import IGNORED, Items, Questions, collate, in_halves
 

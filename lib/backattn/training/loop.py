@@ -24,7 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from backattn import runtime
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.files import atomic_file
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import IGNORED, Items, collate
 from backattn.training.evaluation import FirstPasses, answer_logits, evaluate, right_answers

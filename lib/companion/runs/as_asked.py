@@ -9,7 +9,7 @@ import pandas as pd
 from backattn.training.batches import Items, first_tokens, numbers
 from companion.questions import splits
 from companion.questions.asking import candidates
-from companion.questions.datasets import BY_FIRST_TOKEN, load
+from companion.questions.datasets import DATASETS, load
 from companion.questions.splits import draw
 from companion.runs.run import SCRATCH, SHOTS, Run
 
@@ -40,7 +40,8 @@ def _folded(dataset: str, fold: int | None) -> pd.DataFrame:
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset as the run asks it."""
     frame = _folded(run.dataset, run.fold)
-    if run.dataset in BY_FIRST_TOKEN:
+    by_first_token = DATASETS[run.dataset].judge == "first token"
+    if by_first_token and "e3" in frame:
         frame = candidates(tokenizer, frame)
     part = _drawn(run, frame, split)
     if run.arm == "few-shot":
@@ -49,13 +50,13 @@ def questions(run: Run, tokenizer, split: str) -> Items:
             prompt=("".join(f"{p}{a}. " for p, a in shown[["prompt", "answer"]].to_numpy()))
             + part["prompt"]
         )
-    if run.dataset == "compositions":
-        return replace(first_tokens(tokenizer, part), kinds=part["kind"].tolist())
+    if by_first_token:
+        accepted = part["e3_ids"].tolist() if "e3_ids" in part else None
+        kinds = part["kind"].tolist() if "kind" in part else None
+        return replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
     if run.model == SCRATCH:
         part = _fixed_width(part)
-    if run.dataset not in BY_FIRST_TOKEN:
-        return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
-    return first_tokens(tokenizer, part, part["e3_ids"].tolist())
+    return numbers(tokenizer, part, end=";" if run.model == SCRATCH else ".")
 
 
 def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from backattn import runtime
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.models.checkpoint import MEMORY_SHARE, one_device, weight_bytes
+from backattn.models.devices import MEMORY_SHARE, one_device, weight_bytes
 from backattn.models.families import check_supported
 from backattn.models.load import load_model
 from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import Batch
-from companion.questions.datasets import BY_FIRST_TOKEN
+from companion.questions.datasets import DATASETS
 from companion.runs.as_asked import questions
 from companion.runs.plans import RATES, main_runs
 from companion.runs.run import Run, tested_in
@@ -86,7 +86,7 @@ def estimate(model: str, store: Store, device: str = "cpu", **sizes) -> Estimate
         trained = 0 if run.steps == 0 else layers if run.arm == "LoRA q,v" else above
         twice = 1 + above / layers if run.arm in ("back attention", "loop LoRA") else 1
         learnt = (run.train_items or 0) * (trained > 0)
-        told = 1 if run.dataset in BY_FIRST_TOKEN else NEW_TOKENS
+        told = 1 if DATASETS[run.dataset].judge == "first token" else NEW_TOKENS
         asked = learnt + twice * (
             (run.validation_items or 0) * 3 * (trained > 0) + told * (run.test_items or 0)
         )

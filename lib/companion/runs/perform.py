@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from backattn import runtime
 from backattn.adapters.arms import make_arm
-from backattn.models.checkpoint import one_device
-from backattn.models.decoder import input_device
+from backattn.models.devices import one_device
+from backattn.models.devices import input_device
 from backattn.models.load import load_model
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
-from companion.questions.datasets import PUBLISHED, held_out_text
+from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
 from companion.runs.run import SCRATCH, UNTRAINED, Run, tested_in
 from companion.runs.scratch import scratch_model
@@ -139,7 +139,7 @@ def _test(run: Run, model: nn.Module, tokenizer) -> dict:
     """The part of a result that concerns the test."""
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
-    if run.dataset.lower() in PUBLISHED:
+    if DATASETS[run.dataset].published:
         result["groups"] = asked(run, "test")["group"].tolist()
     if run.model != SCRATCH:
         result["perplexity"] = perplexity(model, tokenizer, held_out_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backattn import runtime
 from backattn.adapters.arms import ARMS
-from companion.questions.datasets import OTHER_PROMPTS
+from companion.questions.datasets import DATASETS
 from companion.runs.perform import train_and_test
 from companion.runs.run import OF_TRAINED, SCRATCH, UNTRAINED, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS
@@ -31,12 +31,6 @@ RATES = {  # learning rates tried first for each arm, see `search`
 }
 
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
-
-TUNED_ON = {
-    name: name for name in ("two-hop", *OTHER_PROMPTS)
-}  # where a dataset's learning rates are chosen; "1DC" for all others
-
-LONGER = {"1DC": 3, "2-digit": 3}  # digits are learnt slowly: so many times the steps
 
 SEEDS = (0, 1, 2)
 
@@ -111,13 +105,13 @@ def adapter_runs(
 ) -> tuple[list[Run], list[Run]]:
     """Claim C8: (runs that try learning rates, runs at the best of them for all seeds and without training).
 
-    See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run; some datasets take LONGER.
+    See `scratch_runs` for the two lists. sizes: fields of `Run`, for every run; some datasets take longer (`Dataset.longer`).
     """
     sizes = {"steps": 100, **sizes}
-    places = list(dict.fromkeys(TUNED_ON.get(name, "1DC") for name in names))
+    places = list(dict.fromkeys(DATASETS[name].tuned_on for name in names))
     tried, best = [], []
     for place in places:
-        steps = sizes["steps"] * LONGER.get(place, 1)
+        steps = sizes["steps"] * DATASETS[place].longer
         plans = [Run(place, arm, model=model, **{**sizes, "steps": steps}) for arm in arms]
         here, found = _search_all(plans, store, steps=steps // 2)
         tried, best = tried + here, best + found
@@ -131,9 +125,9 @@ def adapter_runs(
             model=model,
             **{k: v for k, v in sizes.items() if k not in OF_TRAINED},
         )
-        steps = sizes["steps"] * LONGER.get(name, 1)
+        steps = sizes["steps"] * DATASETS[name].longer
         tuned = [
-            replace(run, steps=steps) for run in best if run.dataset == TUNED_ON.get(name, "1DC")
+            replace(run, steps=steps) for run in best if run.dataset == DATASETS[name].tuned_on
         ]
         mine = [plain, replace(plain, arm="few-shot"), *tuned]
         final += [replace(run, dataset=name, seed=seed) for seed in SEEDS for run in mine]

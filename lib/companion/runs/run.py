@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from backattn import runtime
 from backattn.models.packaged import EMBEDDED
 from backattn.training.loop import Recipe
-from companion.questions.datasets import PUBLISHED, TWINS, load
+from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
 
 VERSION = 1  # raised when the same configuration would give another result
@@ -106,13 +106,9 @@ def _own(settings) -> dict:
 def data_hash(dataset: str) -> str:
     """Hash of a dataset's questions, answers (other names included), groups, and of how groups are split."""
     rules = [FOLDS, VALIDATION]
-    if (
-        dataset.lower() in PUBLISHED
-    ):  # the file's own hash: its results can be read where it cannot be had
-        sha256 = PUBLISHED[dataset.lower()][2]
-        return hashlib.sha256(f"{rules}{TWINS}{sha256}".encode()).hexdigest()[:16]
-    frame = load(dataset)
-    columns = [
-        n for n in ("prompt", "answer", "group", "tested", "e3_aliases", "split") if n in frame
-    ]
-    return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]
+    # The file's own hash: its results can be read where it cannot be had.
+    if published := DATASETS[dataset].published:
+        text = f"{rules}{TWINS}{published.sha256}"
+    else:
+        text = f"{rules}{load(dataset)[list(DATASETS[dataset].columns)].to_csv(index=False)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

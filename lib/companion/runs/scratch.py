@@ -6,7 +6,7 @@ from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
 from backattn.adapters.modules import LoopLoRA, Return
 from backattn.adapters.two_pass import TwoPassModel
-from companion.questions.compositions import INVENTED, RELATIONS
+from companion.questions.datasets import DATASETS
 from companion.runs.run import Run
 
 SCRATCH_ARMS = {
@@ -38,17 +38,12 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    composing, arm = run.dataset == "compositions", run.arm
-    arms = COMPOSING_ARMS if composing else SCRATCH_ARMS
+    words, arm = DATASETS[run.dataset].words, run.arm
+    arms = COMPOSING_ARMS if words else SCRATCH_ARMS
     if arm not in arms:
         raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(arms)}.")
-    words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
-    if composing:
-        named = (("e", INVENTED), ("r", RELATIONS))
-        words, split = (
-            ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))],
-            pre_tokenizers.WhitespaceSplit(),
-        )
+    split = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Split("", "isolated")
+    words = ["<pad>", *(words or "0123456789+-=;")]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")

@@ -16,17 +16,17 @@ from companion.questions.asking import OUTCOMES
 from companion.runs import perform
 from companion.runs.as_asked import asked
 from companion.runs.perform import trained_weights, with_adapter
+from companion.runs.results import answers
 from companion.studies.controls.memory import (
-    OFF,
-    ONLY_HIGH,
-    TRAINED,
-    _edits,
+    LABELS,
     align_to_length,
     gain_is_flow,
     high_states_of_r1_matter,
     mean_of_others,
+    memory_edits,
     memory_table,
     memory_tests,
+    r1_is_needed,
     several_layers_help,
 )
 from companion.studies.controls.transitions import (
@@ -74,7 +74,8 @@ def test_memory_that_is_lent_is_read(llama):
             assert torch.allclose(wrapped(one, use_cache=False).logits, plain, atol=1e-5)
         with wrapped.edited(memory=states[1]):
             other = wrapped(one, use_cache=False).logits
-        # By hand: the update of the source layer from the other's keys, in the layers that run again.
+        # By hand: the update of the source layer from the other's keys, in the layers that run
+        # again.
         update, h = wrapped.updates["1"], states[0][0]
         visible = torch.ones(1, 4, 4, dtype=torch.bool).tril()
         h = h + update(h, *update.remember(states[1]), visible)
@@ -120,10 +121,10 @@ def made(kept):
 
 def test_every_edit_is_what_it_says(kept, made):
     run, store = kept
-    log_prob = made.pivot(index="question", columns="test", values="log_prob")
+    log_prob = made.pivot(index="question", columns="key", values="log_prob")
     for reader in memory_probes([run], store):
         trained = reader.ask()[0]
-        assert np.allclose(log_prob[TRAINED], trained)
+        assert np.allclose(log_prob["trained"], trained)
         assert np.allclose(reader.ask(memory=reader.states())[0], trained, atol=1e-5)
         reader.wrapped.enabled = False
         with torch.no_grad():
@@ -131,47 +132,34 @@ def test_every_edit_is_what_it_says(kept, made):
                 torch.tensor([reader.items.prompts[0]]), use_cache=False
             ).logits[0, -1]
         plain = logits.log_softmax(-1)[reader.items.answers[0][0]].item()
-        assert log_prob[OFF][0] == pytest.approx(plain, abs=1e-4)
-    edits = log_prob.drop(columns=[TRAINED, OFF])
-    assert edits.shape[1] == 12 and (edits.sub(log_prob[TRAINED], axis=0).abs().max() > 1e-3).all()
+        assert log_prob["off"][0] == pytest.approx(plain, abs=1e-4)
+    edits = log_prob.drop(columns=["trained", "off"])
+    assert (
+        edits.shape[1] == 12 and (edits.sub(log_prob["trained"], axis=0).abs().max() > 1e-3).all()
+    )
 
 
-def test_edits_leave_to_be_read_what_they_name(kept, monkeypatch):
+def test_edits_leave_to_be_read_what_they_name(kept):
     """What the first question's queries may read, by the name of the edit: cells [T, M, T]."""
     run, store = kept
-    reader, seen = next(memory_probes([run], store)), {}
-    edits = _edits(reader)
-    labels, layers = reader.labels[0], np.array(reader.memory_layers)  # 1 … 4
-
-    def ask(hidden=None, queries=("last",), memory=None):
-        cells = np.ones((len(labels), len(layers), len(labels)), dtype=bool)
-        if hidden is not None:
-            cells &= ~(np.isin(labels, queries)[:, None, None] & hidden[0])
-        seen["now"] = cells
-        return np.zeros(8), np.zeros(8)
-
-    monkeypatch.setattr(reader, "ask", ask)
+    probe = next(memory_probes([run], store))
+    labels, layers = probe.labels[0], np.array(probe.memory_layers)  # 1 … 4
+    visible = {}
+    for key, _, edit in memory_edits(probe):
+        visible[key] = np.ones((len(labels), len(layers), len(labels)), dtype=bool)
+        if "hidden" in edit:
+            affected = np.isin(labels, edit["queries"])[:, None, None]
+            visible[key] &= ~(affected & edit["hidden"][0])
     everywhere = np.ones((len(labels), len(layers), 1), dtype=bool)
     for place in ("r1", "e1"):
-        edits[f"{place} hidden"]()
-        assert (seen["now"] == (everywhere & (labels != place))).all()
-    edits["only r1"]()
-    assert (seen["now"] == (everywhere & (labels == "r1"))).all()
-    edits["only the low third, 1–2"]()
-    assert (
-        seen["now"] == (np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool))
-    ).all()
-    for place, route in zip(("r1", "e1"), ONLY_HIGH, strict=True):
-        edits[route]()
-        high = np.isin(layers, high_layers(4))
-        assert (
-            not seen["now"][:-1].any()
-            and (seen["now"][-1] == high[:, None] & (labels == place)).all()
-        )
-    edits["the last position alone reads"]()
-    assert not seen["now"][:-1].any() and seen["now"][-1].all()
-    edits[OFF]()
-    assert not seen["now"].any()
+        assert (visible[f"{place} hidden"] == (everywhere & (labels != place))).all()
+        route, high = visible[f"{place} route"], np.isin(layers, high_layers(4))
+        assert not route[:-1].any() and (route[-1] == high[:, None] & (labels == place)).all()
+    assert (visible["only r1"] == (everywhere & (labels == "r1"))).all()
+    low = np.isin(layers, (1, 2))[:, None] & np.ones(len(labels), dtype=bool)
+    assert (visible["third low"] == low).all()
+    assert not visible["last reads"][:-1].any() and visible["last reads"][-1].all()
+    assert visible["trained"].all() and not visible["off"].any() and visible.keys() == LABELS.keys()
 
 
 def test_one_memory_layer_has_no_layers_to_choose_from(kept):
@@ -192,7 +180,8 @@ def answered(log_probs: dict[str, list[float]]) -> pd.DataFrame:
             "seed": 0,
             "question": range(len(values)),
             "e2": names,
-            "test": test,
+            "key": test,
+            "test": test.upper(),
             "log_prob": values,
             "right": 1.0,
         }
@@ -205,18 +194,20 @@ def test_kept_is_a_share_of_the_gain():
     draw = np.random.default_rng(0)
     off = draw.normal(-4, 0.1, 24)
     gain = draw.uniform(1, 3, 24)
-    tests = {TRAINED: off + gain, OFF: off, "half": off + gain / 2, "all": off + gain}
+    tests = {"trained": off + gain, "off": off, "half": off + gain / 2, "all": off + gain}
     tests["all"] = tests["all"] + draw.normal(0, 1e-3, 24)
-    table = memory_table(answered(tests)).set_index("test")
+    table = memory_table(answered(tests))
     assert table.loc["half", ["kept", "low", "high"]].to_list() == pytest.approx([0.5] * 3)
-    assert table.loc["all", "kept"] == pytest.approx(1, abs=0.01) and np.isnan(table.loc[OFF, "p"])
+    assert table.loc["all", "kept"] == pytest.approx(1, abs=0.01) and np.isnan(
+        table.loc["off", "p"]
+    )
     # Six names, all lower: the smallest p of a two-sided signed rank test, twice for two tests.
     assert table.loc["half", "p"] == pytest.approx(2 * 2 / 2**6)
     assert table.loc["all", "p"] > table.loc["half", "p"] and table.loc["all", "alike"] == 0.5
 
 
 def test_no_gain_has_no_shares():
-    nothing = {name: [-1.0, -2.0] * 6 for name in (TRAINED, OFF)}
+    nothing = {name: [-1.0, -2.0] * 6 for name in ("trained", "off")}
     with pytest.raises(ValueError, match="no share"):
         memory_table(answered(nothing))
 
@@ -226,11 +217,11 @@ def test_transitions_follow_the_model(kept):
     made = transitions([run], store)
     lora = dataclasses.replace(run, arm="residual LoRA")
     store.keep(lora, {"run": {}, "right": "10101010"}, {})
-    other = with_stored_arms(made, [lora], store)
+    other = with_stored_arms(made, answers([lora], store))
     assert other[other["arm"] == "residual LoRA"]["right"].tolist() == [True, False] * 4
     assert other["before"].tolist() == [*made["before"]] * 2
     with pytest.raises(ValueError, match="same questions"):
-        with_stored_arms(made.assign(e2="another"), [lora], store)
+        with_stored_arms(made.assign(e2="another"), answers([lora], store))
     assert len(made) == 8 and set(made["before"]) | set(made["after"]) <= set(OUTCOMES)
     with perform.load_trained(run, store) as (model, tokenizer), torch.no_grad():
         for row, fact in zip(made.itertuples(), asked(run, "test").itertuples(), strict=True):
@@ -319,7 +310,7 @@ def less(low: float, high: float, **more) -> dict:
 def test_q1_follows_its_rule(ends, verdict):
     table = pd.DataFrame([less(*end, sources=str(k)) for k, end in enumerate(ends)])
     accuracy = table.assign(accuracy=0.4)
-    assert several_layers_help(accuracy, table, table).verdict == verdict
+    assert several_layers_help(accuracy, table, table)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(
@@ -346,29 +337,16 @@ def test_n2_follows_its_rule(other, same, verdict):
         ]
     )
     rows = [less(*other, more="than other failures"), less(*same, more="than same layer")]
-    assert bridge_failures_mended(mended, pd.DataFrame(rows)).verdict == verdict
+    assert bridge_failures_mended(mended, pd.DataFrame(rows))["verdict"] == verdict
 
 
 def kept_rows(**ends) -> pd.DataFrame:
-    names = {
-        "same": "another question's memory, same relations",
-        "mean": "the mean memory",
-        "route": "only r1's high layers, at the last position",
-        "route of e1": "only e1's high layers, at the last position",
-        "hidden": "r1 hidden",
-        "other": "e1 hidden",
-        "only": "only r1",
-    }
-    rows = [
-        {
-            "test": name,
-            "low": 0.4,
-            "high": 0.6,
-            **dict(zip(("low", "high"), ends.get(k, (0.4, 0.6)), strict=True)),
-        }
-        for k, name in names.items()
-    ]
-    return pd.DataFrame(rows).assign(kept=0.5, n=9)
+    keys = ["same relations", "mean", "r1 route", "e1 route", "r1 hidden", "e1 hidden", "only r1"]
+    table = pd.DataFrame({"test": [LABELS[key] for key in keys], "kept": 0.5, "n": 9}, index=keys)
+    table = table.assign(low=0.4, high=0.6)
+    for key, (low, high) in ends.items():
+        table.loc[key.replace("_", " "), ["low", "high"]] = low, high
+    return table
 
 
 @pytest.mark.parametrize(
@@ -381,18 +359,20 @@ def kept_rows(**ends) -> pd.DataFrame:
     ],
 )
 def test_n3_follows_its_rule(route, hidden, verdict):
-    everything = {"route": route, "hidden": hidden}
-    others = {"other": (0.9, 1), "route of e1": (0.1, 0.3)}
-    assert high_states_of_r1_matter({"one": kept_rows(**everything, **others)}).verdict == verdict
+    everything = {"r1_route": route, "r1_hidden": hidden}
+    others = {"e1_hidden": (0.9, 1), "e1_route": (0.1, 0.3)}
+    assert (
+        high_states_of_r1_matter({"one": kept_rows(**everything, **others)})["verdict"] == verdict
+    )
     if verdict == "reproduced":  # what holds of e1 too is not r1's
-        for name, own in (("other", hidden), ("route of e1", route)):
+        for name, own in (("e1_hidden", hidden), ("e1_route", route)):
             assert high_states_of_r1_matter(
                 {"one": kept_rows(**everything, **others | {name: own})}
-            ).verdict == ("partly")
+            )["verdict"] == ("partly")
 
 
 def test_n3_tells_what_it_rests_on():
-    told = high_states_of_r1_matter({"one": kept_rows()}).ours
+    told = high_states_of_r1_matter({"one": kept_rows()})["ours"]
     assert "one: only r1's high layers, at the last position" in told and "e1 hidden" in told
 
 
@@ -409,17 +389,18 @@ def test_n3_tells_what_it_rests_on():
 def test_b3_follows_its_rule(same, mean, own, verdict):
     difference = pd.DataFrame([less(*own, other="same layer", dataset="all")])
     claim = gain_is_flow(
-        {"one": kept_rows(same=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference
+        {"one": kept_rows(same_relations=same, mean=mean)}, kept_rows(mean=(0.7, 0.8)), difference
     )
     assert (
-        claim.verdict == verdict
-        and "own layer: another" in claim.ours
-        and "[70%, 80%]" in claim.ours
+        claim["verdict"] == verdict
+        and "own layer: another" in claim["ours"]
+        and "[70%, 80%]" in claim["ours"]
     )
 
 
 def test_gains_are_compared_within_pairs_of_relations():
-    """Pair "b" is left out: too few unknown. Of "a" and "c" each counts half, however many questions it has."""
+    """Pair "b" is left out: too few unknown. Of "a" and "c" each counts half, however many
+    questions it has."""
 
     def rows(pair, before, after):
         about = {
@@ -472,7 +453,7 @@ def test_b5_follows_its_rule(more, unknown, verdict):
         for name, (low, high) in ends.items()
     ]
     table = pd.DataFrame(rows).assign(before=0.1, after=0.2, n=9, pairs=3)
-    assert no_knowledge_no_gain(table).verdict == verdict
+    assert no_knowledge_no_gain(table)["verdict"] == verdict
 
 
 def test_known_and_unknown_facts_are_apart():
@@ -482,3 +463,18 @@ def test_known_and_unknown_facts_are_apart():
     keys = [set(map(tuple, frame[TWO_HOP_KEYS].to_numpy())) for frame in (known, unknown)]
     assert not keys[0] & keys[1] and unknown.groupby("pair").size().max() == 100
     assert not unknown["tested"].all() and list(known.columns) == list(unknown.columns)
+
+
+@pytest.mark.parametrize(
+    "own, hidden, verdict",
+    [
+        ((0.1, 0.3), (0.2, 0.8), "reproduced"),
+        ((-0.1, 0.3), (0.2, 0.8), "partly"),
+        ((-0.1, 0.3), (0.95, 1.0), "not at this scale"),
+        ((-0.3, -0.1), (0.95, 1.0), "contradicted"),
+    ],
+)
+def test_b4_follows_its_rule(own, hidden, verdict):
+    row = {"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}
+    claim = r1_is_needed(pd.DataFrame([row]), {"one": kept_rows(r1_hidden=hidden)})
+    assert claim["verdict"] == verdict

@@ -6,15 +6,15 @@ import torch
 
 from companion.runs.perform import with_adapter
 from companion.runs.run import SCRATCH, Run
-from companion.studies.other_reasoning_and_cost import arithmetic
-from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
+from companion.studies.other_reasoning_and_cost import sums
+from companion.studies.other_reasoning_and_cost.sums import arithmetic_has_stages
 
 
 def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
-    frame = arithmetic.small_sums()
-    assert 2 * 55 - 4 * arithmetic.EXAMPLES <= len(frame) <= 2 * 55 - 2 * arithmetic.EXAMPLES
+    frame = sums.small_sums()
+    assert 2 * 55 - 4 * sums.EXAMPLES <= len(frame) <= 2 * 55 - 2 * sums.EXAMPLES
     head = {prompt[:start] for prompt, start in frame[["prompt", "start"]].to_numpy()}
-    assert len(head) == 1 and head.pop().count("=") == 2 * arithmetic.EXAMPLES
+    assert len(head) == 1 and head.pop().count("=") == 2 * sums.EXAMPLES
     for row in frame.itertuples():
         question = row.prompt[row.start :]
         assert str(eval(question.rstrip(" ="))) == row.answer and row.operator in question
@@ -23,7 +23,7 @@ def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
         assert f"{a} {row.operator} {b} =" not in shown and f"{b} {row.operator} {a} =" not in shown
     tokens, (labels,) = (
         smollm2[1](frame["prompt"][5])["input_ids"],
-        arithmetic.sum_labels(smollm2[1], frame.loc[[5]]),
+        sums.sum_labels(smollm2[1], frame.loc[[5]]),
     )
     said = {
         name: [
@@ -43,7 +43,7 @@ def test_small_sums_have_one_digit_and_no_question_that_is_shown(smollm2):
 def test_long_sums_are_continued_digit_by_digit():
     run = Run("2-digit", "2 layers", 0, 1e-3, 2, SCRATCH, 0, 8, 16, 64, 8, 8, "float32", width=40)
     with with_adapter(run, "float32") as (model, tokenizer):
-        frames = [arithmetic.long_sums(run, tokenizer, digit) for digit in (2, 3)]
+        frames = [sums.long_sums(run, tokenizer, digit) for digit in (2, 3)]
         for tens, ones in zip(*(frame.to_dict("records") for frame in frames), strict=True):
             assert (
                 ones["prompt"] == tens["prompt"] + tens["answer"] and len(tens["prompt"]) == 6 + 2
@@ -52,11 +52,11 @@ def test_long_sums_are_continued_digit_by_digit():
             assert int(ones["prompt"].split("=")[1] + ones["answer"]) == (
                 a + b if ones["operator"] == "+" else a - b
             )
-        labels = arithmetic.sum_labels(tokenizer, frames[1])[0]
+        labels = sums.sum_labels(tokenizer, frames[1])[0]
         assert labels.tolist() == ["entity"] * 2 + ["relation"] + ["entity"] * 2 + [
             "context"
         ] * 3 + ["last"]
-        right = arithmetic.answered_right(model, tokenizer, frames[1])
+        right = sums.answered_right(model, tokenizer, frames[1])
         for prompt, answer, own in zip(
             frames[1]["prompt"], frames[1]["answer"], right, strict=True
         ):
@@ -65,7 +65,7 @@ def test_long_sums_are_continued_digit_by_digit():
                 token = int(model(ids).logits[0, -1].argmax())
             assert own == (token == tokenizer.convert_tokens_to_ids(answer))
         said = frames[1].assign(answer=tokenizer.decode([token]))
-        assert arithmetic.answered_right(model, tokenizer, said)[-1]
+        assert sums.answered_right(model, tokenizer, said)[-1]
 
 
 def steps(*ends) -> pd.DataFrame:
@@ -103,7 +103,11 @@ def knockouts(*needed, behind=False):
 )
 def test_q2_follows_its_rule(ends, needed, behind, verdict):
     claim = arithmetic_has_stages({"one": (steps(*ends), 9)}, knockouts(*needed, behind=behind))
-    assert claim.verdict == verdict and "n = 9" in claim.ours and "9 random sets" in claim.ours
+    assert (
+        claim["verdict"] == verdict
+        and "n = 9" in claim["ours"]
+        and "9 random sets" in claim["ours"]
+    )
 
 
 def test_q2_wants_four_stages():

@@ -1,4 +1,5 @@
-"""What trained back attention reads: on a tiny model whose module is made to read what the test knows."""
+"""What trained back attention reads: on a tiny model whose module is made to read what the test
+knows."""
 
 import dataclasses
 
@@ -25,6 +26,7 @@ from companion.studies.what_it_reads import (
     most_read,
     query_table,
     random_cells,
+    rank_correlations,
     weight_against_fall,
     weight_table,
 )
@@ -197,7 +199,8 @@ def test_hidden_cells_are_tabled(kept):
     assert row["more"] == pytest.approx(
         means.loc[row["hidden"], "fall"] - means.loc[row["control"], "fall"]
     )
-    blocks, rank = weight_against_fall([run], store)
+    blocks = weight_against_fall([run], store)
+    rank = rank_correlations(blocks)
     assert len(blocks.groupby(["query", "place"])) == 21
     assert rank["query"].tolist() == ["after r1", "r2", "last"]
     assert ((rank["low"] >= -1) & (rank["low"] <= rank["mean"]) & (rank["high"] <= 1)).all()
@@ -206,7 +209,6 @@ def test_hidden_cells_are_tabled(kept):
 def test_readable_states_are_those_of_both_models(kept, monkeypatch):
     run, store = kept
     monkeypatch.setattr("companion.measures.two_hop.READABLE", 60)
-    monkeypatch.setattr("companion.studies.what_it_reads.READABLE", 60, raising=False)
     made = brought_forward([run], store)
     wide = made.pivot(index=["question", "entity"], columns="adapter", values="readable")
     low = [np.array_equal(off[:1], on[:1]) for off, on in zip(wide["off"], wide["on"], strict=True)]
@@ -254,14 +256,14 @@ def test_c10_follows_its_rule(over, more, trainings, verdict):
     )
     share = share.assign(over=0.1, over_low=over[0], over_high=over[1])
     single = pd.DataFrame({"questions": ["training 0", "training 1"], "over": trainings})
-    row = {"hidden": "r1, high layers", "control": "random, same count as r1", "more": 0.0, "n": 9}
+    row = {"key": "r1 high", "more": 0.0, "n": 9}
     tests = pd.DataFrame([{**row, "low": more[0], "high": more[1]}])
     model = pd.concat([share, single]), tests, (25, 28)
-    assert brings_high_states({"one": model}).verdict == verdict
+    assert brings_high_states({"one": model})["verdict"] == verdict
     one_more = brings_high_states(
         {"one": model, "two": (*model[:1], tests.assign(low=0.1, high=0.2), (3, 4))}
     )
     assert (
-        one_more.verdict in ("reproduced", "partly")
-        and "two: weight of r1's layers 3–4" in one_more.ours
+        one_more["verdict"] in ("reproduced", "partly")
+        and "two: weight of r1's layers 3–4" in one_more["ours"]
     )

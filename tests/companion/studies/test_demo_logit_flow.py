@@ -69,14 +69,15 @@ def test_bad_input_is_answered_in_words(adapted, prompt, said):
     panel = demo_logit_flow.Explorer(models, ["tiny-llama"], prompt)
     panel.button.click()
     assert (
-        said in panel.said.value
-        and panel.said.value.startswith("<b>")
+        said in panel.message.value
+        and panel.message.value.startswith("<b>")
         and not panel.button.disabled
     )
     panel.prompt.value, panel.answer.value = PROMPT, "Paris Rome"
     panel.button.click()
     assert (
-        panel.said.value.startswith("Flow to") and "scored on their first token" in panel.said.value
+        panel.message.value.startswith("Flow to")
+        and "scored on their first token" in panel.message.value
     )
 
 
@@ -84,7 +85,9 @@ def test_an_unknown_model_and_one_without_adapter(tmp_path):
     models = demo_logit_flow.Models()
     panel = demo_logit_flow.Explorer(models, [str(tmp_path / "nothing <b>")], PROMPT)
     panel.button.click()
-    assert "Could not load" in panel.said.value and "nothing &lt;b&gt;" in panel.said.value
+    assert "Could not load" in panel.message.value and "nothing &lt;b&gt;" in panel.message.value
     panel.model.value = "tiny-gpt2"
     panel.button.click()
-    assert "No trained back attention is shipped" in panel.said.value and "tiny-gpt2" in models.kept
+    assert (
+        "No trained back attention is shipped" in panel.message.value and "tiny-gpt2" in models.kept
+    )

@@ -1,6 +1,6 @@
-"""The paper's own setting, Llama 3.1 8B with back attention at layer 6, as far as it can be checked without weights.
+"""The paper's own setting, Llama 3.1 8B with back attention at layer 6, without its weights.
 
-The same code on its exact configuration without data (meta device), and on a narrow random model of the same shape.
+The same code on its exact configuration without data (meta device), and on a narrow random model.
 """
 
 import pytest
