@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from backattn import load_model, runtime
+from backattn.models.devices import weight_bytes
 from backattn.models.tiny import tiny_names
 from companion.questions.datasets import DATASETS, Dataset
 from companion.runs.as_asked import _folded
@@ -18,6 +19,12 @@ PROMPTS = [
     "The mother of Anna was born in Tokyo and lives in the",
     "Mozart's mother is",
 ]
+
+
+def same(model, other) -> bool:
+    """Whether two models have the same weights."""
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for (_, a), b in pairs)
 
 
 @pytest.fixture(scope="session", params=tiny_names())
@@ -43,6 +50,23 @@ def _alone():
 def smollm2():
     """The embedded default model, fetched on first use."""
     return load_model("smollm2")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny Llama as saved in a folder."""
+    for part in load_model("tiny-llama"):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def spread(folder, tmp_path, monkeypatch):
+    """The saved model, half of which fits into memory: the rest is on the disk until it is used."""
+    monkeypatch.setattr("backattn.models.devices.CACHE", tmp_path)
+    whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
+    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # MEMORY_SHARE of it
+    return load_model(folder)
 
 
 FACTS = [

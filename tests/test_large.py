@@ -14,12 +14,9 @@ from backattn import (
     BackAttentionModel,
     get_back_attention_model,
     load_model,
-    logit_flow,
     runtime,
 )
 from backattn.adapters.arms import make_arm
-from backattn.models.devices import weight_bytes
-from backattn.models.devices import in_one_place
 from backattn.models.tiny import TINY
 from backattn.training import loop
 from backattn.training.batches import collate, numbers
@@ -34,35 +31,7 @@ from companion.runs.store import Store
 PROMPT = "Mozart 's mother 's father is"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A saved tiny model, its output embedding its own."""
-    model, tokenizer = load_model("tiny-llama")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def spread(folder, tmp_path, monkeypatch):
-    """The saved model, half of which fits into memory: the rest stays on the disk until it is used."""
-    monkeypatch.setattr("backattn.models.load.CACHE", tmp_path)
-    monkeypatch.setattr("backattn.models.packaged.CACHE", tmp_path)
-    whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
-    monkeypatch.setattr(
-        runtime, "free_bytes", lambda device="cpu": whole
-    )  # less than ROOM asks for
-    return load_model(str(folder))
-
-
 # ---------------------------------------------------------------- layers in several places
-
-
-def test_a_model_that_does_not_fit_is_spread_and_says_so(folder, request, capsys):
-    model, _ = request.getfixturevalue("spread")
-    assert "its layers are spread over" in capsys.readouterr().err
-    assert {"cpu", "disk"} == set(model.hf_device_map.values())
-    assert any(p.is_meta for p in model.parameters())
 
 
 def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
@@ -101,26 +70,6 @@ def test_an_arm_is_trained_on_a_spread_model(spread):
     curve = loop.train(wrapped, items, Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
     wrapped.unload()
     assert curve["loss"].iloc[-1] < curve["loss"].iloc[0]
-
-
-def test_logit_flow_refuses_a_spread_model(spread):
-    with pytest.raises(ValueError, match="load it whole"):
-        logit_flow(*spread, [PROMPT], ["Anna"])
-
-
-def test_a_model_that_fits_is_whole(folder):
-    model, _ = load_model(str(folder))
-    assert in_one_place(model)
-    auto, _ = load_model(str(folder), device="auto")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True)
-    )
-
-
-def test_weights_are_counted_without_them():
-    model, _ = load_model("tiny-llama")
-    assert weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
 
 
 # ---------------------------------------------------------------- a batch in pieces

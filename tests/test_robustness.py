@@ -1,15 +1,14 @@
 """Odd input and files that somebody made to do harm: nothing wrong is used."""
 
-import io
 import json
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from harm import Harm, harmful_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +21,6 @@ from backattn import (
 )
 from backattn.adapters.arms import make_arm
 from backattn.adapters.saving import AdapterError
-from backattn.models.checkpoint import ModelLoadError
-from backattn.models.families import UnsupportedModelError
-from backattn.models.packaged import EMBEDDED, _verify
 from backattn.models.tokens import encode
 from backattn.training.batches import numbers
 from backattn.training.loop import Recipe, train
@@ -119,16 +115,6 @@ def test_a_text_longer_than_the_context_is_refused(llama):
 # ---------------------------------------------------------------- files made to do harm
 
 
-class Harm:
-    """A pickle of it writes a file when it is read."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
     """As torch writes it, and as a bare pickle."""
     model, tokenizer = load_model("tiny-llama")
@@ -145,34 +131,6 @@ def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
     wrapped.unload()
 
 
-def harmful_tensors(proof: Path) -> list[bytes]:
-    """Files that call themselves safetensors: a pickle, headers that lie about their length, offsets beyond the end or
-    over one another, sizes that overflow, JSON that is none, and JSON of great depth."""
-
-    def file(header: bytes, body: bytes = b"\0" * 16, length: int | None = None) -> bytes:
-        return struct.pack("<Q", len(header) if length is None else length) + header + body
-
-    def entry(shape, offsets) -> bytes:
-        return json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
-
-    two = {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"}
-    saved = io.BytesIO()
-    torch.save({"w": Harm(proof)}, saved)
-    return [
-        saved.getvalue(),
-        pickle.dumps(Harm(proof)),
-        file(entry([4], [0, 16]), length=2**62),
-        file(entry([4], [0, 2**40])),
-        file(entry([2**40, 2**40], [0, 16])),
-        file(entry([-1], [0, 16])),
-        file(json.dumps(two).encode()),
-        file(b'{"w": ' * 3000),
-        file(b"not json at all"),
-        b"",
-        b"\xff" * 7,
-    ]
-
-
 def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
     model, _ = load_model("tiny-llama")
     proof = tmp_path / "harm"
@@ -182,43 +140,3 @@ def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
         with pytest.raises(AdapterError):
             BackAttentionModel.from_pretrained(model, tmp_path / "adapter")
     assert not proof.exists()
-
-
-def test_models_made_to_do_harm_are_refused(llama, tmp_path):
-    model, tokenizer = llama
-    proof = tmp_path / "harm"
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for content in harmful_tensors(proof):
-        (tmp_path / "model" / "model.safetensors").write_bytes(content)
-        with pytest.raises(ModelLoadError):
-            load_model(str(tmp_path / "model"))
-    assert not proof.exists()
-
-
-def test_a_model_that_brings_code_is_refused(llama, tmp_path):
-    model, tokenizer = llama
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    proof = tmp_path / "harm"
-    (tmp_path / "modeling_own.py").write_text(
-        f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n"
-    )
-    about = json.loads((tmp_path / "config.json").read_text())
-    about |= {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises((ModelLoadError, UnsupportedModelError)):
-        load_model(str(tmp_path))
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "longer"])
-def test_a_model_file_that_is_not_the_verified_one_is_refused(tmp_path, damage):
-    spec = EMBEDDED["smollm2"]
-    content = {"cut": b"GGUF", "changed": b"GGUF" + b"\xff" * 60, "longer": b"GGUF" * 4096}[damage]
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(ModelLoadError, match="sha256"):
-        _verify(tmp_path / "model.gguf", spec.sha256, "the file")

@@ -20,12 +20,13 @@ class KeptStreams:
 
     def add(self, stream: Stream) -> None:
         """Keep a stream, without what `flow_back` does not read."""
+        if not self.most:
+            return
         values = [value.contiguous() for value in stream.values]  # no view of a wider projection
         stream = replace(stream, logits=stream.logits.new_empty(0), heads=[], values=values)
         if _size(stream) > self.most:
-            self.most = 0
-            self._streams = []
-        elif self.most:
+            self.most, self._streams = 0, []
+        else:
             self._weights = self._weights or _weights(stream.arch.model)
             self._streams.append(stream)
 
@@ -40,11 +41,10 @@ class KeptStreams:
 
 def _size(stream: Stream) -> int:
     """Bytes of the tensors of a stream; those that share memory count once."""
-    lists = (x if isinstance(x, list) else [x] for x in vars(stream).values())
+    lists = (x if isinstance(x, list | tuple) else [x] for x in vars(stream).values())
     tensors = [x for part in lists for x in part if isinstance(x, Tensor)]
-    return sum(
-        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
-    )
+    storages = [x.untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

@@ -297,5 +297,5 @@ def majority_baseline(name: str, by: str | None = None) -> float | pd.Series:
 
 def held_out_text() -> str:
     """English prose that none of the tasks resembles, to see what training spoils: how scipy
-    describes its statistical tests (see data/README.md)."""
+    describes its t-test (see data/README.md)."""
     return (DATA / "held_out.txt").read_text(encoding="utf-8")
