@@ -1,16 +1,9 @@
-"""Odd input, killed processes and files that somebody made to do harm: nothing wrong is used, and nothing is lost."""
+"""Odd input and files that somebody made to do harm: nothing wrong is used."""
 
-import contextlib
 import pickle
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 from harm import Harm, harmful_tensors
@@ -145,93 +138,3 @@ def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
         with pytest.raises(AdapterError):
             BackAttentionModel.from_pretrained(model, tmp_path / "adapter")
     assert not proof.exists()
-
-
-# ---------------------------------------------------------------- killed at random, two at once
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from backattn import cli, paths
-place = Path(sys.argv[1])
-paths.NOTEBOOKS, paths.BUILD = place / "notebooks", place / "build"
-cli.notebooks = lambda: sorted((place / "notebooks").glob("*.ipynb"))
-cli.PROFILES["smoke"] = {}
-sys.exit(cli.run(cli.parser().parse_args(["--profile", "smoke"])))
-"""
-CELLS = [
-    "n = 3",
-    "import pathlib, time, numpy as np\nfrom backattn.runtime import atomic_file",
-    "folder = pathlib.Path(FOLDER)\nfolder.mkdir(parents=True, exist_ok=True)\ntime.sleep(0.4)",
-    "for k in range(n):\n    with atomic_file(folder / f'NAME_{k}.csv') as file:\n"
-    "        file.write_text(str(np.random.default_rng(k).random(50_000).tolist()))\n    time.sleep(0.2)",
-]
-
-
-@pytest.fixture
-def runner(tmp_path):
-    """Starts the runner in a process of its own, on two small notebooks below a folder."""
-
-    def make(name: str) -> subprocess.Popen:
-        place = tmp_path / name
-        for stem in ("01_first", "02_second"):
-            path = place / "notebooks" / f"{stem}.ipynb"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                notebook = nbformat.v4.new_notebook()
-                own = [
-                    c.replace("FOLDER", repr(str(place / "build/smoke"))).replace("NAME", stem)
-                    for c in CELLS
-                ]
-                notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in own]
-                notebook.cells[0].metadata["tags"] = ["parameters"]
-                nbformat.write(notebook, path)
-        (tmp_path / "runner.py").write_text(KILLED)
-        command = [sys.executable, str(tmp_path / "runner.py"), str(place)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    return make
-
-
-def products(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((place / "build/smoke").glob("0*.csv"))}
-
-
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runner, tmp_path):
-    """Three times here; benchmarks/kill_and_resume.py does it twenty times with the real notebooks."""
-    begin = time.monotonic()
-    whole = runner("whole")
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
-    took, draw = time.monotonic() - begin, np.random.default_rng(0)
-    for _ in range(3):
-        process = runner("killed")
-        time.sleep(float(draw.uniform(0.3, 1.0)) * took)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
-            for one in [
-                *psutil.Process(process.pid).children(recursive=True),
-                psutil.Process(process.pid),
-            ]:
-                one.kill()  # the kernel, too
-        process.wait(timeout=60)
-        for path in products(tmp_path / "killed").values():
-            assert path.endswith(b"]")  # never half a file
-    process = runner("killed")
-    assert process.wait(timeout=300) == 0, process.stdout.read()
-    assert (
-        products(tmp_path / "killed") == products(tmp_path / "whole")
-        and len(products(tmp_path / "whole")) == 6
-    )
-
-
-def test_two_runs_at_once_make_everything_once(runner, tmp_path):
-    first, second = runner("both"), runner("both")
-    said = [process.communicate(timeout=300)[0] for process in (first, second)]
-    assert first.returncode == second.returncode == 0, said
-    waited = [text for text in said if "waiting for it" in text]
-    assert len(waited) == 1 and waited[0].count("skipped") == 2  # it found all done
