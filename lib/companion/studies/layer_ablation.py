@@ -36,8 +36,8 @@ def training_instability(curves: pd.DataFrame) -> pd.DataFrame:
         share = 100 * at_end(part, "source_layer")
         jumps = []
         for _, one_seed in part.groupby("seed"):
-            losses = one_seed.groupby("source_layer")["losses"].agg(np.concatenate)
-            losses = np.stack(losses.to_list())  # [layers, steps]
+            runs = one_seed.groupby("source_layer")["losses"]
+            losses = np.stack([np.concatenate(list(run)) for _, run in runs])  # [layers, steps]
             over = losses - np.median(losses, axis=0)
             before = (over[:, :-3] + over[:, 1:-2] + over[:, 2:-1]) / 3
             jumps.append((over[:, 3:] - before).max(1))
