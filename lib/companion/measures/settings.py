@@ -4,7 +4,7 @@
 their columns.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,22 +32,23 @@ def setting_differences(
     """
     part = rows_with(answered, "arm", arm)
     rows = []
-    for value in part[setting].unique():
+    for value in part[setting].unique().tolist():
         seeds = rows_with(part, setting, value)["seed"].nunique()
         rows.append({setting: value, **paired(part, value, base, by=setting), "seeds": seeds})
     return pd.DataFrame(rows)
 
 
-def sum_over(part: pd.DataFrame, setting: str, weigh: Callable[[Hashable], float]) -> pd.DataFrame:
-    """One arm's rows at one value of a setting, with `right` summed over all values, each weighted.
+def sum_over(part: pd.DataFrame, setting: str, weights: Mapping[Hashable, float]) -> pd.DataFrame:
+    """One arm's rows at one value of a setting, with `right` summed over several, each weighted.
 
-    Raises ValueError when the tests differ.
+    Raises ValueError when there are no runs at one, or the tests differ.
     """
-    parts = [(weigh(value), rows) for value, rows in part.groupby(setting, sort=False)]
-    same_questions([rows for _, rows in parts], f"The runs with every {setting}")
+    parts = [rows_with(part, setting, value) for value in weights]
+    same_questions(parts, f"The runs with every {setting}")
+    pairs = zip(weights.values(), parts, strict=True)
     # Not a matrix product: its rounding depends on the processor, and with it on which side of
     # zero a tie falls.
-    return parts[0][1].assign(right=sum(w * rows["right"].to_numpy() for w, rows in parts))
+    return parts[0].assign(right=sum(weight * rows["right"].to_numpy() for weight, rows in pairs))
 
 
 def over_settings(
@@ -59,19 +60,14 @@ def over_settings(
     difference, low, high (95 %, samples of names), p, n (questions), worst, best (single seeds'
     differences), seeds, settings (values). Raises ValueError when the tests differ.
     """
-    values = answered[setting].nunique()
-    means = []
-    for name in (arm, *others):
-        part = rows_with(answered, "arm", name)
-        if part[setting].nunique() < values:
-            raise ValueError(f"There are no runs of {name!r} at some {setting}.")
-        means.append(sum_over(part, setting, lambda value: 1.0))
-    mean = pd.concat(means).assign(right=lambda rows: rows["right"] / values)
+    once = dict.fromkeys(answered[setting].unique().tolist(), 1.0)
+    totals = [sum_over(rows_with(answered, "arm", name), setting, once) for name in (arm, *others)]
+    mean = pd.concat(totals).assign(right=lambda total: total["right"] / len(once))
     rows = []
     for other in others:
         single = seed_differences(mean, arm, other)
         row = {"other": other, **paired(mean, arm, other), "worst": single.min()}
-        rows.append({**row, "best": single.max(), "seeds": len(single), "settings": values})
+        rows.append({**row, "best": single.max(), "seeds": len(single), "settings": len(once)})
     return pd.DataFrame(rows)
 
 
@@ -82,15 +78,15 @@ def doubling_table(answered: pd.DataFrame, setting: str) -> pd.DataFrame:
     Returns: arm, slope, low, high (95 %, samples of names), worst, best (single seeds' slopes), n
     (questions), seeds, settings (values). Raises ValueError when the tests differ.
     """
-    logs = np.log2(answered[setting].unique())
-    square = ((logs - logs.mean()) ** 2).sum()
-    rows = []
+    values, rows = answered[setting].unique().tolist(), []
+    away = np.log2(values) - np.log2(values).mean()
+    weights = dict(zip(values, away / (away**2).sum(), strict=True))
     for arm, part in answered.groupby("arm", sort=False):
-        slope = sum_over(part, setting, lambda value: (np.log2(value) - logs.mean()) / square)
+        slope = sum_over(part, setting, weights)
         single = slope.groupby("seed")["right"].mean()
         row = {"arm": arm, "slope": matrix(slope).mean(), **interval(resampled(slope))}
         row |= {"worst": single.min(), "best": single.max(), "n": slope["question"].nunique()}
-        rows.append({**row, "seeds": len(single), "settings": len(logs)})
+        rows.append({**row, "seeds": len(single), "settings": len(values)})
     return pd.DataFrame(rows)
 
 

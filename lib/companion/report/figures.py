@@ -91,10 +91,7 @@ def axes(ax: Axes | None = None, width: float = WIDTH, height: float = 2.8) -> A
 
 def looks_of(names: list, looks: Mapping | None) -> dict:
     """A look for every name: its own in `looks`, else one of the palette in turn."""
-    spare = (
-        Look(*pair)
-        for pair in zip(itertools.cycle(PALETTE), itertools.cycle("osD^vPX"), strict=False)
-    )
+    spare = map(Look, itertools.cycle(PALETTE), itertools.cycle("osD^vPX"))
     return {name: looks[name] if looks and name in looks else next(spare) for name in names}
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 from companion.measures.settings import at_end
 from companion.report.verdicts import claim, points
 
+Tables = Mapping[str, pd.DataFrame]
 PAPERS = {5, 6, 7}  # the paper's layer, and its neighbours
 LEVEL = 0.05 / 3  # three tests
 
@@ -48,24 +49,22 @@ def training_instability(curves: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def chosen_near_six(chosen: pd.DataFrame, less_six: pd.DataFrame) -> Check:
+def chosen_near_six(tables: Tables) -> Check:
     """The layer chosen on validation questions is 5, 6 or 7, and so is every single seed's.
-    Against: another is chosen, and ahead of layer 6 on the test with its whole interval.
-
-    chosen: one arm's row of `choose`; less_six: its `setting_differences` from layer 6.
-    """
-    row = chosen.iloc[0]
-    layer = int(row["source_layer"])
-    ends = {layer, int(row["lowest"]), int(row["highest"])}
-    ahead = less_six.set_index("source_layer").loc[layer, "low"] > 0
+    Against: another is chosen, and ahead of layer 6 on the test with its whole interval."""
+    chosen = tables["chosen"].iloc[0]
+    layer = int(chosen["source_layer"])
+    ends = {layer, int(chosen["lowest"]), int(chosen["highest"])}
+    ahead = tables["against six"].set_index("source_layer").loc[layer, "low"] > 0
     words = f"layer {layer} ({min(ends)} to {max(ends)} by seed)"
     return Check(ends <= PAPERS, layer not in PAPERS and ahead, words)
 
 
-def unsteady_below_six(instability: pd.DataFrame, measure: str, unit: str) -> Check:
-    """One arm's spread or jump is larger at layers 0 to 5 than from 6 on (Mann-Whitney)."""
-    low = instability["source_layer"] < 6
-    below, above = instability.loc[low, measure], instability.loc[~low, measure]
+def unsteady_below_six(tables: Tables, measure: str, unit: str) -> Check:
+    """A measure of `training_instability` is larger at layers 0 to 5 than from 6 on
+    (Mann-Whitney)."""
+    low = tables["instability"]["source_layer"] < 6
+    below, above = (tables["instability"].loc[rows, measure] for rows in (low, ~low))
     higher, lower = (
         stats.mannwhitneyu(below, above, alternative=side).pvalue for side in ("greater", "less")
     )
@@ -73,86 +72,70 @@ def unsteady_below_six(instability: pd.DataFrame, measure: str, unit: str) -> Ch
     return Check(higher < LEVEL, lower < LEVEL, f"{words} (p = {higher:.2g})")
 
 
-def falls_after_six(accuracy: pd.DataFrame) -> Check:
-    """One arm's accuracy falls from layer 6 on (Spearman)."""
-    after = accuracy[accuracy["source_layer"] >= 6]
-    fall = stats.spearmanr(after["source_layer"], after["accuracy"])
-    sure = fall.pvalue < LEVEL
-    words = f"from layer 6 on Spearman of layer and accuracy {fall.statistic:+.2f}"
-    words = f"{words} (p = {fall.pvalue:.2g})"
-    return Check(fall.statistic < 0 and sure, fall.statistic > 0 and sure, words)
+def falls_after_six(tables: Tables) -> Check:
+    """Accuracy falls from layer 6 on (Spearman)."""
+    after = tables["accuracy"][tables["accuracy"]["source_layer"] >= 6]
+    rank, p = stats.spearmanr(after["source_layer"], after["accuracy"])
+    words = f"from layer 6 on Spearman of layer and accuracy {rank:+.2f} (p = {p:.2g})"
+    return Check(rank < 0 and p < LEVEL, rank > 0 and p < LEVEL, words)
 
 
-def ahead_of_same_layer(difference: pd.DataFrame, layer: int) -> Check:
-    """At a layer back attention is ahead of the same module on its own layer, with the whole
-    interval."""
-    rows = difference[difference["other"] == "same layer"].set_index("source_layer")
-    row = rows.loc[layer]
+def ahead_of_same_layer(tables: Tables) -> Check:
+    """At the chosen layer back attention is ahead of the same module on its own layer, with the
+    whole interval: a curve that any trained map has would not be back attention's."""
+    less, layer = tables["differences"], tables["chosen"]["source_layer"].iloc[0]
+    row = less[(less["other"] == "same layer") & (less["source_layer"] == layer)].iloc[0]
     return Check(row["low"] > 0, row["high"] < 0, points(row))
 
 
-def placement(tables: Mapping[str, pd.DataFrame], arm: str) -> list[Check]:
-    """The first four checks of C9 for one arm; tables: `two_hop` of `low_layers_are_best`."""
-    chosen, instability, accuracy = (
-        of_arm(tables[name], arm) for name in ("chosen", "instability", "accuracy")
-    )
+def of_arm(tables: Tables, arm: str) -> Tables:
+    """The tables, those that have a column arm with the rows of one."""
+    return {name: t[t["arm"] == arm] if "arm" in t else t for name, t in tables.items()}
+
+
+def placement(tables: Tables) -> list[Check]:
+    """The first four checks of C9 for one arm."""
     return [
-        chosen_near_six(chosen, tables["against six"]),
-        unsteady_below_six(instability, "spread", "points"),
-        unsteady_below_six(instability, "jump", "nats"),
-        falls_after_six(accuracy),
+        chosen_near_six(tables),
+        unsteady_below_six(tables, "spread", "points"),
+        unsteady_below_six(tables, "jump", "nats"),
+        falls_after_six(tables),
     ]
 
 
-def of_arm(table: pd.DataFrame, arm: str = "back attention") -> pd.DataFrame:
-    """The rows of one arm."""
-    return table[table["arm"] == arm]
-
-
-def low_layers_are_best(
-    two_hop: Mapping[str, pd.DataFrame], arithmetic: Mapping[str, pd.DataFrame]
-) -> dict:
+def low_layers_are_best(two_hop: Tables, arithmetic: Tables) -> dict:
     """C9. Tables by source layer: chosen (`choose`), against six (`setting_differences` of back
     attention from layer 6), differences (`difference_table` of back attention less the others); of
     two-hop questions also instability (`training_instability`) and accuracy.
 
-    Seven checks. On two-hop questions: the layer chosen; seeds differ more, and losses jump higher,
-    at layers 0 to 5; accuracy falls from layer 6 on; these three with p < 0.05 / 3. At the chosen
-    layer back attention is ahead of the same module on its own layer: a curve that any trained map
-    has would not be back attention's. Which of the first four this control passes too is reported.
-    On arithmetic, the paper's task, with fewer layers: the first check and the last.
+    Seven checks: on two-hop questions `placement`, its three tests with p < 0.05 / 3, and
+    `ahead_of_same_layer`; on arithmetic, the paper's task, with fewer layers, the first and the
+    last. Which of the first four the control "same layer" passes too is reported.
     """
-    choice, digits_choice = (of_arm(part["chosen"]).iloc[0] for part in (two_hop, arithmetic))
-    best, digits_best = int(choice["source_layer"]), int(digits_choice["source_layer"])
-    checks = placement(two_hop, "back attention")
-    control = placement(two_hop, "same layer")
-    ahead = ahead_of_same_layer(two_hop["differences"], best)
-    digits = chosen_near_six(of_arm(arithmetic["chosen"]), arithmetic["against six"])
-    digits_ahead = ahead_of_same_layer(arithmetic["differences"], digits_best)
-    n, digits_n = (int(part["differences"]["n"].iloc[0]) for part in (two_hop, arithmetic))
-    from_six = points(two_hop["against six"].set_index("source_layer").loc[best])
+    hops, digits = (of_arm(tables, "back attention") for tables in (two_hop, arithmetic))
+    checks, control = placement(hops), placement(of_arm(two_hop, "same layer"))
+    ahead, choice = ahead_of_same_layer(hops), chosen_near_six(digits)
+    every = [*checks, ahead, choice, ahead_of_same_layer(digits)]
     passed = [sum(check.passed for check in part) for part in (control, checks)]
-    every = [*checks, ahead, digits, digits_ahead]
+    n, digits_n = (int(tables["differences"]["n"].iloc[0]) for tables in (hops, digits))
+    best, seeds = hops["chosen"][["source_layer", "seeds"]].iloc[0].astype(int)
+    wins = ", ".join(
+        f"{other} at {sum(less['low'] > 0)} (behind at {sum(less['high'] < 0)}) of {len(less)}"
+        for other, less in hops["differences"].groupby("other", sort=False)
+    )
     words = (
-        f"two-hop, n = {n} questions, {int(choice['seeds'])} seeds, rates found at layer 6: "
-        f"chosen on validation is {'; '.join(check.words for check in checks)}; there {from_six} "
-        f"points against layer 6 and {ahead.words} against the same module on its own layer, which "
-        f"passes {passed[0]} of the first four checks too (back attention {passed[1]}); ahead with "
-        f"the whole interval of {wins(two_hop['differences'])} layers; on 1DC, n = {digits_n}, "
-        f"validation chooses {digits.words}, points: {layer_by_layer(arithmetic)}"
+        f"two-hop, n = {n} questions, {seeds} seeds, rates found at layer 6: chosen on validation "
+        f"is {'; '.join(check.words for check in checks)}; there "
+        f"{points(hops['against six'].set_index('source_layer').loc[best])} points against layer 6 "
+        f"and {ahead.words} against the same module on its own layer, which passes {passed[0]} of "
+        f"the first four checks too (back attention {passed[1]}); ahead with the whole interval of "
+        f"{wins} layers; on 1DC, n = {digits_n}, validation chooses {choice.words}, points: "
+        f"{layer_by_layer(digits)}"
     )
     return claim("C9", words, [c.passed for c in every], [c.against for c in every])
 
 
-def wins(differences: pd.DataFrame) -> str:
-    """At how many layers back attention is ahead of each other arm, and behind."""
-    return ", ".join(
-        f"{other} at {(part['low'] > 0).sum()} (behind at {(part['high'] < 0).sum()}) of {len(part)}"
-        for other, part in differences.groupby("other", sort=False)
-    )
-
-
-def layer_by_layer(tables: Mapping[str, pd.DataFrame]) -> str:
+def layer_by_layer(tables: Tables) -> str:
     """Back attention at each layer against itself at layer 6, and against the other arms there."""
     layers = []
     for row in tables["against six"].sort_values("source_layer").to_dict("records"):

@@ -69,10 +69,10 @@ def test_arms_are_compared_over_all_settings(rows):
     assert row["difference"] == pytest.approx(0.1) and row["low"] > 0 and row["settings"] == 3
     assert row["worst"] == pytest.approx(0.1) == row["best"] and row["seeds"] == 2
     fewer = pd.concat([rows, bias[bias["source_layer"] == 0]])
-    with pytest.raises(ValueError, match="no runs of 'bias' at some source_layer"):
+    with pytest.raises(ValueError, match="no runs with source_layer 1"):
         settings.over_settings(fewer, "source_layer", "same layer", ["bias"])
     with pytest.raises(ValueError, match="same questions"):
-        settings.sum_over(rows[60:], "source_layer", lambda value: 1.0)
+        settings.sum_over(rows[60:], "source_layer", dict.fromkeys(SHARES, 1.0))
 
 
 def test_what_a_doubling_does(rows):

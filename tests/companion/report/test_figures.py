@@ -68,7 +68,7 @@ def test_intervals_stand_from_the_top():
     looks = {"bias": Look("#ff0000", "d"), "few-shot": Look("#00ff00", "P")}
     ax = figures.intervals(table, "name", hue="other", looks=looks)
     assert dict(zip(ax.get_yticks(), labels(ax.yaxis), strict=True)) == {1: "x", 0: "y"}
-    assert ax.lines[0].get_xdata() == [0.0, 0.2]
+    assert list(ax.lines[0].get_xdata()) == [0.0, 0.2]
     dots = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines[1:4:2]]
     assert dots == [(0.1, 1), (-0.2, 0)]
     assert [line.get_marker() for line in ax.lines[1:4:2]] == ["d", "P"]
