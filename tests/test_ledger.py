@@ -8,12 +8,6 @@ import pytest
 from companion import paths
 from companion.report import tables
 from companion.report.verdicts import VERDICTS
-from companion.studies.back_attention_training import (
-    adapter_size,
-    one_layer_matches_two,
-    raises_accuracy,
-)
-from companion.studies.capacity import small_keeps_its_gain
 from companion.studies.claims import IDS, whole_ledger
 from companion.studies.controls.memory import (
     gain_is_flow,
@@ -25,7 +19,6 @@ from companion.studies.controls.transitions import bridge_failures_mended, no_kn
 from companion.studies.failure_analysis.census import conflict_not_ignorance, failures_say_bridge
 from companion.studies.failure_analysis.conflict import late_influence, same_states
 from companion.studies.failure_analysis.patching_grid import back_patching_helps
-from companion.studies.layer_ablation import low_layers_are_best
 from companion.studies.other_reasoning_and_cost.arithmetic import arithmetic_has_stages
 from companion.studies.other_reasoning_and_cost.costs import costs_as_computed
 from companion.studies.other_reasoning_and_cost.prompts import other_prompts_too
@@ -94,7 +87,6 @@ def test_verdicts_follow_from_the_tables(ledger):
     census = census[census["examples"] == "one-hop"]
     overall = read("03_differences")
     memory = {name: read(table) for name, table in (("a", "07_memory"), ("b", "07_gemma_memory"))}
-    share = read("06_sizes")
     sources, less = read("07_sources"), read("07_sources_differences")
     sources = sources[
         (sources["arm"] == "back attention") & (sources["sources"].astype(str) != "6")
@@ -109,29 +101,11 @@ def test_verdicts_follow_from_the_tables(ledger):
         late_influence(read("02_flow_tests")),
         same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
         back_patching_helps(read("02_mending"), read("02_against_donor")),
-        one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
-        raises_accuracy(overall, arms),
-        low_layers_are_best(
-            read("04_chosen"),
-            read("04_against_six"),
-            read("04_unrest"),
-            read("04_layers"),
-            read("04_differences"),
-            (
-                read("04_arithmetic_chosen"),
-                read("04_arithmetic_against_six"),
-                read("04_arithmetic_differences"),
-            ),
-        ),
         brings_high_states(
             {
                 "a": (read("05_high_share"), read("05_tests"), (25, 28)),
                 "b": (read("05_gemma_high_share"), read("05_gemma_tests"), (15, 17)),
             }
-        ),
-        adapter_size(read("03_sizes")),
-        small_keeps_its_gain(
-            share.loc[(share["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
         ),
         several_layers_help(
             sources,
@@ -153,7 +127,8 @@ def test_verdicts_follow_from_the_tables(ledger):
     for claim in made:
         again.setdefault(claim.id, []).append(claim.verdict)
     assert {name: kept[name] for name in again} == again
-    assert set(kept) - set(again) == {"B1", "B2", "B4"}  # these are asked from tables above
+    # These are asked from tables above, and in companion/studies.
+    assert set(kept) - set(again) == {"B1", "B2", "B4", "C7", "C8", "C9", "C11"}
 
 
 def test_readme_shows_it(ledger):
