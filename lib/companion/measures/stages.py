@@ -1,16 +1,13 @@
-"""Stage discovery: are there four stages in single-hop recall, and do they come in the paper's order? (claims C1, C2)
+"""The stages of single-hop recall: which flow they are, in which layers, in which order, and what
+knocking them out costs (claim C1).
 
-The paper's stages, made measurable (flow = what `flow_back` sends through a node; direct = the part of it that goes
-straight to the answer):
-
-A  entity subject enrichment      flow through FFNs at the entity
-B  entity attribute extraction    flow through attention that reads the entity
-C  relation subject enrichment    flow through FFNs at the relation, and at the last position the part not direct
-D  relation attribute extraction  flow through attention that reads relation or last, and direct flow of FFNs at last
+Flow is what `flow_back` sends through a node, direct the part of it that goes straight to the
+answer, onward the part that later neurons read.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,131 +15,128 @@ import pandas as pd
 from backattn.analysis.flow_back import FlowBack
 from backattn.analysis.knockouts import Knockout, KnockoutProbe
 from backattn.runtime import progress
-from companion.report.intervals import bootstrap, mean_interval
+from companion.measures.layers import flow_grid, mean_by_layer
+from companion.report.intervals import bootstrap, interval, mean_interval
 
-STEPS = (("A", "B"), ("B", "C"), ("C", "D"))
 
-SHARE = 0.1  # a stage begins where this share of its positive flow has passed, and ends where it is left
+@dataclass(frozen=True)
+class Stage:
+    """What the paper calls it, and the flow that defines it.
+
+    parts: (kind of sub-layer, position group, "flow", "direct" or "onward"), added up.
+    """
+
+    about: str
+    parts: tuple[tuple[str, str, str], ...]
+
+    def knockouts(self, layers: Sequence[int]) -> tuple[Knockout, ...]:
+        """The components whose flow defines the stage, in these layers."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for kind, group, _ in self.parts:
+            groups[kind] = (*groups.get(kind, ()), group)
+        chosen = tuple(int(layer) for layer in layers)
+        return tuple(Knockout(kind, chosen, where) for kind, where in groups.items())
+
+
+RELATION, LAST = ("ffn", "relation", "flow"), ("ffn", "last", "onward")
+READS = tuple(("attention", group, "flow") for group in ("relation", "last"))
+STAGES = {
+    "A": Stage("entity subject enrichment", (("ffn", "entity", "flow"),)),
+    "B": Stage("entity attribute extraction", (("attention", "entity", "flow"),)),
+    "C": Stage("relation subject enrichment", (RELATION, LAST)),
+    "D": Stage("relation attribute extraction", (*READS, ("ffn", "last", "direct"))),
+    "C relation": Stage("stage C at the relation's word", (RELATION,)),
+    "C last": Stage("stage C at the last position", (LAST,)),
+}
+STEPS = (("A", "B"), ("B", "C"), ("C", "D"))  # the paper's order
+
+SHARE = 0.1  # of its positive flow has passed where a stage begins, and is left where it ends
+BOUNDARIES = ("begin", "middle", "end", "peak")
 
 
 def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
-    """`back.frame` summed over the tokens of each position group.
+    """`back.frame` summed over the tokens of each position group, without the embedding.
 
-    Returns: prompt, layer, kind, group, flow, direct, without the embedding rows.
+    groups: one array of labels per prompt, one label per token.
+    Returns: prompt, layer, kind, group, flow, direct.
     """
-    frame = back.frame[back.frame["kind"] != "embedding"]
-    label = [
-        groups[prompt][position]
-        for prompt, position in zip(frame["prompt"], frame["position"], strict=True)
-    ]
+    frame = back.frame[back.frame["kind"] != "embedding"].astype({"kind": str})
+    places = zip(frame["prompt"], frame["position"], strict=True)
+    frame["group"] = [groups[prompt][position] for prompt, position in places]
     keys = ["prompt", "layer", "kind", "group"]
-    summed = (
-        frame.assign(group=label)
-        .groupby(keys, observed=True, as_index=False)[["flow", "direct"]]
-        .sum()
-    )
-    summed["kind"] = summed["kind"].astype(str)
-    return summed
+    return frame.groupby(keys, as_index=False)[["flow", "direct"]].sum()
 
 
 def stage_profiles(flow: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Flow of every stage by prompt and layer, from `grouped_flow`: stage -> [prompts, layers].
-
-    Besides A to D it holds the two parts of C: "C relation" and "C last".
-    """
-    prompts, layers = np.sort(flow["prompt"].unique()), int(flow["layer"].max()) + 1
-
-    def table(kind: str, group: str, column: str) -> np.ndarray:
-        part = flow[(flow["kind"] == kind) & (flow["group"] == group)]
-        wide = part.pivot_table(index="prompt", columns="layer", values=column, aggfunc="sum")
-        return wide.reindex(index=prompts, columns=range(layers)).fillna(0.0).to_numpy()
-
-    last = table("ffn", "last", "flow") - table("ffn", "last", "direct")
-    relation = table("ffn", "relation", "flow")
-    reads = table("attention", "relation", "flow") + table("attention", "last", "flow")
+    """Flow of each of STAGES, from `grouped_flow`: stage -> [prompts, layers]."""
+    flow = flow.assign(onward=flow["flow"] - flow["direct"])
     return {
-        "A": table("ffn", "entity", "flow"),
-        "B": table("attention", "entity", "flow"),
-        "C": relation + last,
-        "D": reads + table("ffn", "last", "direct"),
-        "C relation": relation,
-        "C last": last,
+        name: sum(flow_grid(flow, *part) for part in stage.parts) for name, stage in STAGES.items()
     }
 
 
 def boundaries(profile: np.ndarray) -> np.ndarray:
     """Begin, middle, end and peak of mean profiles [..., layers] -> [..., 4], in layers.
 
-    Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed, a layer's flow being spread
-    over l − ½ … l + ½; the peak is a whole layer. NaN where there is no positive flow.
+    Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed, a
+    layer's flow being spread over l − ½ … l + ½; the peak is a whole layer. NaN without positive
+    flow.
     """
     positive = np.clip(profile, 0, None)
     total = positive.sum(-1, keepdims=True)
-    passed = positive.cumsum(-1) / np.where(total > 0, total, np.nan)
+    total = np.where(total > 0, total, np.nan)
+    passed = positive.cumsum(-1) / total
 
     def at(share: float) -> np.ndarray:
         layer = (passed >= share).argmax(-1)[..., None]
         here = np.take_along_axis(passed, layer, -1)
-        step = np.take_along_axis(positive, layer, -1) / np.where(total > 0, total, np.nan)
+        step = np.take_along_axis(positive, layer, -1) / total
         return (layer + 0.5 - (here - share) / step)[..., 0]
 
-    peak = np.where(total[..., 0] > 0, profile.argmax(-1), np.nan)
+    peak = np.where(np.isnan(total[..., 0]), np.nan, profile.argmax(-1))
     return np.stack([at(SHARE), at(0.5), at(1 - SHARE), peak], axis=-1)
 
 
 def stage_table(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
-    """Where each stage begins, has its middle, ends and peaks, with 95 % bootstrap intervals (clusters: see there)."""
+    """Where each stage begins, has its middle, ends and peaks, with 95 % bootstrap intervals.
+
+    Returns: stage, n, and for each of BOUNDARIES its layer, _low and _high.
+    """
     rows, weights = [], bootstrap(clusters)
     for stage, profile in profiles.items():
-        point = boundaries(profile.mean(0))
-        low, high = np.nanpercentile(boundaries(weights @ profile), [2.5, 97.5], axis=0)
+        ends = np.nanpercentile(boundaries(weights @ profile), [2.5, 97.5], axis=0)
         row = {"stage": stage, "n": len(profile)}
-        for index, name in enumerate(("begin", "middle", "end", "peak")):
-            row |= {name: point[index], f"{name}_low": low[index], f"{name}_high": high[index]}
+        for name, *found in zip(BOUNDARIES, boundaries(profile.mean(0)), *ends, strict=True):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def profile_bands(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
-    """Each stage's mean flow by layer as a share of its positive total, with 95 % intervals.
-
-    Returns: stage, layer, share, low, high.
-    """
-    rows = []
+    """Each stage's mean flow by layer as a share of its positive total: stage, layer, share, low,
+    high."""
+    tables = []
     for stage, profile in profiles.items():
-        total = np.clip(profile.mean(0), 0, None).sum()
-        mean, low, high = mean_interval(profile / max(total, 1e-12), clusters)
-        table = pd.DataFrame(
-            {"layer": np.arange(len(mean)), "share": mean, "low": low, "high": high}
-        )
-        rows.append(table.assign(stage=stage)[["stage", "layer", "share", "low", "high"]])
-    return pd.concat(rows, ignore_index=True)
+        total = max(np.clip(profile.mean(0), 0, None).sum(), 1e-12)
+        tables.append(mean_by_layer((profile / total)[:, None], clusters, [stage], "stage"))
+    return pd.concat(tables, ignore_index=True).rename(columns={"mean": "share"})
 
 
 def order_table(
     profiles: dict[str, np.ndarray], clusters: Sequence, more: Sequence[tuple[str, str]] = ()
 ) -> pd.DataFrame:
-    """How many layers the middle of each stage lies behind the one before it, with 95 % intervals.
+    """How many layers the middle of each stage lies behind that of the one before it.
 
-    Rows: the paper's steps A→B, B→C, C→D (`step` True), then the pairs in `more`. `after` is True when the whole
-    interval is above zero.
+    Returns: earlier, later, gap, low, high, after (the whole 95 % interval is above zero), step
+    (True for the paper's STEPS, which come first, then the pairs in `more`).
     """
-    weights, rows = bootstrap(clusters), []
-    for earlier, later in (*STEPS, *more):
-        a, b = profiles[earlier], profiles[later]
-        gap = boundaries(b.mean(0))[1] - boundaries(a.mean(0))[1]
-        low, high = np.nanpercentile(
-            boundaries(weights @ b)[:, 1] - boundaries(weights @ a)[:, 1], [2.5, 97.5]
-        )
-        row = {
-            "earlier": earlier,
-            "later": later,
-            "gap": gap,
-            "low": low,
-            "high": high,
-            "after": bool(low > 0),
-        }
-        rows.append({**row, "step": (earlier, later) in STEPS})
+    weights, middle, rows = bootstrap(clusters), BOUNDARIES.index("middle"), []
+    point = {name: boundaries(x.mean(0))[middle] for name, x in profiles.items()}
+    draws = {name: boundaries(weights @ x)[:, middle] for name, x in profiles.items()}
+    for a, b in (*STEPS, *more):
+        row = {"earlier": a, "later": b, "gap": point[b] - point[a]}
+        row |= interval(draws[b] - draws[a])
+        rows.append({**row, "after": row["low"] > 0, "step": (a, b) in STEPS})
     return pd.DataFrame(rows)
 
 
@@ -155,32 +149,16 @@ def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
     positive[list(without)] = 0
     order = np.argsort(-positive, kind="stable")
     enough = int(np.searchsorted(positive[order].cumsum(), positive.sum() / 2)) + 1
-    return sorted(int(layer) for layer in order[:enough])
-
-
-def stage_knockouts(stage: str, layers: Sequence[int]) -> tuple[Knockout, ...]:
-    """The components whose flow defines a stage, in the given layers."""
-    layers = tuple(int(layer) for layer in layers)
-    return {
-        "A": (Knockout("ffn", layers, ("entity",)),),
-        "B": (Knockout("attention", layers, ("entity",)),),
-        "C": (Knockout("ffn", layers, ("relation", "last")),),
-        "D": (
-            Knockout("attention", layers, ("relation", "last")),
-            Knockout("ffn", layers, ("last",)),
-        ),
-    }[stage]
+    return sorted(order[:enough].tolist())
 
 
 def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
-    """Up to `draws` different random sets, each of as many layers as `taken` and none of them, out of `layers`."""
-    generator, rest = (
-        np.random.default_rng(seed),
-        [layer for layer in range(layers) if layer not in taken],
-    )
+    """Up to `draws` different random sets, each of as many layers as `taken` and none of them, out
+    of `layers`."""
+    generator = np.random.default_rng(seed)
+    rest = [layer for layer in range(layers) if layer not in taken]
     size = min(len(taken), len(rest))
-    possible = math.comb(len(rest), size)
-    sets: dict[tuple, None] = {}
+    possible, sets = math.comb(len(rest), size), {}
     while len(sets) < min(draws, possible):
         sets[tuple(sorted(generator.choice(rest, size=size, replace=False).tolist()))] = None
     return [list(chosen) for chosen in sets]
@@ -189,46 +167,41 @@ def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> li
 def knockout_table(
     drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], clusters: Sequence
 ) -> pd.DataFrame:
-    """Drop of the answer's log-probability per stage against random layers.
+    """Drop of the answer's log-probability per stage against random layers, from `against_random`.
 
-    drops: stage -> (its layers, drop [prompts], drops of the random sets [draws, prompts]).
-
-    Returns per stage its own mean drop with a 95 % interval over prompts, the mean and range over the random sets, the
-    difference with its interval, and `needed`: the difference's whole interval is above zero and the own mean drop
-    exceeds every random set's (by chance at most 1 in draws + 1).
+    Returns: stage, layers, n, draws, drop (mean, with its 95 % interval in _low and _high),
+    difference (drop less the mean over the random sets, the same), random, random_min, random_max
+    (mean and range over the sets), needed: the difference's whole interval is above zero and the
+    drop exceeds that of every random set (by chance at most 1 in draws + 1).
     """
     rows = []
-    for stage, (layers, own, random) in drops.items():
-        row = {
-            "stage": stage,
-            "layers": " ".join(map(str, layers)),
-            "n": len(own),
-            "draws": len(random),
-        }
-        for name, values in (("drop", own), ("difference", own - random.mean(0))):
-            mean, low, high = mean_interval(values, clusters)
-            row |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+    for stage, (layers, drop, random) in drops.items():
+        row = {"stage": stage, "layers": " ".join(map(str, layers))}
+        row |= {"n": len(drop), "draws": len(random)}
+        for name, values in (("drop", drop), ("difference", drop - random.mean(0))):
+            found = map(float, mean_interval(values, clusters))
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
         means = random.mean(1)
         row |= {"random": means.mean(), "random_min": means.min(), "random_max": means.max()}
-        rows.append(
-            {**row, "needed": bool(row["difference_low"] > 0 and row["drop"] > means.max())}
-        )
+        needed = row["difference_low"] > 0 and row["drop"] > means.max()
+        rows.append({**row, "needed": bool(needed)})
     return pd.DataFrame(rows)
 
 
 def against_random(
-    trial: KnockoutProbe, cores: dict[str, list[int]], draws: int, seed: int
-) -> dict[str, tuple]:
-    """Drops for each stage's own layers and for `draws` random sets of others; feeds `knockout_table`.
+    probe: KnockoutProbe, cores: dict[str, list[int]], draws: int, seed: int
+) -> dict[str, tuple[list[int], np.ndarray, np.ndarray]]:
+    """Drops for each stage's layers and for `draws` random sets of others.
 
-    cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as part of the embedding.
+    cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as a part
+    of the embedding. Returns: stage -> (its layers, drops [prompts], of the sets [draws, prompts]).
     """
-    total, base, drops = len(trial.arch.blocks), trial.log_probs().numpy(), {}
+    total, base, drops = len(probe.arch.blocks), probe.log_probs().numpy(), {}
     with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
         for stage, layers in cores.items():
             lost = []
             for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
-                lost.append(base - trial.log_probs(stage_knockouts(stage[0], chosen)).numpy())
+                lost.append(base - probe.log_probs(STAGES[stage[0]].knockouts(chosen)).numpy())
                 bar.update()
             drops[stage] = (layers, lost[0], np.stack(lost[1:]))
     return drops

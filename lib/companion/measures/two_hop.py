@@ -1,4 +1,8 @@
-"""What several studies measure of two-hop prompts: places, donors, contrasts."""
+"""What several studies measure of two-hop prompts: places, what can be read there, donors,
+contrasts of right and wrong cases.
+
+A place is the last token of e1's, r1's or r2's words in the two-hop prompt, or the last position.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +22,8 @@ READABLE = 10  # an entity can be read where its first token is among this many
 
 def place_labels(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
     """What each token of the two-hop prompt is for: "e1", "r1", "r2", "last" or "context"."""
-    return label_tokens(
-        tokenizer, frame["two_hop"], {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")}
-    )
+    spans = {name: frame[f"{name}_span"] for name in ("e1", "r1", "r2")}
+    return label_tokens(tokenizer, frame["two_hop"], spans)
 
 
 def first_token_pairs(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
@@ -31,12 +34,12 @@ def first_token_pairs(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
 
 @dataclass
 class Reading:
-    """What can be read in the states of two-hop prompts, by place and layer (see `read_conflict`).
+    """What can be read in the states of two-hop prompts, all [n, places, L+1].
 
-    places: their names. All else is [n, places, L+1]. difference: logit of e3 less that of e2. readable: entity ->
-    whether its first token is among the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts.
-    wins: entity -> whether its logit is above that of the shuffled one (½ where both are the same token, as expected
-    without information).
+    difference: logit of e3 less that of e2. readable: entity -> whether its first token is among
+    the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity ->
+    whether its logit is above that of the shuffled one (½ where both are the same token, as
+    expected without information).
     """
 
     places: tuple[str, ...]
@@ -48,56 +51,50 @@ class Reading:
 def read_conflict(
     model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES
 ) -> Reading:
-    """Read e3 and e2 in every layer at the last token of each of some places, and the same for shuffled labels.
-
-    A prompt's shuffled labels are the e2 and e3 of another prompt of the same pair of relations with another e2.
-    """
+    """Read e3 and e2 in the state that enters each layer at some places, and the same for shuffled
+    labels: the e2 and e3 of each prompt's donor (see `donors`)."""
     ids = np.array(first_token_pairs(tokenizer, frame))
-    other = donors(frame, seed)
-    tokens = np.concatenate([ids, ids[other]], axis=1)  # e3, e2, e3 shuffled, e2 shuffled
+    tokens = np.concatenate([ids, ids[donors(frame, seed)]], axis=1)
     where = last_token_positions(place_labels(tokenizer, frame), places)
-    logits, ranks = read_states(
-        model, tokenizer, frame["two_hop"].tolist(), where, tokens.tolist(), ranks=True
-    )
+    prompts = frame["two_hop"].tolist()
+    logits, ranks = read_states(model, tokenizer, prompts, where, tokens.tolist(), ranks=True)
     names = ("e3", "e2", "e3 shuffled", "e2 shuffled")
     readable = {name: ranks[..., k] < READABLE for k, name in enumerate(names)}
     wins = {}
     for k, name in enumerate(("e3", "e2")):
-        same = (tokens[:, k] == tokens[:, k + 2])[
-            :, None, None
-        ]  # continents: another prompt's e3 may be the same
-        wins[name] = np.where(same, 0.5, logits[..., k] > logits[..., k + 2])
+        same = tokens[:, k] == tokens[:, k + 2]  # continents: another prompt's e3 may be the same
+        above = logits[..., k] > logits[..., k + 2]
+        wins[name] = np.where(same[:, None, None], 0.5, above)
     return Reading(tuple(places), logits[..., 0] - logits[..., 1], readable, wins)
 
 
 def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.ndarray:
-    """Per prompt the row number of another one whose e2 and e3 are none of this one's right answers, nor its e2.
+    """Per prompt the row number of another one whose e2 and e3 are none of its right answers, nor
+    its e2.
 
-    relations: "same" draws among the prompts with the same relations where there is one, else of the same pair, else
-    among all; "any" draws among all. The draw goes by a hash of both prompts' facts, so that a prompt more or less
-    leaves the donors of the others what they are.
+    relations: "same" draws among the prompts with the same relations where there is one, else of
+    the same pair, else among all; "any" draws among all. The draw goes by a hash of both prompts'
+    facts, so that a prompt more or less leaves the donors of the others what they are.
 
     Raises ValueError when there is none, or for another value of `relations`.
     """
     if relations not in ("same", "any"):
         raise ValueError(f'Unknown relations {relations!r}; choose "same" or "any".')
-    chosen = np.empty(len(frame), dtype=int)
     same = (frame["pair"] + "|" + frame["r1"] + "|" + frame["r2"]).to_numpy()
     pair, e2, e3 = (frame[name].to_numpy() for name in ("pair", "e2", "e3"))
-    fact = same + "|" + frame["e1"].to_numpy()
-    for row, (second, third) in enumerate(
-        zip(frame["e2_aliases"], frame["e3_aliases"], strict=True)
-    ):
-        own = [e2[row], e3[row], *second.split("|"), *third.split("|")]
-        other = ~np.isin(e2, own) & ~np.isin(e3, own)
-        fits = [other & (same == same[row]), other & (pair == pair[row]), other][
-            2 * (relations == "any") :
-        ]
-        fit = np.flatnonzero(next((fit for fit in fits if fit.any()), other))
-        if not len(fit):
+    fact, chosen = same + "|" + frame["e1"].to_numpy(), np.empty(len(frame), dtype=int)
+    for row, aliases in enumerate(frame["e2_aliases"] + "|" + frame["e3_aliases"]):
+        answers = [e2[row], e3[row], *aliases.split("|")]
+        other = ~np.isin(e2, answers) & ~np.isin(e3, answers)
+        if not other.any():
             raise ValueError(
-                f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: ask more facts."
+                f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: "
+                "ask more facts."
             )
+        fits = [other]
+        if relations == "same":
+            fits = [other & (same == same[row]), other & (pair == pair[row]), other]
+        fit = np.flatnonzero(next(fit for fit in fits if fit.any()))
         chosen[row] = min(fit, key=lambda place: place_of(f"{seed}|{fact[row]}|{fact[place]}"))
     return chosen
 
@@ -112,34 +109,30 @@ def contrast(
 ) -> dict[str, np.ndarray]:
     """Right against wrong cases within strata (pairs of relations), at every point of [n, ...].
 
-    Prompts of one cluster (bridge entity) and stratum are not independent, so they are averaged and count as one, with
-    the share of them that is right.
+    Prompts of one cluster (bridge entity) and stratum are not independent, so they are averaged and
+    count as one, with the share of them that is right.
 
-    difference: right less wrong, from a regression on that share with one intercept per stratum. p: permutation test
-    (shares exchanged within strata), corrected for all points at once by the largest |difference / its permutation
-    spread|. Raises ValueError when no stratum has both right and wrong cases.
+    Returns difference: right less wrong, from a regression on that share with one intercept per
+    stratum; p: permutation test (shares exchanged within strata), corrected for all points at once
+    by the largest |difference / its permutation spread|. Raises ValueError when no stratum has both
+    right and wrong cases.
     """
     shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
-    keys = pd.DataFrame({"stratum": np.asarray(strata), "cluster": np.asarray(clusters)})
-    units = (
-        pd.DataFrame(flat)
-        .assign(right=np.asarray(right, dtype=float))
-        .groupby([keys["stratum"], keys["cluster"]])
-        .mean()
-    )
+    frame = pd.DataFrame(flat).assign(right=np.asarray(right, dtype=float))
+    units = frame.groupby([np.asarray(strata), np.asarray(clusters)]).mean()
     stratum = units.index.codes[0]
     share, flat = units.pop("right").to_numpy(), units.to_numpy()
-    own = share - (np.bincount(stratum, weights=share) / np.bincount(stratum))[stratum]
-    total = (own**2).sum()
+    centred = share - (np.bincount(stratum, weights=share) / np.bincount(stratum))[stratum]
+    total = (centred**2).sum()
     if total < 1e-12:
         raise ValueError("No pair of relations has both right and wrong cases: ask more facts.")
-    draw, null = np.random.default_rng(seed), []
-    order = np.argsort(stratum, kind="stable")
+    draw, order, null = np.random.default_rng(seed), np.argsort(stratum, kind="stable"), []
     for _ in range(permutations):
-        shuffled = np.empty_like(own)
-        shuffled[order] = own[order][np.lexsort((draw.random(len(own)), stratum[order]))]
+        shuffled = np.empty_like(centred)
+        exchanged = np.lexsort((draw.random(len(centred)), stratum[order]))
+        shuffled[order] = centred[order][exchanged]
         null.append(shuffled @ flat / total)
-    null, difference = np.array(null), own @ flat / total
+    null, difference = np.array(null), centred @ flat / total
     spread = np.maximum(null.std(0), 1e-12)
     largest = np.abs(null / spread).max(1)
     p = (1 + (largest[:, None] >= np.abs(difference / spread)).sum(0)) / (permutations + 1)
