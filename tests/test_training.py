@@ -647,13 +647,9 @@ def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, tmp_path
 
 def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, tmp_path, monkeypatch):
     frame = one_digit_composite().assign(prompt="one plus two is", answer=" 3", group="text 7")
+    frame["split"] = ["train", "validation", "test"] * 2187
     monkeypatch.setitem(DATASETS, "SVAMP", replace(DATASETS["SVAMP"], load=lambda: frame))
     run, store = replace(tiny_run, dataset="SVAMP"), Store(tmp_path, shipped=None)
-    for user in ("questions.datasets", "runs.as_asked"):
-        monkeypatch.setattr(
-            f"companion.{user}.split",
-            lambda frame, fold: frame.assign(split=["train", "validation", "test"] * 2187),
-        )
     train_and_test(run, store)
     not_loaded = replace(DATASETS["SVAMP"], load=lambda: pytest.fail("loaded"))
     monkeypatch.setitem(DATASETS, "SVAMP", not_loaded)
