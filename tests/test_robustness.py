@@ -1,8 +1,6 @@
 """Odd input and files that somebody made to do harm: nothing wrong is used."""
 
-import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
