@@ -1,6 +1,5 @@
 """Two-hop facts, their prompts, the census, and the statistics of notebook 02."""
 
-
 import numpy as np
 import pandas as pd
 import pytest

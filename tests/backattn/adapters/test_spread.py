@@ -1,7 +1,6 @@
-"""Models that one place cannot hold."""
+"""Adapters on models that one place cannot hold."""
 
 import pandas as pd
-import pytest
 import torch
 
 from backattn import (
@@ -11,15 +10,11 @@ from backattn import (
     load_model,
 )
 from backattn.adapters.arms import make_arm
-from backattn.models.tiny import TINY
 from backattn.training import loop
 from backattn.training.batches import numbers
 from backattn.training.loop import Recipe
 
 PROMPT = "Mozart 's mother 's father is"
-
-
-# ---------------------------------------------------------------- layers in several places
 
 
 def test_back_attention_on_a_spread_model_is_the_same(spread, tmp_path):
@@ -58,23 +53,3 @@ def test_an_arm_is_trained_on_a_spread_model(spread):
     curve = loop.train(wrapped, items, Recipe(8, 0.01, batch_size=2), items, keep_first_passes=1.0)
     wrapped.unload()
     assert curve["loss"].iloc[-1] < curve["loss"].iloc[0]
-
-
-def test_logit_flow_refuses_a_spread_model(spread):
-    with pytest.raises(ValueError, match="load it whole"):
-        logit_flow(*spread, [PROMPT], ["Anna"])
-
-
-def test_a_model_that_fits_is_whole(folder):
-    model, _ = load_model(str(folder))
-    assert in_one_place(model)
-    auto, _ = load_model(str(folder), device="auto")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), auto.state_dict().values(), strict=True)
-    )
-
-
-def test_weights_are_counted_without_them():
-    model, _ = load_model("tiny-llama")
-    assert weight_bytes(model.config, torch.float32) == 4 * model.num_parameters()
