@@ -1,11 +1,13 @@
-"""What `companion.runs.estimate` says before training against what the training then takes, in the same run.
+"""What `companion.runs.estimate` says before training against what the training then takes, in the
+same run.
 
     .venv/bin/python benchmarks/estimate.py
 
-Some of notebook 03's final runs on SmolLM2 are made anew, in a folder that is thrown away: back attention, which keeps
-its first passes, and LoRA on all layers, on two-hop questions, and residual LoRA on sums, which are answered in several
-tokens. The memory measured is the most that the process took (Linux), Python and torch included. Exits with 1 when time
-or memory is off by more than a factor of GOAL.
+Some of notebook 03's final runs on SmolLM2 are made anew, in a folder that is thrown away: back
+attention, which keeps its first passes, and LoRA on all layers, on two-hop questions, and residual
+LoRA on sums, which are answered in several tokens. The memory measured is the most that the process
+took (Linux), Python and torch included. Exits with 1 when time or memory is off by more than a
+factor of GOAL.
 """
 
 import resource

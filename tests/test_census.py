@@ -98,7 +98,8 @@ def test_wilson_is_the_textbooks():
 
 
 def test_the_filter_asks_step_by_step(llama, monkeypatch):
-    """With a stand-in that knows some answers: every step asks only what the one before let through."""
+    """With a stand-in that knows some answers: every step asks only what the one before let
+    through."""
     frame = candidates(llama[1], two_hop_prompts(FACTS)).assign(collides=False)
     knows = {
         "first": [True, True, True, False],
@@ -147,7 +148,8 @@ def test_contrast_finds_a_difference_within_strata_and_none_between():
 
 
 def test_contrast_is_not_fooled_by_copies_of_one_bridge_entity():
-    """Ten prompts about each of four entities, all of an entity alike: four points, which can show nothing at 5 %."""
+    """Ten prompts about each of four entities, all of an entity alike: four points, which can show
+    nothing at 5 %."""
     clusters = np.repeat(np.arange(4), 10)
     right = clusters < 2
     values = right[:, None] + np.random.default_rng(0).normal(size=4)[clusters][:, None] / 100

@@ -197,7 +197,8 @@ def test_other_relation_uses_each_pair_both_ways():
 
 
 def test_the_entity_cannot_tell_in_the_bare_form(tiny):
-    """Causality: the entity stands first, so its states do not depend on the relation, and balance makes zero."""
+    """Causality: the entity stands first, so its states do not depend on the relation, and balance
+    makes zero."""
     model, tokenizer = tiny
     facts = single_hop(the_facts(), shots=0, per_relation=6)
     rows = other_relation(facts.assign(answer_id=[3 + i for i in range(len(facts))]))
@@ -216,7 +217,8 @@ def test_the_entity_cannot_tell_in_the_bare_form(tiny):
 
 
 def contest_table(entity, relation, last):
-    """A contest of 31 states in which a position's interval is above zero from the given layer on (None: never)."""
+    """A contest of 31 states in which a position's interval is above zero from the given layer on
+    (None: never)."""
     rows = []
     for position, since in (("entity", entity), ("relation", relation), ("last", last)):
         for layer in range(31):
