@@ -10,7 +10,7 @@ import yaml
 
 from companion import paths
 
-PACKAGES = {"backattn", "companion", "conftest"}  # our own
+PACKAGES = {"backattn", "companion"}  # our own
 PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel
 AUTHORS_ONLY = {"reasoning_gym"}  # data/build_legs.py says how to get it
 IMPORTED_AS = {"pyyaml": "yaml"}
@@ -39,8 +39,8 @@ def imported():
                     names |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     names.add(node.module.split(".")[0])
-    scripts = {file.stem for file in paths.DATA.glob("*.py")}  # that import each other
-    return names - PACKAGES - scripts - set(sys.stdlib_module_names)
+    siblings = [*paths.DATA.glob("*.py"), *(paths.ROOT / "tests").rglob("*.py")]  # of each other
+    return names - PACKAGES - {file.stem for file in siblings} - set(sys.stdlib_module_names)
 
 
 def test_conda_installs_python_and_pip_only(text):
