@@ -232,7 +232,7 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
     readers = [since["relation"], since["last"]]
     both = None not in readers
     starts = ", ".join(
-        f"{p} {'never' if l is None else f'from state {l}'}" for p, l in since.items()
+        f"{p} {'never' if state is None else f'from state {state}'}" for p, state in since.items()
     )
     sizes = ", ".join(f"{p} {with_interval(r, 'mean', '+.1f', '.1f')}" for p, r in final.items())
     ours = (

@@ -87,7 +87,7 @@ def grid_keys(frame: pd.DataFrame, seed: int = 0) -> list[str]:
 
 
 def repaired(grid: Grid, answers: Sequence[frozenset]) -> dict[str, np.ndarray]:
-    """Whether the model says e3 after a patch: patch -> [n, targets, sources]; answers: e3's ids."""
+    """Whether the model says e3 after each patch: [n, targets, sources]; answers: e3's ids."""
     right = [
         np.isin(x, list(ids)) for x, ids in zip(grid.said.swapaxes(0, 1), answers, strict=True)
     ]
@@ -247,7 +247,7 @@ def merge_grids(
     both = [key for key in fresh.keys if shipped and key in shipped.keys]
     if not both:
         return merged, {"prompts": 0, "said": float("nan"), "log_prob": float("nan")}
-    new, old = ((grid, [grid.keys.index(key) for key in both]) for grid in (fresh, shipped) if grid)
+    new, old = ((grid, [grid.keys.index(key) for key in both]) for grid in (fresh, shipped))
     defined = fresh.said[0, 0] >= 0
 
     def pairs(name: str) -> list[np.ndarray]:
