@@ -87,7 +87,8 @@ def main() -> int:
         ]
     table = pd.DataFrame(rows, columns=["patched at", "figure", "value", "goal", "met"])
     print(
-        f"{len(drawn)} prompts, {options.pairs} of the pairs each, {torch.get_num_threads()} thread(s)\n"
+        f"{len(drawn)} prompts, {options.pairs} of the pairs each, "
+        f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1

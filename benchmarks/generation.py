@@ -121,7 +121,8 @@ def main() -> int:
     ]
     table = pd.DataFrame(rows, columns=["figure", "value", "goal", "met"])
     print(
-        f"batch of {options.batch} with padding, prompt of {options.prompt}, {options.tokens} new tokens, "
+        f"batch of {options.batch} with padding, prompt of {options.prompt}, "
+        f"{options.tokens} new tokens, "
         f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))

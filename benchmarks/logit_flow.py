@@ -196,7 +196,8 @@ def main() -> int:
         for goal, met in zip(table["goal"], table["met"], strict=True)
     ]
     print(
-        f"{neurons:,.0f} neurons per prompt, batch of {chosen.prompts}, {chosen.threads} thread(s)\n"
+        f"{neurons:,.0f} neurons per prompt, batch of {chosen.prompts}, "
+        f"{chosen.threads} thread(s)\n"
     )
     print(table.to_markdown(index=False, disable_numparse=True))
     return 0 if all(row[-1] for row in rows) else 1

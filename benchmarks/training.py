@@ -126,7 +126,8 @@ def main() -> int:
         columns=["figure", "value", "goal", "met"],
     )
     print(
-        f"batch of {options.batch}, {batch.input_ids.shape[1]} tokens each, {torch.get_num_threads()} thread(s)\n"
+        f"batch of {options.batch}, {batch.input_ids.shape[1]} tokens each, "
+        f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1

@@ -225,8 +225,8 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
     ours = (
         f"operations over the plain model's, by source layer: computed {computed}; without the "
         f"unembedding: prompt {ranges(twice, 'first_layers')}, new token "
-        f"{ranges(twice, 'each_layers')}; with it: prompt {ranges(twice, 'first_ratio')}, new token "
-        f"{ranges(twice, 'each_ratio')}, new token in one pass {ranges(once, 'each_ratio')}, which "
-        f"changes accuracy by {lost}"
+        f"{ranges(twice, 'each_layers')}; with it: prompt {ranges(twice, 'first_ratio')}, new "
+        f"token {ranges(twice, 'each_ratio')}, new token in one pass {ranges(once, 'each_ratio')}, "
+        f"which changes accuracy by {lost}"
     )
     return claim("Q3", ours, passed)
