@@ -10,7 +10,7 @@ suitable() {
 import importlib.util as find, pathlib, sys
 spec = find.find_spec("backattn")
 here = spec and pathlib.Path(spec.origin).resolve().parents[2] == pathlib.Path.cwd().resolve()
-needed = all(find.find_spec(name) for name in ("torch", "transformers", "nbclient", "papermill", "nbval", "gguf", "accelerate", "pytest", "ruff", "tabulate", "psutil", "statsmodels", "ipywidgets", "jupyter_book"))
+needed = all(find.find_spec(name) for name in ("torch", "transformers", "papermill", "nbval", "gguf", "accelerate", "pytest", "ruff", "tabulate", "psutil", "statsmodels", "ipywidgets", "jupyter_book", "yaml"))
 sys.exit(not (here and needed))
 PY
 }

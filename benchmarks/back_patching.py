@@ -1,9 +1,10 @@
-"""Back-patching over all layer pairs: one staircase per prompt against one forward pass per pair, in the same run.
+"""Back-patching over all layer pairs: one staircase per prompt against one forward pass per pair,
+in the same run.
 
     .venv/bin/python benchmarks/back_patching.py [--model smollm2] [--prompts 4] [--pairs 60]
 
-The staircase runs every (source above target) pair; the plain way runs a random sample of the pairs and is scaled up.
-Exits with 1 when a goal is missed.
+The staircase runs every (source above target) pair; the plain way runs a random sample of the pairs
+and is scaled up. Exits with 1 when a goal is missed.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def main() -> int:
                 same &= plain[fast.said[index, t, s]].item() > plain.max().item() - GOAL_ERROR
         error = float(np.max(errors))  # NaN if any is
         plain_seconds = (time.perf_counter() - begin) / drawn.size * len(target)
-        # The plain way captures the source state anew for every pair; a fair one would keep it: leave half its passes.
+        # The plain way captures the source state anew for every pair; a fair one would keep it:
+        # leave half its passes.
         plain_seconds /= 2
         rows += [
             (name, "pairs per prompt", len(target), "", ""),
@@ -85,7 +87,8 @@ def main() -> int:
         ]
     table = pd.DataFrame(rows, columns=["patched at", "figure", "value", "goal", "met"])
     print(
-        f"{len(drawn)} prompts, {options.pairs} of the pairs each, {torch.get_num_threads()} thread(s)\n"
+        f"{len(drawn)} prompts, {options.pairs} of the pairs each, "
+        f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1

@@ -1,11 +1,13 @@
-"""What `backattn.estimates` says before training against what the training then takes, in the same run.
+"""What `companion.runs.estimate` says before training against what the training then takes, in the
+same run.
 
     .venv/bin/python benchmarks/estimate.py
 
-Some of notebook 03's final runs on SmolLM2 are made anew, in a folder that is thrown away: back attention, which keeps
-its first passes, and LoRA on all layers, on two-hop questions, and residual LoRA on sums, which are answered in several
-tokens. The memory measured is the most that the process took (Linux), Python and torch included. Exits with 1 when time
-or memory is off by more than a factor of GOAL.
+Some of notebook 03's final runs on SmolLM2 are made anew, in a folder that is thrown away: back
+attention, which keeps its first passes, and LoRA on all layers, on two-hop questions, and residual
+LoRA on sums, which are answered in several tokens. The memory measured is the most that the process
+took (Linux), Python and torch included. Exits with 1 when time or memory is off by more than a
+factor of GOAL.
 """
 
 import resource
@@ -18,7 +20,7 @@ import pandas as pd
 from backattn import runtime
 from companion.runs.estimate import estimate
 from companion.runs.perform import train_and_test
-from companion.runs.plans import main_runs
+from companion.runs.plans import found, main_runs
 from companion.runs.store import Store
 
 GOAL = 2.0
@@ -29,11 +31,12 @@ def main() -> int:
     runtime.use_threads()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        final = main_runs(store)[1]
+        plan = main_runs()
+        final = found(plan, store)
         runs = [run for run in final if (run.dataset, run.arm) in CHOSEN and run.seed == 0]
         for run in runs:
             del store.shipped[run.key]
-        said = estimate("smollm2", store)
+        said = estimate(plan, store)
         print(said, flush=True)
         rows = []
         for run in runs:

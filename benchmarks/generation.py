@@ -1,9 +1,12 @@
-"""What a new token costs with back attention: cached, against the plain model and against full recomputation.
+"""What a new token costs with back attention: cached, against the plain model and against full
+recomputation.
 
-    .venv/bin/python benchmarks/generation.py [--model smollm2] [--batch 2] [--prompt 64] [--tokens 32]
+    .venv/bin/python benchmarks/generation.py [--model smollm2] [--batch 2] [--prompt 64] [--tokens
+    32]
 
-One run; the three ways alternate, and each step's time is the median over steps. The logits of cached generation are
-compared with full recomputation at every step, in a batch with padding. Exits with 1 when a goal is missed.
+One run; the three ways alternate, and each step's time is the median over steps. The logits of
+cached generation are compared with full recomputation at every step, in a batch with padding. Exits
+with 1 when a goal is missed.
 """
 
 import argparse
@@ -118,7 +121,8 @@ def main() -> int:
     ]
     table = pd.DataFrame(rows, columns=["figure", "value", "goal", "met"])
     print(
-        f"batch of {options.batch} with padding, prompt of {options.prompt}, {options.tokens} new tokens, "
+        f"batch of {options.batch} with padding, prompt of {options.prompt}, "
+        f"{options.tokens} new tokens, "
         f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))

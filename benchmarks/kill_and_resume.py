@@ -1,10 +1,11 @@
-"""Reliability: `./run_all.sh` killed at random moments, again and again, ends where an undisturbed run ends.
+"""Reliability: `./run_all.sh` killed at random moments, again and again, ends where an undisturbed
+run ends.
 
     python benchmarks/kill_and_resume.py --kills 20 --only 00,03
 
-Two runs of the smoke profile into folders of their own: one is left alone, the other is killed (SIGKILL, with all its
-processes) so many times before it may end. Then every table and every figure's numbers are compared cell by cell, but
-for measured times.
+Two runs of the smoke profile into folders of their own: one is left alone, the other is killed
+(SIGKILL, with all its processes) so many times before it may end. Then every table and every
+figure's numbers are compared cell by cell, but for measured times.
 """
 
 import argparse

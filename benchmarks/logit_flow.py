@@ -1,13 +1,15 @@
 """Speed and accuracy of logit flow against a plain reference, in one run on SmolLM2.
 
     .venv/bin/python benchmarks/logit_flow.py            # about ten minutes on one thread
-    .venv/bin/python benchmarks/logit_flow.py --quick    # a sample of the reference only, about three
+    .venv/bin/python benchmarks/logit_flow.py --quick    # a sample of the reference only, about
+    three
 
-The reference scores each neuron with a softmax of its own over the whole vocabulary, 64 neurons to a matrix
-product. It is run over every neuron of one prompt and over a random sample of the neurons of the others; its time per
-prompt is its time per neuron times the number of neurons. In fp32 the reference itself is off by up to 1e-5 nats, so
-where it disagrees by more than half the goal it is taken again in float64, untimed. Ratios are within this run;
-absolute times depend on the machine. Exit status 1 when a goal is missed.
+The reference scores each neuron with a softmax of its own over the whole vocabulary, 64 neurons to
+a matrix product. It is run over every neuron of one prompt and over a random sample of the neurons
+of the others; its time per prompt is its time per neuron times the number of neurons. In fp32 the
+reference itself is off by up to 1e-5 nats, so where it disagrees by more than half the goal it is
+taken again in float64, untimed. Ratios are within this run; absolute times depend on the machine.
+Exit status 1 when a goal is missed.
 """
 
 import argparse
@@ -194,7 +196,8 @@ def main() -> int:
         for goal, met in zip(table["goal"], table["met"], strict=True)
     ]
     print(
-        f"{neurons:,.0f} neurons per prompt, batch of {chosen.prompts}, {chosen.threads} thread(s)\n"
+        f"{neurons:,.0f} neurons per prompt, batch of {chosen.prompts}, "
+        f"{chosen.threads} thread(s)\n"
     )
     print(table.to_markdown(index=False, disable_numparse=True))
     return 0 if all(row[-1] for row in rows) else 1

@@ -1,11 +1,12 @@
-"""What a training step costs: ours against two plain passes, and against a step of peft's LoRA, in the same run.
+"""What a training step costs: ours against two plain passes, and against a step of peft's LoRA, in
+the same run.
 
     .venv/bin/python benchmarks/training.py [--model smollm2] [--steps 10] [--batch 32]
 
-Ours keeps the first pass's states, begins the second pass at the source layer, and takes logits only where answers
-are. The plain way runs the first pass each time and takes all logits, twice. LoRA acts on queries and values of all
-layers, with the nearest number of weights. The three alternate step by step; figures are medians. Exits with 1 when a
-goal is missed.
+Ours keeps the first pass's states, begins the second pass at the source layer, and takes logits
+only where answers are. The plain way runs the first pass each time and takes all logits, twice.
+LoRA acts on queries and values of all layers, with the nearest number of weights. The three
+alternate step by step; figures are medians. Exits with 1 when a goal is missed.
 """
 
 import argparse
@@ -30,7 +31,8 @@ GOAL_PLAIN, GOAL_LORA, GOAL_ERROR = 1.6, 1.0, 1e-3
 
 
 def plain_two_passes(wrapped, batch):
-    """Logits of two full passes, the way one would first write it: run, attend, run again from the embedding."""
+    """Logits of two full passes, the way one would first write it: run, attend, run again from the
+    embedding."""
     arguments = dict(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -124,7 +126,8 @@ def main() -> int:
         columns=["figure", "value", "goal", "met"],
     )
     print(
-        f"batch of {options.batch}, {batch.input_ids.shape[1]} tokens each, {torch.get_num_threads()} thread(s)\n"
+        f"batch of {options.batch}, {batch.input_ids.shape[1]} tokens each, "
+        f"{torch.get_num_threads()} thread(s)\n"
     )
     print(table.assign(value=table["value"].map(lambda x: f"{x:.3g}")).to_markdown(index=False))
     return 0 if all(met in ("", True) for met in table["met"]) else 1

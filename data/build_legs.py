@@ -1,4 +1,5 @@
-"""Make data/legs.csv with reasoning-gym 0.1.25 (Apache-2.0), which is not among this project's dependencies:
+"""Make data/legs.csv with reasoning-gym 0.1.25 (Apache-2.0), which is not among this project's
+dependencies:
 
 pip install reasoning-gym==0.1.25 && python data/build_legs.py
 """

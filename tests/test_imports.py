@@ -1,4 +1,5 @@
-"""The house: imports run one way, a study imports no other study, and backattn knows nothing of this paper."""
+"""The house: imports run one way, a study imports no other study, and backattn knows nothing of
+this paper."""
 
 import ast
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 
 LIB = Path(__file__).resolve().parents[1] / "lib"
-# Each room may import what is written at or before its own place; top-level files of a package lie below its rooms.
+# Each room may import what is written at or before its own place; top-level files of a package lie
+# below its rooms.
 FLOORS = [
     {"backattn"},
     {"backattn.models"},

@@ -1,21 +1,12 @@
-"""Odd input, killed processes and files that somebody made to do harm: nothing wrong is used, and nothing is lost."""
+"""Odd input and files that somebody made to do harm: nothing wrong is used."""
 
-import contextlib
-import io
-import json
 import pickle
-import struct
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
+from harm import Harm, harmful_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +19,6 @@ from backattn import (
 )
 from backattn.adapters.arms import make_arm
 from backattn.adapters.saving import AdapterError
-from backattn.models.checkpoint import ModelLoadError
-from backattn.models.families import UnsupportedModelError
-from backattn.models.packaged import EMBEDDED, _verify
 from backattn.models.tokens import encode
 from backattn.training.batches import numbers
 from backattn.training.loop import Recipe, train
@@ -125,16 +113,6 @@ def test_a_text_longer_than_the_context_is_refused(llama):
 # ---------------------------------------------------------------- files made to do harm
 
 
-class Harm:
-    """A pickle of it writes a file when it is read."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
     """As torch writes it, and as a bare pickle."""
     model, tokenizer = load_model("tiny-llama")
@@ -151,34 +129,6 @@ def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):
     wrapped.unload()
 
 
-def harmful_tensors(proof: Path) -> list[bytes]:
-    """Files that call themselves safetensors: a pickle, headers that lie about their length, offsets beyond the end or
-    over one another, sizes that overflow, JSON that is none, and JSON of great depth."""
-
-    def file(header: bytes, body: bytes = b"\0" * 16, length: int | None = None) -> bytes:
-        return struct.pack("<Q", len(header) if length is None else length) + header + body
-
-    def entry(shape, offsets) -> bytes:
-        return json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
-
-    two = {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"}
-    saved = io.BytesIO()
-    torch.save({"w": Harm(proof)}, saved)
-    return [
-        saved.getvalue(),
-        pickle.dumps(Harm(proof)),
-        file(entry([4], [0, 16]), length=2**62),
-        file(entry([4], [0, 2**40])),
-        file(entry([2**40, 2**40], [0, 16])),
-        file(entry([-1], [0, 16])),
-        file(json.dumps(two).encode()),
-        file(b'{"w": ' * 3000),
-        file(b"not json at all"),
-        b"",
-        b"\xff" * 7,
-    ]
-
-
 def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
     model, _ = load_model("tiny-llama")
     proof = tmp_path / "harm"
@@ -188,133 +138,3 @@ def test_adapters_made_to_do_harm_are_refused(llama, wrapped, tmp_path):
         with pytest.raises(AdapterError):
             BackAttentionModel.from_pretrained(model, tmp_path / "adapter")
     assert not proof.exists()
-
-
-def test_models_made_to_do_harm_are_refused(llama, tmp_path):
-    model, tokenizer = llama
-    proof = tmp_path / "harm"
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for content in harmful_tensors(proof):
-        (tmp_path / "model" / "model.safetensors").write_bytes(content)
-        with pytest.raises(ModelLoadError):
-            load_model(str(tmp_path / "model"))
-    assert not proof.exists()
-
-
-def test_a_model_that_brings_code_is_refused(llama, tmp_path):
-    model, tokenizer = llama
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    proof = tmp_path / "harm"
-    (tmp_path / "modeling_own.py").write_text(
-        f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n"
-    )
-    about = json.loads((tmp_path / "config.json").read_text())
-    about |= {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises((ModelLoadError, UnsupportedModelError)):
-        load_model(str(tmp_path))
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "longer"])
-def test_a_model_file_that_is_not_the_verified_one_is_refused(tmp_path, damage):
-    spec = EMBEDDED["smollm2"]
-    content = {"cut": b"GGUF", "changed": b"GGUF" + b"\xff" * 60, "longer": b"GGUF" * 4096}[damage]
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(ModelLoadError, match="sha256"):
-        _verify(tmp_path / "model.gguf", spec.sha256, "the file")
-
-
-# ---------------------------------------------------------------- killed at random, two at once
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from backattn import cli, paths
-place = Path(sys.argv[1])
-paths.NOTEBOOKS, paths.BUILD = place / "notebooks", place / "build"
-cli.notebooks = lambda: sorted((place / "notebooks").glob("*.ipynb"))
-cli.PROFILES["smoke"] = {}
-sys.exit(cli.run(cli.parser().parse_args(["--profile", "smoke"])))
-"""
-CELLS = [
-    "n = 3",
-    "import pathlib, time, numpy as np\nfrom backattn.runtime import atomic_file",
-    "folder = pathlib.Path(FOLDER)\nfolder.mkdir(parents=True, exist_ok=True)\ntime.sleep(0.4)",
-    "for k in range(n):\n    with atomic_file(folder / f'NAME_{k}.csv') as file:\n"
-    "        file.write_text(str(np.random.default_rng(k).random(50_000).tolist()))\n    time.sleep(0.2)",
-]
-
-
-@pytest.fixture
-def runner(tmp_path):
-    """Starts the runner in a process of its own, on two small notebooks below a folder."""
-
-    def make(name: str) -> subprocess.Popen:
-        place = tmp_path / name
-        for stem in ("01_first", "02_second"):
-            path = place / "notebooks" / f"{stem}.ipynb"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                notebook = nbformat.v4.new_notebook()
-                own = [
-                    c.replace("FOLDER", repr(str(place / "build/smoke"))).replace("NAME", stem)
-                    for c in CELLS
-                ]
-                notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in own]
-                notebook.cells[0].metadata["tags"] = ["parameters"]
-                nbformat.write(notebook, path)
-        (tmp_path / "runner.py").write_text(KILLED)
-        command = [sys.executable, str(tmp_path / "runner.py"), str(place)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    return make
-
-
-def products(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((place / "build/smoke").glob("0*.csv"))}
-
-
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(runner, tmp_path):
-    """Three times here; benchmarks/kill_and_resume.py does it twenty times with the real notebooks."""
-    begin = time.monotonic()
-    whole = runner("whole")
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
-    took, draw = time.monotonic() - begin, np.random.default_rng(0)
-    for _ in range(3):
-        process = runner("killed")
-        time.sleep(float(draw.uniform(0.3, 1.0)) * took)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by itself
-            for one in [
-                *psutil.Process(process.pid).children(recursive=True),
-                psutil.Process(process.pid),
-            ]:
-                one.kill()  # the kernel, too
-        process.wait(timeout=60)
-        for path in products(tmp_path / "killed").values():
-            assert path.endswith(b"]")  # never half a file
-    process = runner("killed")
-    assert process.wait(timeout=300) == 0, process.stdout.read()
-    assert (
-        products(tmp_path / "killed") == products(tmp_path / "whole")
-        and len(products(tmp_path / "whole")) == 6
-    )
-
-
-def test_two_runs_at_once_make_everything_once(runner, tmp_path):
-    first, second = runner("both"), runner("both")
-    said = [process.communicate(timeout=300)[0] for process in (first, second)]
-    assert first.returncode == second.returncode == 0, said
-    waited = [text for text in said if "waiting for it" in text]
-    assert len(waited) == 1 and waited[0].count("skipped") == 2  # it found all done

@@ -1,11 +1,11 @@
-"""Companion library to "Back Attention: Understanding and Enhancing Multi-Hop Reasoning in Large Language Models"."""
+"""Companion library to "Back Attention" (multi-hop reasoning in large language models)."""
 
-from . import runtime as runtime  # first: it quiets a warning that transformers' import would cause
-from .adapters.back_attention import BackAttentionModel, get_back_attention_model
-from .adapters.config import BackAttentionConfig
-from .analysis.flow_back import flow_back
-from .analysis.logit_flow import logit_flow
-from .models.load import load_model
+from backattn import runtime as runtime  # first: it quiets a warning of transformers' import
+from backattn.adapters.back_attention import BackAttentionModel, get_back_attention_model
+from backattn.adapters.config import BackAttentionConfig
+from backattn.analysis.flow_back import flow_back
+from backattn.analysis.logit_flow import logit_flow
+from backattn.models.load import load_model
 
 __all__ = [
     "BackAttentionConfig",

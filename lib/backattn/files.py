@@ -11,72 +11,83 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+_FULL = "the disk is full or your quota is used up: free some space"
+_CLOSED = "the folder is not writable: change its permissions"
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EROFS: "the file system is read-only",
+}
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Make the parent of `path`; say plainly that the disk is full or the place not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in _ADVICE:
+            raise
+        raise OSError(
+            error.errno,
+            f"Cannot write {path}: {_ADVICE[error.errno]}, or set BACKATTN_OUTPUT to another "
+            "folder. Nothing half-written is left.",
+        ) from error
+
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty staging folder that becomes `folder` on success and vanishes on failure.
 
     Raises OSError with a plain message when the disk is full or the place is not writable.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with atomic_folder(Path(place) / "results") as staging:
+        ...         _ = (staging / "one.csv").write_text("a,b")
+        ...     os.listdir(place)
+        ['results']
     """
-    staging = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(folder):
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        yield staging
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
-    except OSError as error:
-        raise _disk_error(error, folder) from error
-    finally:
-        if staging is not None:
+        try:
+            yield staging
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` on success and vanishes on failure."""
+    """Yield a path beside `path` that replaces it on success and vanishes on failure.
+
+    Raises OSError as `atomic_folder` does, where there is an example too.
+    """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _disk_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _disk_errors(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def one_process(path: Path) -> Iterator[None]:
-    """Hold the right to write `path` while the block runs; another process that asks for it waits, and says so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the right to write `path`; another process that asks for it waits, and says so."""
+    with _disk_errors(path):
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             lock.acquire(timeout=1)
         except Timeout:
             print(f"Another process writes {path}; waiting for it.", file=sys.stderr)
             lock.acquire()
-    except OSError as error:
-        raise _disk_error(error, path) from error
     try:
         yield
     finally:
         lock.release()
-
-
-def _disk_error(error: OSError, path: Path) -> OSError:
-    advice = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EDQUOT: "your disk quota is used up: free some space",
-        errno.EACCES: "the folder is not writable: change its permissions",
-        errno.EPERM: "the folder is not writable: change its permissions",
-        errno.EROFS: "the file system is read-only",
-    }.get(error.errno)
-    if advice is None:
-        return error
-    return OSError(
-        error.errno,
-        f"Cannot write {path}: {advice}, or set BACKATTN_OUTPUT to another folder. Nothing half-written is left.",
-    )

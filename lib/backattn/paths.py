@@ -1,4 +1,4 @@
-"""Where the library writes: below `OUTPUT`, the repository unless BACKATTN_OUTPUT names another folder."""
+"""Where the library writes: below `OUTPUT`, which is BACKATTN_OUTPUT or the repository."""
 
 import os
 from pathlib import Path

@@ -15,13 +15,8 @@ from backattn import runtime
 from companion import paths
 from companion.report import figures, tables
 
-LIGHT = (
-    "accelerate",
-    "gguf",
-    "joblib",
-    "peft",
-    "tabulate",
-)  # small packages that a hosted notebook may lack; nothing heavy is ever installed
+# Small packages that a hosted notebook may lack; nothing heavy is ever installed.
+LIGHT = ("accelerate", "gguf", "joblib", "peft", "tabulate")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,10 @@ class Notebook:
 
 
 def setup(name: str) -> Notebook:
-    """Prepare a notebook: small missing packages, one thread, house style, quiet warnings of others. Safe to repeat."""
+    """Prepare a notebook: small missing packages, one thread, house style, no foreign warnings.
+
+    Safe to repeat. The profile, whose folder the notebook writes to, is in BACKATTN_PROFILE.
+    """
     missing = [package for package in LIGHT if importlib.util.find_spec(package) is None]
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)

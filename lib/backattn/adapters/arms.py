@@ -1,9 +1,12 @@
-"""The arms that back attention must beat: what else could the same data and the same number of weights do?
+"""The arms that back attention must beat: what else could the same data and weights do?
 
-Each arm acts at one place, the input of the source layer, as back attention does, but for LoRA on queries and values,
-which is peft's. All start as the identity. A loop that hands the final state back whole would not: a pretrained model's
-low layers cannot read it.
+Each arm acts at one place, the input of the source layer, as back attention does, but for LoRA on
+queries and values, which is peft's. All start as the identity. A loop that hands the final state
+back whole would not: a pretrained model's low layers cannot read it.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,58 +16,59 @@ from backattn.adapters.modules import Bias, LoopLoRA, ResidualLoRA
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.decoder import describe
 
-ARMS = {
-    "back attention": "reads the states of the source layer and all above it, at this and earlier positions",
-    "same layer": "the same module, reading only the source layer's own states: no second pass",
-    "residual LoRA": "a low-rank map of the source layer's own state at the same position: no second pass",
-    "loop LoRA": "a low-rank map of the final state at the same position, added at the source layer; layers run again",
-    "LoRA q,v": "peft's LoRA on the queries and values of all layers: no second pass",
-    "bias": "one trained vector, added at the source layer",
-}
+Layers = int | tuple[int, ...]
+RATES = (2.5e-4, 1e-3, 4e-3)
 
 
-def make_arm(
-    name: str,
-    model: nn.Module,
-    source_layer: int | tuple[int, ...],
-    dim: int,
-    memory_layers: tuple[int, ...] | None = None,
-) -> nn.Module:
-    """Put an arm on a frozen model, untrained, with about as many weights as back attention of width `dim` has.
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer: what is put on the model, how it is tuned, and how it is drawn.
 
-    Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on queries and values, one
-    vector for the bias. source_layer: several for back attention and residual LoRA only, a module at each.
-    memory_layers: see `BackAttentionConfig`, of back attention only.
-
-    Returns the wrapped model. Raises ValueError for an unknown arm, and for layers that an arm cannot have.
+    make: of (model, source_layer, dim, memory_layers), see `make_arm`; None for an untrained arm.
+    rates: learning rates to try first. colour: of seaborn's palette "colorblind", grey for an
+    untrained arm. two_passes: layers from the source layer on run twice. trains: gradients go
+    through the layers "above" the source layer, or through "all". several_sources: it may have
+    several source layers, a module at each. chooses_memory: it takes memory_layers.
     """
-    if name not in ARMS:
-        raise ValueError(f"Unknown arm {name!r}; choose one of {', '.join(ARMS)}.")
-    if not isinstance(source_layer, int) and name not in ("back attention", "residual LoRA"):
-        raise ValueError(f"{name!r} goes to one source layer, not to {source_layer}.")
-    if memory_layers is not None and name != "back attention":
-        raise ValueError(f"{name!r} reads no memory that could be chosen; leave memory_layers out.")
-    if name in ("back attention", "same layer"):
-        memory = (source_layer,) if name == "same layer" else memory_layers
-        return get_back_attention_model(
-            model, BackAttentionConfig(source_layer, dim, memory_layers=memory)
-        )
-    if name == "LoRA q,v":
-        return _lora(model, dim)
+
+    name: str
+    about: str
+    make: Callable[[nn.Module, Layers, int, tuple[int, ...] | None], nn.Module] | None
+    colour: str
+    marker: str
+    rates: tuple[float, ...] = RATES
+    two_passes: bool = False
+    trains: str = "above"
+    several_sources: bool = False
+    chooses_memory: bool = False
+
+
+def _back_attention(model, source_layer, dim, memory_layers):
+    config = BackAttentionConfig(source_layer, dim, memory_layers=memory_layers)
+    return get_back_attention_model(model, config)
+
+
+def _same_layer(model, source_layer, dim, _):
+    return _back_attention(model, source_layer, dim, (source_layer,))
+
+
+def _residual_lora(model, source_layer, dim, _):
+    width, layers = describe(model).width, source_layer
+    layers = (layers,) if isinstance(layers, int) else layers
+    return TwoPassModel(model, {layer: ResidualLoRA(width, 2 * dim) for layer in layers}, memory=())
+
+
+def _loop_lora(model, source_layer, dim, _):
     arch = describe(model)
-    if name == "bias":
-        return TwoPassModel(model, {source_layer: Bias(arch.width)}, memory=())
-    if name == "residual LoRA":
-        layers = [source_layer] if isinstance(source_layer, int) else source_layer
-        return TwoPassModel(
-            model, {layer: ResidualLoRA(arch.width, 2 * dim) for layer in layers}, memory=()
-        )
-    return TwoPassModel(
-        model, {source_layer: LoopLoRA(arch.width, 2 * dim)}, memory=(len(arch.blocks),)
-    )
+    update = LoopLoRA(arch.width, 2 * dim)
+    return TwoPassModel(model, {source_layer: update}, memory=(len(arch.blocks),))
 
 
-def _lora(model: nn.Module, dim: int) -> nn.Module:
+def _bias(model, source_layer, *_):
+    return TwoPassModel(model, {source_layer: Bias(describe(model).width)}, memory=())
+
+
+def _lora(model, _, dim, __):
     from peft import LoraConfig, get_peft_model
 
     names = ("q_proj", "v_proj")
@@ -79,3 +83,81 @@ def _lora(model: nn.Module, dim: int) -> nn.Module:
         r=rank, lora_alpha=2 * rank, target_modules=list(names), task_type="CAUSAL_LM"
     )
     return get_peft_model(model, settings, autocast_adapter_dtype=True)
+
+
+_ARMS = (
+    Arm(
+        "back attention",
+        "reads the states of the source layer and all above it, at this and earlier positions",
+        *(_back_attention, "#d55e00", "o"),
+        two_passes=True,
+        several_sources=True,
+        chooses_memory=True,
+    ),
+    Arm(
+        "same layer",
+        "the same module, reading only the source layer's own states: no second pass",
+        *(_same_layer, "#de8f05", "s"),
+    ),
+    Arm(
+        "residual LoRA",
+        "a low-rank map of the source layer's own state at the same position: no second pass",
+        *(_residual_lora, "#0173b2", "D"),
+        several_sources=True,
+    ),
+    Arm(
+        "loop LoRA",
+        "a low-rank map of the final state at the same position, added at the source layer; "
+        "layers run again",
+        *(_loop_lora, "#cc78bc", "^"),
+        two_passes=True,
+    ),
+    Arm(
+        "LoRA q,v",
+        "peft's LoRA on the queries and values of all layers: no second pass",
+        *(_lora, "#029e73", "v"),
+        trains="all",
+    ),
+    Arm(
+        "bias",
+        "one trained vector, added at the source layer",
+        *(_bias, "#ca9161", "d"),
+        rates=(4e-3, 1.6e-2, 6.4e-2),
+    ),
+)
+ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
+UNTRAINED: dict[str, Arm] = {
+    "zero-shot": Arm("zero-shot", "the model as it is", None, "#bfbfbf", "x", rates=()),
+    "few-shot": Arm("few-shot", "with worked examples first", None, "#808080", "P", rates=()),
+}
+
+
+def make_arm(
+    name: str,
+    model: nn.Module,
+    source_layer: Layers,
+    dim: int,
+    memory_layers: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """Put an arm on a frozen model, untrained, with as many weights as back attention of `dim` has.
+
+    Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on
+    queries and values, one vector for the bias. source_layer: several for back attention and
+    residual LoRA only. memory_layers: see `BackAttentionConfig`, of back attention only.
+
+    Returns the wrapped model. Raises ValueError for an unknown arm, and for layers that an arm
+    cannot have.
+
+    Example:
+        >>> from backattn import load_model
+        >>> make_arm("bias", load_model("tiny-llama")[0], source_layer=1, dim=8).trainable()[0]
+        32
+    """
+    if name not in ARMS:
+        raise ValueError(f"Unknown arm {name!r}; choose one of {', '.join(ARMS)}.")
+    arm = ARMS[name]
+    if not (isinstance(source_layer, int) or arm.several_sources):
+        raise ValueError(f"{name!r} goes to one source layer, not to {source_layer}.")
+    if not (memory_layers is None or arm.chooses_memory):
+        raise ValueError(f"{name!r} reads no memory that could be chosen; leave memory_layers out.")
+    return arm.make(model, source_layer, dim, memory_layers)

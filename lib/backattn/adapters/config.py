@@ -1,6 +1,7 @@
 """Where back attention sits and how large it is."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -8,13 +9,21 @@ class BackAttentionConfig:
     """Where back attention sits and how large it is.
 
     source_layer: layer whose input gets the update; several layers each get a module of their own.
-    dim: d′, the width of queries, keys and values over all heads; a module has 4 · width · dim weights.
-    memory_layers: states that are read (t: the state entering layer t, L: the one before the final norm); None reads
-        the lowest source layer's and all above it.
+    dim: d′, the width of queries, keys and values over all heads; a module has 4 · width · dim
+        weights.
+    memory_layers: states that are read (t: the state entering layer t, L: the one before the final
+        norm); None reads the lowest source layer's and all above it.
     norm: RMS norm without weights in front of the projections.
-    softmax: "joint" over (layer, position) pairs, or "per-layer" over positions, then the mean over layers.
+    softmax: "joint" over (layer, position) pairs, or "per-layer" over positions, then the mean over
+        layers.
 
     Raises ValueError for a size or an option that makes no sense.
+
+    Example:
+        >>> BackAttentionConfig(source_layer=(2, 1), dim=8).memory(layers=4)
+        (1, 2, 3, 4)
+        >>> BackAttentionConfig(source_layer=1, dim=8, memory_layers=(4, 3)).memory(layers=4)
+        (3, 4)
     """
 
     source_layer: int | tuple[int, ...]
@@ -25,13 +34,13 @@ class BackAttentionConfig:
     softmax: str = "joint"
 
     def __post_init__(self):
-        layers = (
-            [self.source_layer]
-            if not isinstance(self.source_layer, tuple | list)
-            else self.source_layer
-        )
-        for name, value in (("source_layer", layers), ("memory_layers", self.memory_layers or ())):
-            if not all(isinstance(layer, int) for layer in value):
+        one = not isinstance(self.source_layer, tuple | list)
+        sources = [self.source_layer] if one else self.source_layer
+        for name, layers in (
+            ("source_layer", sources),
+            ("memory_layers", self.memory_layers or ()),
+        ):
+            if not all(isinstance(layer, int) for layer in layers):
                 raise ValueError(
                     f"{name} must be an integer or several, not {getattr(self, name)!r}."
                 )
@@ -51,24 +60,40 @@ class BackAttentionConfig:
         return tuple(sorted(layers))
 
     def memory(self, layers: int) -> tuple[int, ...]:
-        """The memory layers of a model with `layers` layers; raises ValueError for a layer that it does not have."""
-        sources = self.sources
-        if (
-            not sources
-            or len(set(sources)) < len(sources)
-            or not 0 <= sources[0] <= sources[-1] < layers
-        ):
+        """The memory layers of a model with `layers` layers, lowest first.
+
+        Raises ValueError for source or memory layers that it does not have.
+        """
+        sources, chosen = self.sources, self.memory_layers
+        if not _each_once(sources, layers - 1):
             raise ValueError(
                 f"source_layer {self.source_layer} must name layers of 0 … {layers - 1}, each once."
             )
-        chosen = self.memory_layers
         chosen = tuple(range(sources[0], layers + 1)) if chosen is None else tuple(sorted(chosen))
-        if (
-            not chosen
-            or len(set(chosen)) < len(chosen)
-            or not 0 <= chosen[0] <= chosen[-1] <= layers
-        ):
+        if not _each_once(chosen, layers):
             raise ValueError(
                 f"memory_layers {self.memory_layers} must name states of 0 … {layers}, each once."
             )
         return chosen
+
+    def to_dict(self) -> dict:
+        """The options by name, as `from_dict` takes them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: dict) -> "BackAttentionConfig":
+        """The config of `to_dict`, also after JSON made lists of tuples; other entries are ignored.
+
+        Example:
+            >>> BackAttentionConfig.from_dict({"source_layer": [0, 2], "task": "any"}).sources
+            (0, 2)
+        """
+        options = {
+            field.name: options[field.name] for field in fields(cls) if field.name in options
+        }
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def _each_once(layers: Sequence[int], last: int) -> bool:
+    """Whether sorted layers are some of 0 … last, without repetition."""
+    return bool(layers) and len(set(layers)) == len(layers) and 0 <= layers[0] <= layers[-1] <= last

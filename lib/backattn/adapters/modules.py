@@ -10,12 +10,51 @@ from backattn.adapters.config import BackAttentionConfig
 
 
 def normed(x: Tensor) -> Tensor:
-    """x over its root mean square, in fp32: [..., D]."""
+    """x over its root mean square, in fp32: [..., D].
+
+    Example:
+        >>> normed(torch.tensor([3.0, -3.0])).round(decimals=3)
+        tensor([ 1., -1.])
+    """
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
 
 
-class BackAttention(nn.Module):
-    """The module of one source layer. W_o starts at zero, so that an untrained module changes nothing, to the bit."""
+class Update(nn.Module):
+    """What is added to h [B, T, D] at a source layer, in parts that each adapter has its own of.
+
+    query: of h. remember, where memory is read: keys and values [B, K, S, d] of its states
+    [M, B, S, D]. mix: of query, keys, values and visible [B, T, S], the positions that a query may
+    read. write: the mixture as a vector of the residual stream.
+    """
+
+    def query(self, h: Tensor) -> Tensor:
+        return h
+
+    def mix(self, query: Tensor, keys, values, visible) -> Tensor:
+        return query
+
+    def write(self, mixed: Tensor) -> Tensor:
+        return mixed
+
+    def forward(self, h: Tensor, keys, values, visible) -> Tensor:
+        return self.write(self.mix(self.query(h), keys, values, visible))
+
+
+class BackAttention(Update):
+    """Attention of h over the memory: softmax(N(h) W_q · N(memory) W_k / √d) N(memory) W_v W_o.
+
+    W_o starts at zero, so that an untrained module changes nothing, to the bit. Its update is fp32.
+
+    Example:
+        >>> update = BackAttention(32, BackAttentionConfig(source_layer=1, dim=8))
+        >>> h, memory = torch.randn(1, 5, 32), torch.randn(3, 1, 5, 32)  # three memory layers
+        >>> keys, values = update.remember(memory)
+        >>> visible = torch.ones(1, 5, 5, dtype=torch.bool).tril()
+        >>> update(h, keys, values, visible).abs().max().item()
+        0.0
+        >>> update.weights(h, keys, visible).sum((-2, -1)).round(decimals=4).unique().tolist()
+        [1.0]
+    """
 
     def __init__(self, width: int, config: BackAttentionConfig):
         super().__init__()
@@ -26,61 +65,60 @@ class BackAttention(nn.Module):
         self.o_proj = nn.Linear(config.dim, width, bias=False)
         nn.init.zeros_(self.o_proj.weight)
 
-    def _read(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor) -> Tensor:
         return normed(x) if self.config.norm else x.float()
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1))
 
+    def query(self, h: Tensor) -> Tensor:
+        """N(h) W_q: [B, H, T, d]."""
+        return self._by_heads(self.q_proj(self._normed(h))).transpose(1, 2)
+
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of memory states [M, B, S, D]: [B, H·M, S, d] each, the layout of a cache."""
-        memory = self._read(memory)
+        """N(memory) W_k and N(memory) W_v of memory states [M, B, S, D]: [B, H·M, S, d] each."""
+        memory = self._normed(memory)
+        return tuple(
+            self._by_heads(project(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)
+            for project in (self.k_proj, self.v_proj)
+        )
 
-        def project(linear: nn.Linear) -> Tensor:
-            return (
-                self._heads(linear(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)
-            )  # [B, H·M, S, d]
-
-        return project(self.k_proj), project(self.v_proj)
-
-    def _query(self, h: Tensor) -> Tensor:
-        return self._heads(self.q_proj(self._read(h))).transpose(1, 2)  # [B, H, T, d]
-
-    def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """The update of h [B, T, D] from keys and values of `remember` and visible [B, T, S]: [B, T, D], fp32.
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """softmax(query · keys / √d) values: [B, T, H·d].
 
         visible may also be [B, T, M, S], of single cells; a query that sees none gets zero.
         """
-        query, heads = self._query(h), self.config.heads
-        layers, seen = keys.shape[1] // heads, visible[:, None]  # [B, 1, T, S]
+        heads = self.config.heads
+        by_layer, layers = (heads, -1), keys.shape[1] // heads
         if visible.dim() == 4:
-            weights, values = self.weights(h, keys, visible), values.unflatten(1, (heads, layers))
-            mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values)
-            return self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        if self.config.softmax == "joint":
-            keys, values = (
-                x.unflatten(1, (heads, layers)).flatten(2, 3) for x in (keys, values)
-            )  # [B, H, M·S, d]
-            mixed = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=seen.repeat(1, 1, 1, layers)
-            )
+            weights = self._weights(query, keys, visible)
+            mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values.unflatten(1, by_layer))
+        elif self.config.softmax == "joint":
+            keys, values = (x.unflatten(1, by_layer).flatten(2, 3) for x in (keys, values))
+            seen = visible[:, None].repeat(1, 1, 1, layers)  # [B, 1, T, M·S]
+            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
         else:
             query = query.repeat_interleave(layers, dim=1)  # [B, H·M, T, d]
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
-            mixed = mixed.unflatten(1, (heads, layers)).mean(2)
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+            mixed = F.scaled_dot_product_attention(query, keys, values, visible[:, None])
+            mixed = mixed.unflatten(1, by_layer).mean(2)
+        return mixed.transpose(1, 2).flatten(-2)
+
+    def write(self, mixed: Tensor) -> Tensor:
+        return self.o_proj(mixed)
 
     def weights(self, h: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
 
-        They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is visible counts zero).
+        They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is
+        visible counts zero).
         """
-        heads = self.config.heads
-        keys = keys.unflatten(1, (heads, keys.shape[1] // heads))  # [B, H, M, S, d]
-        scores = torch.einsum("bhtd,bhmsd->bhtms", self._query(h), keys) / math.sqrt(keys.shape[-1])
-        seen = (
-            visible[:, None] if visible.dim() == 4 else visible[:, None, :, None]
-        )  # [B, 1, T, M or 1, S]
+        return self._weights(self.query(h), keys, visible)
+
+    def _weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+        keys = keys.unflatten(1, (self.config.heads, -1))  # [B, H, M, S, d]
+        scores = torch.einsum("bhtd,bhmsd->bhtms", query, keys) / math.sqrt(keys.shape[-1])
+        visible = visible if visible.dim() == 4 else visible[:, :, None]
+        seen = visible[:, None]  # [B, 1, T, M or 1, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
             weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
@@ -88,7 +126,7 @@ class BackAttention(nn.Module):
         return scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0) / scores.shape[-2]
 
 
-class ResidualLoRA(nn.Module):
+class ResidualLoRA(Update):
     """h + N(h) A B, with A: [D, r], B: [r, D] and N an RMS norm without weights."""
 
     def __init__(self, width: int, rank: int):
@@ -97,26 +135,32 @@ class ResidualLoRA(nn.Module):
         self.up = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(
-        self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None
-    ) -> Tensor:
-        return self.up(self.down(normed(h)))
+    def query(self, h: Tensor) -> Tensor:
+        return self.down(normed(h))
+
+    def write(self, mixed: Tensor) -> Tensor:
+        return self.up(mixed)
 
 
 class LoopLoRA(ResidualLoRA):
-    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns, whose second begins with h_s and a
-    low-rank image of what the first ended with, position by position."""
+    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns.
+
+    The second turn begins with h_s and a low-rank image of what the first ended with, position by
+    position.
+    """
+
+    query = Update.query
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes back of the final states [1, B, S, D]: [B, 1, S, r], as keys and as values."""
+        """The images of the final states [1, B, S, D], as keys and as values: [B, 1, S, r]."""
         low = self.down(normed(memory[0]))[:, None]
         return low, low
 
-    def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
-        return self.up(values[:, 0, -h.shape[1] :])
+    def mix(self, query: Tensor, keys, values: Tensor, visible) -> Tensor:
+        return values[:, 0, -query.shape[1] :]
 
 
-class Return(nn.Module):
+class Return(Update):
     """h + g N(h_L), with g one number: the final state itself comes back, position by position."""
 
     def __init__(self):
@@ -124,22 +168,22 @@ class Return(nn.Module):
         self.gain = nn.Parameter(torch.zeros(1))
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes back of the final states [1, B, S, D]: [B, 1, S, D], as keys and as values."""
+        """The final states [1, B, S, D], normed, as keys and as values: [B, 1, S, D]."""
         whole = normed(memory[0])[:, None]
         return whole, whole
 
-    def forward(self, h: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
-        return self.gain * values[:, 0, -h.shape[1] :]
+    mix = LoopLoRA.mix
+
+    def write(self, mixed: Tensor) -> Tensor:
+        return self.gain * mixed
 
 
-class Bias(nn.Module):
+class Bias(Update):
     """h + b."""
 
     def __init__(self, width: int):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(
-        self, h: Tensor, keys: Tensor | None, values: Tensor | None, visible: Tensor | None
-    ) -> Tensor:
-        return self.bias + torch.zeros_like(h, dtype=self.bias.dtype)
+    def write(self, mixed: Tensor) -> Tensor:
+        return self.bias + torch.zeros_like(mixed, dtype=self.bias.dtype)

@@ -1,10 +1,16 @@
-"""Interventions on the forward pass: mean ablation, attention knock-out, back-patching.
+"""Knock-outs: what the answer loses without some components, or without some positions in view.
 
-A component knocked out by mean ablation keeps the model's shape but loses what is specific to the prompt: its
-contribution is replaced by the mean over other prompts at the same kind of position. An attention knock-out hides
-positions from the last one. Back-patching puts a high layer's state into a lower layer and runs on from there.
+Mean ablation keeps the model's shape and removes what is specific to the prompt: a component's
+contribution is replaced by its mean over other prompts at the same kind of position.
+
+1. `group_means`: the mean FFN output and attention value per layer and position group.
+2. `CachedPrompts`: what stands before the first changed position is computed once.
+3. `KnockoutProbe.log_probs`: the rest runs with the means in place, for each set of `Knockout`s.
+
+`blocked_log_probs` is the attention knock-out (Geva et al. 2023): it hides positions from the last.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -24,10 +30,10 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Knockout:
-    """What to knock out: `kind` at `groups` in `layers`.
+    """What to knock out: `kind` at the position groups `groups` in `layers`.
 
-    kind: "ffn" replaces what the FFN adds at those positions; "attention" replaces the values that later positions
-    read there (an attention neuron is "at" its source position).
+    kind: "ffn" replaces what the FFN adds at those positions; "attention" replaces the values that
+    later positions read there (an attention neuron is "at" its source position).
     """
 
     kind: str
@@ -37,10 +43,7 @@ class Knockout:
 
 @dataclass
 class Means:
-    """Mean FFN contribution and mean value per layer and position group.
-
-    ffn: group -> [L, D]; attention: group -> [L, G, d].
-    """
+    """Mean FFN contribution and mean value per layer: group -> [L, D], group -> [L, G, d]."""
 
     ffn: dict[str, Tensor]
     attention: dict[str, Tensor]
@@ -59,11 +62,17 @@ def group_means(
 ) -> Means:
     """Means over the positions of each group in `prompts`.
 
-    groups: one array of labels per prompt, one label per token (see `tasks.position_groups`).
+    groups: one array of labels per prompt, one label per token.
+
+    Example:
+        >>> from backattn import load_model
+        >>> model, tokenizer = load_model("tiny-llama")
+        >>> labels = ["a"] * len(tokenizer("France is")["input_ids"])
+        >>> group_means(model, tokenizer, ["France is"], [labels]).ffn["a"].shape
+        torch.Size([4, 32])
     """
     names = sorted({label for labels in groups for label in labels})
-    totals: dict[tuple[str, str], Tensor | float] = {}
-    counts = dict.fromkeys(names, 0)
+    ffn, attention, counts = defaultdict(float), defaultdict(float), defaultdict(int)
     for start in range(0, len(prompts), batch_size):
         batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
         stream = capture(model, batch)
@@ -71,41 +80,43 @@ def group_means(
         for name in names:
             where = _where(groups[start : start + batch_size], batch, [name])
             counts[name] += int(where.sum())
-            totals["ffn", name] = totals.get(("ffn", name), 0) + stream.ffn[:, where].sum(1)
-            totals["attention", name] = totals.get(("attention", name), 0) + values[:, where].sum(1)
-    return Means(
-        *(
-            {name: totals[kind, name] / counts[name] for name in names}
-            for kind in ("ffn", "attention")
-        )
-    )
+            ffn[name] = ffn[name] + stream.ffn[:, where].sum(1)
+            attention[name] = attention[name] + values[:, where].sum(1)
+    return Means(*({k: total[k] / counts[k] for k in names} for total in (ffn, attention)))
 
 
 class CachedPrompts:
-    """Prompts to ask again and again with something changed inside: what stands before the change is computed once.
+    """Prompts to ask again and again with something changed inside; what stands before is cached.
 
-    batches: (rows, the batch padded on the left, keys and values of it unchanged or None); similar lengths together.
-    Keys and values of all prompts are held: 46 kB a token for SmolLM2.
+    batches: (rows, the batch padded on the left, keys and values of it unchanged or None); similar
+    lengths together. Keys and values of all prompts are held: 46 kB a token for SmolLM2.
     """
 
     def __init__(self, model, tokenizer, prompts: Sequence[str]):
         self.arch = describe(model)
         self.batches: list[tuple[list[int], Batch, Cache | None]] = []
-        order = np.argsort(
-            [len(tokenizer(prompt)["input_ids"]) for prompt in prompts], kind="stable"
-        ).tolist()
+        lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        order = np.argsort(lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            batch = encode(
-                tokenizer, [prompts[row] for row in rows], side="left", device=model.device
-            )
+            batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
             self.batches.append((rows, batch, whole_cache(model, batch)))
 
 
 class KnockoutProbe(CachedPrompts):
     """Prompts with an answer each, to knock something out.
 
-    groups: one array of labels per prompt, one label per token (see `tasks.position_groups`).
+    groups: one array of labels per prompt, one label per token; means: from `group_means`.
+
+    Example:
+        >>> from backattn import load_model
+        >>> model, tokenizer = load_model("tiny-llama")
+        >>> prompts = ["France is", "Rome is"]
+        >>> groups = [["x"] * len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        >>> means = group_means(model, tokenizer, prompts, groups)
+        >>> probe = KnockoutProbe(model, tokenizer, prompts, [5, 5], groups, means)
+        >>> (probe.log_probs() - probe.log_probs([Knockout("ffn", (0, 1), ("x",))])).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -121,82 +132,79 @@ class KnockoutProbe(CachedPrompts):
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
 
     def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
-        """Answer's log-probability at the last position with `knockouts` in force (none: the model's own): [prompts].
+        """The answers' log-probabilities with `knockouts` in force (none: the model's own): [n].
 
         Raises ValueError for an unknown kind.
         """
-        for knockout in knockouts:
-            if knockout.kind not in ("ffn", "attention"):
-                raise ValueError(
-                    f'Cannot knock out {knockout.kind!r}; choose "ffn" or "attention".'
-                )
+        for kind in {knockout.kind for knockout in knockouts} - {"ffn", "attention"}:
+            raise ValueError(f'Cannot knock out {kind!r}; choose "ffn" or "attention".')
         touched = {group for knockout in knockouts if knockout.layers for group in knockout.groups}
         result = torch.empty(len(self.answer_ids))
         for rows, batch, cache in self.batches:
-            labels, same = [self.groups[row] for row in rows], 0
+            labels, start = [self.groups[row] for row in rows], 0
             if cache is not None:  # begin at the first position that is knocked out in some prompt
                 reached = _where(labels, batch, touched).any(0).int()
-                same = int(reached.argmax()) if reached.any() else batch.input_ids.shape[1] - 1
-                cache = cache_prefix(cache, same)
-            edits = []
-            for knockout in knockouts:
-                for group in knockout.groups:
-                    where = _where(labels, batch, [group])[:, same:]
-                    for layer in knockout.layers:
-                        block, mean = (
-                            self.arch.blocks[layer],
-                            getattr(self.means, knockout.kind)[group][layer],
-                        )
-                        if knockout.kind == "ffn":
-                            edits.append((block.ffn_result, "output", _replace(where, mean)))
-                        else:
-                            value = block.get(block.family.value)
-                            edits.append((value, "output", _replace(where, mean, block.value_part)))
+                last = batch.input_ids.shape[1] - 1
+                start = int(reached.argmax()) if reached.any() else last
+                cache = cache_prefix(cache, start)
+            edits = [
+                self._edit(knockout.kind, layer, group, _where(labels, batch, [group])[:, start:])
+                for knockout in knockouts
+                for group in knockout.groups
+                for layer in knockout.layers
+            ]
             with hooks(*edits):
                 log_probs = next_log_probs(self.arch.model, batch, cache=cache)  # [B, V]
             ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
             result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
         return result
 
+    def _edit(self, kind: str, layer: int, group: str, where: Tensor) -> tuple:
+        """The hook that puts a group's mean at some positions [B, T']."""
+        block, mean = self.arch.blocks[layer], getattr(self.means, kind)[group][layer]
+        module = block.ffn_result if kind == "ffn" else block.get(block.family.value)
 
-def _replace(
-    where: Tensor, mean: Tensor, part: Callable[[Tensor], Tensor] = lambda x: x
-) -> Callable:
-    def edit(output: Tensor) -> Tensor:
-        output = output.clone()
-        part(output)[where] = mean.to(output.dtype)  # `part` is a view of the clone
-        return output
+        def replace(output: Tensor) -> Tensor:
+            output = output.clone()
+            part = output if kind == "ffn" else block.value_part(output)  # a view
+            part[where] = mean.to(output.dtype)
+            return output
 
-    return edit
+        return module, "output", replace
 
 
 def blocked_log_probs(
     prompts: CachedPrompts, sources: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> Tensor:
-    """Next-token log-probabilities while the last position cannot attend to some positions in some layers: [n, V].
+    """Next-token log-probabilities while the last position cannot attend to some: [n, V].
 
-    sources: per prompt the positions, counted from its first token, that are hidden from the last one.
+    sources: per prompt the positions, counted from its first token, that are hidden from the last;
+    layers: in which.
+
+    Example:
+        >>> from backattn import load_model
+        >>> prompts = CachedPrompts(*load_model("tiny-llama"), ["Rome is"])
+        >>> blocked_log_probs(prompts, [[0]], layers=[2, 3]).exp().sum().round()
+        tensor(1.)
     """
     result: list[Tensor] = [torch.empty(0)] * len(sources)
     for rows, batch, cache in prompts.batches:
         hidden = torch.zeros_like(batch.attention_mask, dtype=torch.bool)  # [B, T]
         for place, row in enumerate(rows):
             hidden[place, [int(batch.start[place]) + int(source) for source in sources[row]]] = True
-        handles = [
-            prompts.arch.blocks[layer].attention.register_forward_pre_hook(
-                _hide(batch, hidden), with_kwargs=True
-            )
-            for layer in layers
-        ]
         if cache is not None:  # only the last position changes
             cache = cache_prefix(cache, batch.input_ids.shape[1] - 1)
+        hide, handles = _hide(batch, hidden), []
         try:
+            for layer in layers:
+                attention = prompts.arch.blocks[layer].attention
+                handles.append(attention.register_forward_pre_hook(hide, with_kwargs=True))
             log_probs = next_log_probs(prompts.arch.model, batch, cache=cache).cpu()
         finally:
             for handle in handles:
                 handle.remove()
-        for row, own in zip(rows, log_probs, strict=True):
-            result[row] = own
+        for row, found in zip(rows, log_probs, strict=True):
+            result[row] = found
     return torch.stack(result)
 
 
@@ -209,14 +217,10 @@ def _hide(batch: Batch, hidden: Tensor) -> Callable:
             queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
             time = batch.input_ids.shape[1]
             causal = torch.ones(time, time, dtype=torch.bool, device=hidden.device).tril()
-            mask = (causal & batch.attention_mask.bool()[:, None]).unsqueeze(1)[
-                :, :, -queries:
-            ]  # [B, 1, queries, T]
+            mask = (batch.attention_mask.bool()[:, None, None] & causal)[:, :, -queries:]
         mask = mask.expand(len(hidden), -1, -1, -1).clone()
-        last = mask[:, :, -1]
-        mask[:, :, -1] = last.masked_fill(
-            hidden[:, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        )
+        never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask[:, :, -1] = mask[:, :, -1].masked_fill(hidden[:, None], never)
         return args, {**kwargs, "attention_mask": mask}
 
     return hook

@@ -1,490 +1,216 @@
-"""Scores of the neurons of one batch."""
+"""Importances of single neurons (equation 3 of `logit_flow`) without a forward pass for each.
 
-import math
+A neuron adds c·v to its sub-layer's base b: a coefficient times an output vector. With s the final
+norm's scale at b and s' that at b + c·v (the same where it is frozen), the uncapped logits
+z = W_U (γ ⊙ s·b) become
+
+(5) z' = (s'/s) z + c s' d,  with the neuron's direction d = W_U (γ ⊙ v).
+
+One matrix product gives the directions of many neurons, for all prompts and source positions. Then
+
+"exact"   takes the softmax of z' for every neuron or, where the scale is frozen and logits are not
+          capped, the moments of d under the base distribution: no softmax, and a certified error;
+"screen"  takes the softmax of z' for the neurons that are largest to first order,
+
+(6) c v · ∇_b log p(w | b).
+"""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from backattn.models.activations import Stream, head_contributions
-from backattn.models.decoder import Block, Linear
+from backattn.analysis.components import Reading, rows
+from backattn.models.activations import Stream
 from backattn.models.lens import Lens
-from backattn.models.tokens import Batch
 from backattn.runtime import progress
 
-KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
+CHUNK = 256  # neurons whose directions over the vocabulary are in memory at once
 
-CHUNK = 256  # neurons whose vocabulary directions are in memory at once
+SOFTMAXES = 64  # taken at once
 
-CERTIFIED = 1e-6  # largest certified error (nats) of the moment expansion; above it the softmax itself is taken
-
-
-def _token_texts(tokenizer, batch: Batch, index: int) -> list[str]:
-    return [
-        tokenizer.decode([i])
-        for i in batch.input_ids[index][batch.attention_mask[index].bool()].tolist()
-    ]
+CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it the softmax is taken
 
 
 @dataclass
-class _Rows:
-    """Columns of a frame for one batch; arrays are broadcast against `increase`."""
-
-    prompt: np.ndarray
-    layer: np.ndarray
-    kind: np.ndarray  # index into KINDS
-    head: np.ndarray  # -1: none
-    neuron: np.ndarray
-    position: np.ndarray
-    before: np.ndarray
-    increase: np.ndarray
-
-
-def _rows(prompt, layer, kind: str, head, neuron, position, before, increase: Tensor) -> _Rows:
-    def column(x):
-        array = x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-        return np.broadcast_to(array, tuple(increase.shape)).reshape(-1)
-
-    return _Rows(
-        column(prompt).astype(np.int32),
-        column(layer).astype(np.int16),
-        column(KINDS.index(kind)).astype(np.int8),
-        column(head).astype(np.int16),
-        column(neuron).astype(np.int32),
-        column(position).astype(np.int32),
-        column(before).astype(np.float64),
-        column(increase).astype(np.float64),
-    )
-
-
-def _frame(rows: list[_Rows], tokens: list[list[str]], first_prompt: int) -> pd.DataFrame:
-    joined = {
-        name: np.concatenate([getattr(r, name) for r in rows])
-        for name in _Rows.__dataclass_fields__
-    }
-    order = np.lexsort(
-        [joined[k] for k in ("position", "neuron", "head", "kind", "layer", "prompt")]
-    )
-    # Layer rows come in the order of the sum, which sorting by (layer, kind) keeps.
-    joined = {name: values[order] for name, values in joined.items()}
-    table = sorted({text for row in tokens for text in row})
-    code = {text: index for index, text in enumerate(table)}
-    offsets = np.cumsum([0, *map(len, tokens[:-1])])
-    flat = np.array([code[text] for row in tokens for text in row])
-    return pd.DataFrame(
-        {
-            "prompt": joined["prompt"] + first_prompt,
-            "layer": joined["layer"],
-            "kind": pd.Categorical.from_codes(joined["kind"], KINDS),
-            "head": pd.arrays.IntegerArray(joined["head"], joined["head"] < 0),
-            "neuron": pd.arrays.IntegerArray(joined["neuron"], joined["neuron"] < 0),
-            "position": joined["position"],
-            "token": pd.Categorical.from_codes(
-                flat[offsets[joined["prompt"]] + joined["position"]], table
-            ),
-            "log_prob_before": joined["before"],
-            "log_prob_after": joined["before"] + joined["increase"],
-            "increase": joined["increase"],
-        }
-    )
-
-
-def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    if len(frames) == 1:
-        return frames[0]
-    joint = pd.api.types.union_categoricals(
-        [frame["token"] for frame in frames], sort_categories=True
-    )
-    whole = pd.concat([frame.drop(columns="token") for frame in frames], ignore_index=True)
-    whole.insert(6, "token", joint)
-    return whole
-
-
-class _Reader:
-    """Scores the components of one batch. B prompts, L layers, D width, V vocabulary."""
-
-    def __init__(self, stream: Stream, answer: Tensor, norm: str):
-        self.stream, self.answer, self.norm = stream, answer, norm
-        self.lens, self.batch = Lens(stream.arch), stream.batch
-        at_last = self.batch.at_last
-        self.count = len(answer)
-        self.lengths = self.batch.lengths.tolist()
-        self.starts = self.batch.start.tolist()
-        self.end = np.array(self.lengths) - 1  # position of the last token in each unpadded prompt
-        self.hidden = torch.stack([at_last(h) for h in stream.hidden])  # [L+1, B, D]
-        self.attention = torch.stack([at_last(a) for a in stream.attention])  # [L, B, D]
-        self.ffn = torch.stack([at_last(f) for f in stream.ffn])
-        self.middle = self.hidden[:-1] + self.attention
-        self.frozen = self.lens.scale(self.hidden[-1])  # [B, 1]
-
-    # -- reading states
-
-    def scale(self, state: Tensor) -> Tensor:
-        """The lens' scale for states [..., B, D]."""
-        return self.frozen if self.norm == "final" else self.lens.scale(state)
-
-    def log_prob(self, state: Tensor) -> Tensor:
-        """Answer's log-probability in states [B, D] -> [B]."""
-        logs = self.lens.log_probs(state, self.scale(state))
-        return logs.gather(1, self.answer[:, None])[:, 0]
-
-    # -- layers
-
-    def layer_rows(self) -> list[_Rows]:
-        rows = []
-        rounding = self.stream.arch.model.dtype != torch.float32
-        empty = self.lens.cap(self.lens.offset).log_softmax(-1)[
-            self.answer
-        ]  # the lens on an empty state
-        before = empty.double()
-
-        def step(layer: int, kind: str, state: Tensor) -> None:
-            nonlocal before
-            after = self.log_prob(state).double()
-            rows.append(
-                _rows(range(self.count), layer, kind, -1, -1, self.end, before, after - before)
-            )
-            before = after
-
-        # A running sum, not the captured states: a contribution that is wrong in any layer spoils the end.
-        state = self.hidden[0]
-        step(0, "embedding", state)
-        for layer in range(self.stream.layers):
-            state = state + self.attention[layer]
-            step(layer, "attention", state)
-            state = state + self.ffn[layer]
-            step(layer, "ffn", state)
-            if rounding:
-                state = self.hidden[layer + 1]
-                step(layer, "rounding", state)
-        return rows
-
-    # -- heads
-
-    def head_rows(self) -> list[_Rows]:
-        """Each head × source position against the attention base, each FFN as one component."""
-        rows = []
-        for layer in range(self.stream.layers):
-            contributions = head_contributions(self.stream, layer)  # [B, H, T, D]
-            heads = np.arange(contributions.shape[1])[:, None]
-            base = self.hidden[layer]
-            before = self.log_prob(base)
-            for b in range(self.count):
-                real = slice(self.starts[b], self.starts[b] + self.lengths[b])
-                states = base[b] + contributions[b, :, real]  # [H, T, D]
-                scale = self.frozen[b] if self.norm == "final" else None
-                after = torch.cat(
-                    [
-                        self.lens.log_probs(s, scale)[:, self.answer[b]]
-                        for s in states.flatten(0, 1).split(CHUNK)
-                    ]
-                )
-                increase = (after - before[b]).unflatten(0, states.shape[:2])
-                rows.append(
-                    _rows(
-                        b,
-                        layer,
-                        "attention",
-                        heads,
-                        -1,
-                        np.arange(self.lengths[b]),
-                        before[b],
-                        increase,
-                    )
-                )
-            middle = self.log_prob(self.middle[layer])
-            increase = self.log_prob(self.middle[layer] + self.ffn[layer]) - middle
-            rows.append(_rows(range(self.count), layer, "ffn", -1, -1, self.end, middle, increase))
-        return rows
-
-    # -- neurons
-
-    def groups(self) -> Iterator["_Group"]:
-        """The sub-layers as groups of neurons, in the order of the residual sum."""
-        for layer, block in enumerate(self.stream.arch.blocks):
-            alpha = self.batch.at_last(self.stream.weights[layer].transpose(1, 2))  # [B, H, T]
-            coefficient = alpha[..., None] * self.stream.expanded_values(layer).transpose(
-                1, 2
-            )  # [B, H, T, d]
-            coefficient = coefficient.permute(0, 2, 1, 3).flatten(2)  # [B, T, H*d]
-            yield self._group(
-                layer, "attention", block, block.attention_out, coefficient, self.hidden[layer]
-            )
-            coefficient = self.batch.at_last(self.stream.neurons[layer])[:, None]  # [B, 1, F]
-            yield self._group(layer, "ffn", block, block.ffn_out, coefficient, self.middle[layer])
-
-    def _group(
-        self, layer, kind, block: Block, out: Linear, coefficient: Tensor, base: Tensor
-    ) -> "_Group":
-        post = block.norm(f"{kind}_post")
-        post_scale = self.batch.at_last(self.stream.post_scale(kind, layer))  # [B, 1]
-        vectors = post.linear(out.weight.T, out.weight.new_ones(()))  # [n, D]
-        bias = post.linear(out.bias, post_scale) if out.bias.any() else None  # [B, D]
-        return _Group(
-            layer, kind, vectors, coefficient * post_scale[:, None], base, bias, block.head_dim
-        )
-
-    def neuron_rows(self, method: str, top_k: int) -> list[_Rows]:
-        rows = self._exact_rows() if method == "exact" else self._screened_rows(top_k)
-        for group in self.groups():
-            if group.bias is not None:
-                before = self.log_prob(group.base)
-                increase = self.log_prob(group.base + group.bias) - before
-                rows.append(
-                    _rows(
-                        range(self.count),
-                        group.layer,
-                        f"{group.kind}_bias",
-                        -1,
-                        -1,
-                        self.end,
-                        before,
-                        increase,
-                    )
-                )
-        return rows
-
-    def _shift(
-        self, vectors: Tensor, base: Tensor, b: int, coefficient: Tensor
-    ) -> tuple[Tensor | float, Tensor]:
-        """Factors (p, q): the logits of base + coefficient · vector are p · base logits + q · direction.
-
-        vectors: [k, D]; base: [D] or [k, D]; coefficient: [k] -> p: [k, 1] or 1, q: [k, 1].
-        """
-        if self.norm == "final":
-            return 1.0, (coefficient * self.frozen[b])[:, None]
-        norm = self.lens.norm
-        centred, vectors = norm.centre(base), norm.centre(vectors)
-        mixed = 2 * coefficient * (vectors * centred).mean(-1) + coefficient**2 * vectors.pow(
-            2
-        ).mean(-1)
-        own = torch.rsqrt(
-            centred.pow(2).mean(-1) + mixed + norm.eps
-        )  # scale at base + coefficient · vector  [k]
-        return (own / norm.scale(base)[..., 0])[:, None], (coefficient * own)[:, None]
-
-    def _softmax_scores(
-        self, b: int, shift: tuple, raw: "Tensor | _Picked", directions: "Tensor | _Picked"
-    ) -> Tensor:
-        """Answer's log-probability after each neuron, by its own softmax over the vocabulary: [k].
-
-        shift: see `_shift`; raw: [V] or [k, V] uncapped base logits without the offset; directions: [k, V].
-        """
-        p, q = shift
-        scores = torch.empty(len(q), dtype=torch.float64)
-        for part in torch.arange(len(q), device=q.device).split(64):
-            start = (raw if isinstance(raw, Tensor) and raw.dim() == 1 else raw[part]) * (
-                p[part] if isinstance(p, Tensor) else p
-            )
-            logits = self.lens.cap(
-                torch.addcmul(start + self.lens.offset, q[part], directions[part])
-            )  # [64, V]
-            scores[part.cpu()] = (logits[:, self.answer[b]].double() - _logsumexp(logits)).cpu()
-        return scores
-
-    def _base(self, group: "_Group") -> tuple[Tensor, Tensor, Tensor]:
-        """(uncapped base logits without offset [B, V], log partition [B], answer's log-probability [B])."""
-        raw = self.lens.raw_logits(group.base, self.scale(group.base)) - self.lens.offset
-        logits = self.lens.cap(raw + self.lens.offset)
-        partition = _logsumexp(logits)
-        return raw, partition, logits.gather(1, self.answer[:, None])[:, 0].double() - partition
-
-    def _exact_rows(self) -> list[_Rows]:
-        rows = []
-        for group in progress(
-            self.groups(), "exact", total=2 * self.stream.layers, unit="sub-layer"
-        ):
-            raw, partition, before = self._base(group)
-            probabilities = (
-                raw + self.lens.offset - partition.float()[:, None]
-            ).exp()  # [B, V], used uncapped only
-            increase = torch.empty(group.coefficient.shape, dtype=torch.float64)  # [B, T or 1, n]
-            expand = self.norm == "final" and self.lens.softcap is None
-            for which in torch.arange(len(group.vectors), device=raw.device).split(CHUNK):
-                directions = self.lens.directions(group.vectors[which])  # [n, V]
-                coefficient = group.coefficient[..., which]  # [B, T, n]
-                if expand:
-                    scores, doubtful = self._expansion(directions, coefficient, probabilities)
-                else:
-                    scores, doubtful = (
-                        torch.empty(coefficient.shape, dtype=torch.float64),
-                        torch.ones(coefficient.shape, dtype=torch.bool),
-                    )
-                for b in range(self.count):
-                    where = doubtful[b].nonzero(as_tuple=True)  # (position, neuron)
-                    if len(where[0]):
-                        column = where[1].to(raw.device)
-                        shift = self._shift(
-                            group.vectors[which[column]], group.base[b], b, coefficient[b][where]
-                        )
-                        after = self._softmax_scores(b, shift, raw[b], _Picked(directions, column))
-                        scores[b][where] = after - before[b].cpu()
-                increase[..., which.cpu()] = scores
-            rows += self._group_rows(group, increase, before)
-        return rows
-
-    def _expansion(
-        self, directions: Tensor, coefficient: Tensor, probabilities: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Importances from the moments of each direction under the base distribution, and where they are doubtful.
-
-        With X the direction's entry at a random token of the base distribution, Y = X − E X and c the coefficient,
-        log p(answer) rises by c (X_answer − E X) − log E exp(cY). The expectation is expanded to c⁴; since
-        E Y = 0 it is at least 1, so the error is at most |c|⁵ max|Y| E Y⁴ exp(|c| max|Y|) / 120.
-
-        directions: [n, V]; coefficient: [B, T, n]; probabilities: [B, V] -> two [B, T, n].
-        """
-        p = probabilities.T  # [V, B]
-        shifted = directions - (directions @ p).mean(1, keepdim=True)  # keeps the powers small
-        low, high = shifted.amin(1), shifted.amax(1)  # [n]
-        power, raw = shifted.clone(), []
-        for _ in range(4):
-            raw.append((power @ p).T.double())  # [B, n]
-            power *= shifted
-        r1, r2, r3, r4 = raw
-        m2 = (r2 - r1**2).clamp(min=0)
-        m3 = r3 - 3 * r1 * r2 + 2 * r1**3
-        m4 = (r4 - 4 * r1 * r3 + 6 * r1**2 * r2 - 3 * r1**4).clamp(min=0)
-        widest = torch.maximum(high - r1, r1 - low)  # [B, n]
-        c = (coefficient * self.frozen[:, None]).double()  # [B, T, n]
-        m2, m3, m4, widest, r1 = (x[:, None] for x in (m2, m3, m4, widest, r1))
-        expectation = 1 + c**2 * m2 / 2 + c**3 * m3 / 6 + c**4 * m4 / 24
-        bound = c.abs() ** 5 * widest * m4 * (c.abs() * widest).exp() / 120
-        own = shifted.T[self.answer].double()[:, None]  # [B, 1, n]
-        scores = c * (own - r1) - expectation.clamp(min=1e-30).log()
-        return scores.cpu(), ~(bound <= CERTIFIED).cpu()
-
-    def _group_rows(self, group: "_Group", increase: Tensor, before: Tensor) -> list[_Rows]:
-        rows, n = [], len(group.vectors)
-        before = before.cpu()
-        for b in range(self.count):
-            if group.kind == "ffn":
-                rows.append(
-                    _rows(
-                        b,
-                        group.layer,
-                        "ffn",
-                        -1,
-                        np.arange(n),
-                        self.end[b],
-                        before[b],
-                        increase[b, 0],
-                    )
-                )
-                continue
-            real = increase[b, self.starts[b] : self.starts[b] + self.lengths[b]]  # [T, H*d]
-            head, channel = np.divmod(np.arange(n), group.head_dim)
-            position = np.arange(self.lengths[b])[:, None]
-            rows.append(
-                _rows(b, group.layer, "attention", head, channel, position, before[b], real)
-            )
-        return rows
-
-    def _first_order(self, groups: list["_Group"], b: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """First-order importance of every neuron of prompt b: gradient of log p(answer) at the base × contribution.
-
-        Returns (base logits without offset [2L, V], answer's log-probability [2L], per group [T or 1, n]).
-        """
-        with torch.enable_grad():
-            bases = torch.stack([group.base[b] for group in groups]).requires_grad_()  # [2L, D]
-            raw = self.lens.raw_logits(bases, self.frozen[b] if self.norm == "final" else None)
-            score = self.lens.cap(raw).log_softmax(-1)[:, self.answer[b]].sum()
-            (gradients,) = torch.autograd.grad(score, bases)  # [2L, D]
-        estimates = [
-            group.coefficient[b] * (group.vectors @ g)
-            for group, g in zip(groups, gradients, strict=True)
-        ]
-        logits = self.lens.cap(raw.detach())
-        before = logits[:, self.answer[b]].double() - _logsumexp(logits)
-        return raw.detach() - self.lens.offset, before, estimates
-
-    def _screened_rows(self, top_k: int) -> list[_Rows]:
-        groups = list(self.groups())
-        bounds = np.cumsum([0, *(group.coefficient[0].numel() for group in groups)])
-        real = torch.stack(
-            [torch.cat([self._is_real(group, b) for group in groups]) for b in range(self.count)]
-        )
-        rows = []
-        for b in range(self.count):
-            raw, before, estimates = self._first_order(groups, b)
-            flat = torch.cat([e.flatten() for e in estimates]).masked_fill(
-                ~real[b].to(raw.device), -math.inf
-            )
-            chosen = flat.topk(min(top_k, int(real[b].sum()))).indices.sort().values.cpu().numpy()
-            owner = np.searchsorted(bounds, chosen, side="right") - 1  # group of each chosen neuron
-            inside = chosen - bounds[owner]
-            width = np.array([len(group.vectors) for group in groups])[owner]
-            position, which = inside // width, inside % width
-            coefficient = torch.stack(
-                [
-                    groups[g].coefficient[b, t, n]
-                    for g, t, n in zip(owner, position, which, strict=True)
-                ]
-            )
-            vectors = torch.stack(
-                [groups[g].vectors[n] for g, n in zip(owner, which, strict=True)]
-            )  # [k, D]
-            places = torch.from_numpy(owner).to(raw.device)
-            bases = torch.stack([group.base[b] for group in groups])[places]  # [k, D]
-            shift = self._shift(vectors, bases, b, coefficient)
-            after = self._softmax_scores(
-                b, shift, _Picked(raw, places), self.lens.directions(vectors)
-            )
-            increase = after - before[places].cpu()
-            for g in np.unique(owner):
-                group, mine = groups[g], owner == g
-                head, neuron, where = -1, which[mine], self.end[b]
-                if group.kind == "attention":
-                    head, neuron = np.divmod(neuron, group.head_dim)
-                    where = position[mine] - self.starts[b]
-                base = before[g].item()
-                rows.append(
-                    _rows(
-                        b,
-                        group.layer,
-                        group.kind,
-                        head,
-                        neuron,
-                        where,
-                        base,
-                        increase[torch.from_numpy(mine)],
-                    )
-                )
-        return rows
-
-    def _is_real(self, group: "_Group", b: int) -> Tensor:
-        """Which of a group's neurons are no padding, flat: [T * n] or [n]."""
-        n = len(group.vectors)
-        if group.kind == "ffn":
-            return torch.ones(n, dtype=torch.bool)
-        return self.batch.attention_mask[b].bool().cpu().repeat_interleave(n)
-
-
-@dataclass
-class _Group:
+class Sublayer:
     """The neurons of one sub-layer at the last position: contribution = coefficient · vector."""
 
     layer: int
     kind: str
-    vectors: Tensor  # [n, D] output vectors, after the sandwich norm's weight
-    coefficient: Tensor  # [B, T or 1, n] with the sandwich norm's frozen scale
+    vectors: Tensor  # [n, D] output vectors, after the sandwich norm's weight; n = F or H·d
+    coefficient: Tensor  # [B, P, n] with the sandwich norm's frozen scale; P = 1 or T sources
     base: Tensor  # [B, D] residual input of the sub-layer
     bias: Tensor | None  # [B, D]
     head_dim: int
 
 
-@dataclass
-class _Picked:
-    """Rows of `table`, gathered only in the slices that are asked for."""
+def sublayers(stream: Stream) -> Iterator[Sublayer]:
+    """Attention and FFN of every layer, in the order of the residual sum."""
+    at_last = stream.batch.at_last
+    for layer, block in enumerate(stream.arch.blocks):
+        hidden, attention = at_last(stream.hidden[layer]), at_last(stream.attention[layer])
+        alpha = at_last(stream.weights[layer].transpose(1, 2)).transpose(1, 2)  # [B, T, H]
+        channels = (alpha[..., None] * stream.expanded_values(layer)).flatten(2)  # [B, T, H·d]
+        units = at_last(stream.neurons[layer])[:, None]  # [B, 1, F]
+        for kind, out, coefficient, base in (
+            ("attention", block.attention_out, channels, hidden),
+            ("ffn", block.ffn_out, units, hidden + attention),
+        ):
+            post = block.norm(f"{kind}_post")
+            scale = at_last(stream.post_scale(kind, layer))  # [B, 1]
+            vectors = post.linear(out.weight.T, out.weight.new_ones(()))
+            bias = post.linear(out.bias, scale) if out.bias.any() else None
+            coefficient = coefficient * scale[:, None]
+            yield Sublayer(layer, kind, vectors, coefficient, base, bias, block.head_dim)
 
-    table: Tensor
-    rows: Tensor
 
-    def __getitem__(self, part: Tensor) -> Tensor:
-        return self.table[self.rows[part]]
+def exact_rows(reading: Reading) -> list[dict]:
+    """Every neuron."""
+    lens, answer, frozen, found = reading.lens, reading.answer, reading.frozen, []
+    real, total = reading.stream.batch.attention_mask.bool().cpu(), 2 * reading.stream.layers
+    for sub in progress(sublayers(reading.stream), "exact", total=total, unit="sub-layer"):
+        scale = lens.scale(sub.base) if frozen is None else frozen
+        raw = lens.raw_logits(sub.base, scale) - lens.offset  # [B, V]
+        logits = lens.cap(raw + lens.offset)
+        partition = _logsumexp(logits)
+        before = (logits.gather(1, answer[:, None])[:, 0].double() - partition).cpu()
+        base = (logits - partition.float()[:, None]).exp()  # [B, V] the base distribution
+        sources = real if sub.kind == "attention" else torch.ones(len(real), 1, dtype=torch.bool)
+        increase = torch.empty(sub.coefficient.shape, dtype=torch.float64)  # [B, P, n]
+        for which in torch.arange(len(sub.vectors)).split(CHUNK):
+            vectors, c = sub.vectors[which], sub.coefficient[..., which]
+            directions = lens.directions(vectors)  # [chunk, V]
+            certain = torch.zeros(c.shape, dtype=torch.bool)
+            if frozen is not None and lens.softcap is None:
+                scaled = (c * frozen[:, None]).double()
+                increase[..., which], certain = _by_moments(directions, scaled, base, answer)
+            for b in range(len(answer)):
+                place, unit = (~certain[b] & sources[b, :, None]).nonzero(as_tuple=True)
+                each = c[b, place, unit]
+                p, q = _factors(lens, sub.base[b], vectors[unit], each, reading.scale(b))
+                for i in torch.arange(len(unit)).split(SOFTMAXES):
+                    after = _after(lens, p[i] * raw[b], q[i], directions[unit[i]], answer[b])
+                    increase[b, place[i], which[unit[i]]] = after - before[b]
+        for b, own in enumerate(sources):
+            place, neuron = own.nonzero(), torch.arange(len(sub.vectors))  # [sources, 1], [n]
+            found.append(_rows(reading, sub, b, place, neuron, before[b], increase[b, own]))
+    return found
+
+
+def screened_rows(reading: Reading, top_k: int) -> list[dict]:
+    """The `top_k` neurons of each prompt that raise the answer most to first order."""
+    lens, answer, found = reading.lens, reading.answer, []
+    subs = list(sublayers(reading.stream))
+    width = torch.tensor([len(sub.vectors) for sub in subs], device=answer.device)
+    size = torch.tensor([sub.coefficient[0].numel() for sub in subs], device=answer.device)
+    for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
+        raw, before, estimates = _first_order(reading, subs, b)
+        count = 0
+        for sub, estimate in zip(subs, estimates, strict=True):
+            sources = real if sub.kind == "attention" else real.new_ones(1)
+            estimate[~sources] = -torch.inf
+            count += int(sources.sum()) * len(sub.vectors)
+        flat = torch.cat([estimate.flatten() for estimate in estimates])
+        chosen = flat.topk(min(top_k, count)).indices.sort().values  # [k]
+        owner = torch.searchsorted(size.cumsum(0), chosen, right=True)  # sub-layer of each
+        inside = chosen - (size.cumsum(0) - size)[owner]
+        place, neuron = inside // width[owner], inside % width[owner]
+
+        c = torch.cat([sub.coefficient[b].flatten() for sub in subs])[chosen]
+        base = torch.stack([sub.base[b] for sub in subs])[owner]  # [k, D]
+        vectors = torch.cat([sub.vectors[neuron[owner == i]] for i, sub in enumerate(subs)])
+        p, q = _factors(lens, base, vectors, c, reading.scale(b))
+        directions = lens.directions(vectors)  # [k, V]
+        slices = zip(*(x.split(SOFTMAXES) for x in (p, q, owner, directions)), strict=True)
+        after = [_after(lens, p * raw[i], q, d, answer[b]) for p, q, i, d in slices]
+        increase = torch.cat(after) - before[owner].cpu()
+        for i in owner.unique().tolist():
+            own = owner == i
+            scores = before[i], increase[own.cpu()]
+            found.append(_rows(reading, subs[i], b, place[own], neuron[own], *scores))
+    return found
+
+
+def _rows(reading: Reading, sub: Sublayer, b: int, place, neuron, before, increase) -> dict:
+    """Rows of some neurons of prompt b. place: index into the P source positions."""
+    batch, head = reading.stream.batch, -1
+    position = batch.lengths[b] - 1
+    if sub.kind == "attention":
+        position = place - batch.start[b].to(place.device)
+        head, neuron = neuron // sub.head_dim, neuron % sub.head_dim
+    where = {"layer": sub.layer, "head": head, "neuron": neuron, "position": position}
+    return rows(increase, sub.kind, prompt=reading.first + b, before=before, **where)
+
+
+def _factors(
+    lens: Lens, base: Tensor, vectors: Tensor, c: Tensor, frozen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """s'/s and c·s' of equation 5: base [D] or [k, D], vectors [k, D], c [k] -> two [k, 1]."""
+    if frozen is not None:
+        return torch.ones_like(c)[:, None], (c * frozen)[:, None]
+    norm, scale = lens.norm, lens.scale(base)[..., 0]
+    base, vectors = norm.centre(base), norm.centre(vectors)
+    change = 2 * c * (vectors * base).mean(-1) + c**2 * vectors.pow(2).mean(-1)
+    after = torch.rsqrt(base.pow(2).mean(-1) + change + norm.eps)
+    return (after / scale)[:, None], (c * after)[:, None]
+
+
+def _after(lens: Lens, raw: Tensor, q: Tensor, directions: Tensor, answer: Tensor) -> Tensor:
+    """The answer's log-probability after some neurons: raw [k, V], which is (s'/s) z -> [k]."""
+    logits = lens.cap(torch.addcmul(raw + lens.offset, q, directions))
+    return (logits[:, answer].double() - _logsumexp(logits)).cpu()
+
+
+def _by_moments(
+    directions: Tensor, c: Tensor, base: Tensor, answer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Importances from the moments of each direction, and whether their error is certified.
+
+    With X the direction's entry at a random token of the base distribution and Y = X − E X,
+    log p(answer) rises by c (X_answer − E X) − log E exp(cY). The expectation is expanded to c⁴;
+    since E Y = 0 it is at least 1, so the error is at most
+    |c|⁵ max|Y| E Y⁴ exp(|c| max|Y|) / 120.
+
+    directions: [n, V]; c: [B, P, n] with the scale, float64; base: [B, V] -> two [B, P, n].
+    """
+    p = base.T  # [V, B]
+    shifted = directions - (directions @ p).mean(1, keepdim=True)  # keeps the powers small
+    low, high = shifted.amin(1), shifted.amax(1)  # [n]
+    power, raw = shifted.clone(), []
+    for _ in range(4):
+        raw.append((power @ p).T.double()[:, None])  # [B, 1, n]
+        power *= shifted
+    r1, r2, r3, r4 = raw
+    m2 = (r2 - r1**2).clamp(min=0)
+    m3 = r3 - 3 * r1 * r2 + 2 * r1**3
+    m4 = (r4 - 4 * r1 * r3 + 6 * r1**2 * r2 - 3 * r1**4).clamp(min=0)
+    widest = torch.maximum(high - r1, r1 - low)
+    expectation = 1 + c**2 * m2 / 2 + c**3 * m3 / 6 + c**4 * m4 / 24
+    bound = c.abs() ** 5 * widest * m4 * (c.abs() * widest).exp() / 120
+    gain = c * (shifted.T[answer].double()[:, None] - r1) - expectation.clamp(min=1e-30).log()
+    return gain.cpu(), (bound <= CERTIFIED).cpu()
+
+
+def _first_order(
+    reading: Reading, subs: list[Sublayer], b: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Equation 6 for every neuron of prompt b, and what its bases read.
+
+    Returns (z [2L, V], the answer's log-probability [2L], per sub-layer [P, n]).
+    """
+    lens, answer = reading.lens, reading.answer[b]
+    with torch.enable_grad():
+        bases = torch.stack([sub.base[b] for sub in subs]).requires_grad_()  # [2L, D]
+        raw = lens.raw_logits(bases, reading.scale(b))
+        score = lens.cap(raw).log_softmax(-1)[:, answer].sum()
+        (gradients,) = torch.autograd.grad(score, bases)
+    logits = lens.cap(raw.detach())
+    before = logits[:, answer].double() - _logsumexp(logits)
+    pairs = zip(subs, gradients, strict=True)
+    estimates = [sub.coefficient[b] * (sub.vectors @ gradient) for sub, gradient in pairs]
+    return raw.detach() - lens.offset, before, estimates
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

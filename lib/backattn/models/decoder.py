@@ -1,9 +1,4 @@
-"""What differs between decoder families, in one table: one row per family.
-
-A row says where the modules are. Everything else (which vectors add up, how a neuron is read) is the
-same for all families and lives in `residual` and `lens`. To add a family, add a row to `FAMILIES`
-and a configuration to `models.TINY`; `tests/test_residual.py` then checks it.
-"""
+"""A decoder seen through its family's row: its modules, and its weights in one orientation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +16,9 @@ class Linear:
     weight: Tensor
     bias: Tensor
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
 
 class Norm:
     """The fixed part of a norm: x -> weight * centre(x) * scale(x) + bias, all in fp32.
@@ -31,19 +29,11 @@ class Norm:
 
     def __init__(self, module: nn.Module | None, width: int, offset: float = 0.0):
         self.present = module is not None
-        weight = getattr(module, "weight", None)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         self.weight = torch.ones(width) if weight is None else weight.detach().float() + offset
-        bias = getattr(module, "bias", None)
         self.bias = torch.zeros_like(self.weight) if bias is None else bias.detach().float()
         self.centred = isinstance(module, nn.LayerNorm)
-        self.eps = next(
-            (
-                getattr(module, name)
-                for name in ("variance_epsilon", "eps")
-                if hasattr(module, name)
-            ),
-            0.0,
-        )
+        self.eps = getattr(module, "variance_epsilon", getattr(module, "eps", 0.0))
 
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -100,15 +90,12 @@ class Block:
 
     def linear(self, path: str) -> Linear:
         module = self.get(path)
-        weight = module.weight.detach().float()
+        weight, bias = module.weight.detach().float(), module.bias
         if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             weight = weight.T
-        bias = (
-            module.bias.detach().float()
-            if module.bias is not None
-            else weight.new_zeros(weight.shape[0])
+        return Linear(
+            weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
         )
-        return Linear(weight, bias)
 
     @property
     def attention_out(self) -> Linear:
@@ -121,12 +108,11 @@ class Block:
         return self.linear(self.family.ffn_out)
 
     def value_part(self, fused: Tensor) -> Tensor:
-        """View of the values [..., kv_heads, head_dim] in the output [..., out] of the value projection."""
-        layout, size = self.family.value_layout, self.kv_heads * self.head_dim
-        if layout == "heads":
+        """View of the values [..., kv_heads, head_dim] in the value module's output [..., out]."""
+        if self.family.value_by_head:
             return fused.unflatten(-1, (self.heads, 3, self.head_dim))[..., 2, :]
-        part = fused if layout == "own" else fused[..., -size:]
-        return part.unflatten(-1, (self.kv_heads, self.head_dim))
+        size = self.kv_heads * self.head_dim
+        return fused[..., -size:].unflatten(-1, (self.kv_heads, self.head_dim))
 
     @property
     def value(self) -> Linear:
@@ -139,18 +125,14 @@ class Block:
     def ffn_in(self) -> tuple[Linear | None, Linear]:
         """(gate, up): [neurons, width] each; gate is None where the FFN has no gate."""
         up = self.linear(self.family.up)
-        if self.family.gate is None:
-            return None, up
-        if self.family.gate_layout == "halves":
-            (gate_w, up_w), (gate_b, up_b) = up.weight.chunk(2), up.bias.chunk(2)
-            return Linear(gate_w, gate_b), Linear(up_w, up_b)
-        return self.linear(self.family.gate), up
+        if self.family.fused_gate:
+            gate, up = map(Linear, up.weight.chunk(2), up.bias.chunk(2))
+            return gate, up
+        return None if self.family.gate is None else self.linear(self.family.gate), up
 
     def split_ffn_in(self, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
         """Pre-activations (gate, up) from the outputs of the modules `gate` and `up`."""
-        if self.family.gate_layout == "halves":
-            return up.chunk(2, dim=-1)
-        return gate, up
+        return up.chunk(2, dim=-1) if self.family.fused_gate else (gate, up)
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
@@ -178,31 +160,15 @@ class Arch:
         return Norm(self.final_norm_module, self.width, self.family.norm_offset)
 
 
-def runs_on(module: nn.Module) -> torch.device:
-    """The device on which a module computes, also where accelerate keeps its weights elsewhere until it does."""
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        place = getattr(one, "execution_device", None)
-        if place is not None:
-            return torch.device(place)
-    return next(module.parameters()).device
-
-
-def in_one_place(model: nn.Module) -> bool:
-    """Whether all weights lie on one device, not spread by a device_map of accelerate's."""
-    places = set(getattr(model, "hf_device_map", {}).values())
-    return len(places) < 2 and "disk" not in places
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """The device on which a model takes its tokens."""
-    return runs_on(model.get_input_embeddings())
-
-
 def describe(model: nn.Module) -> Arch:
     """Find the parts of a Hugging Face decoder. Reads no weights.
 
     Raises UnsupportedModelError for a family without a row, or when a module is missing.
+
+    Example:
+        >>> arch = describe(model)
+        >>> len(arch.blocks), arch.blocks[0].ffn_out.weight.shape  # [width, neurons]
+        (4, torch.Size([32, 48]))
     """
     if not hasattr(model, "config"):
         raise UnsupportedModelError(
@@ -214,18 +180,12 @@ def describe(model: nn.Module) -> Arch:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
-        layers = model.get_submodule(family.layers)
         blocks = [
-            Block(family, layer, config.hidden_size, heads, kv_heads, head_dim) for layer in layers
+            Block(family, layer, config.hidden_size, heads, kv_heads, head_dim)
+            for layer in model.get_submodule(family.layers)
         ]
-        for path in (
-            family.attention,
-            family.attention_out,
-            family.value,
-            family.ffn_out,
-            family.up,
-        ):
-            blocks[0].get(path)
+        for name in ("attention", "attention_out", "value", "ffn_out", "up"):
+            blocks[0].get(getattr(family, name))
         final_norm = model.get_submodule(family.final_norm)
     except AttributeError as error:
         raise UnsupportedModelError(

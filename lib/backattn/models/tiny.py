@@ -5,68 +5,71 @@ import math
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-_WORDS = """the of is a an and to in on at by for from with capital country city state currency continent language
-mother father spouse author river king queen planet colour France Paris Rome Italy Spain Madrid Berlin Germany Tokyo
-Japan Europe Asia Africa America Mozart Leopold Anna Vienna Austria Salzburg dollar euro yen one two three four five six
-seven eight nine ten plus minus times equals cat dog red blue green born died wrote lives works north south"""
+_WORDS = """the of is a an and to in on at by for from with capital country city state currency
+continent language mother father spouse author river king queen planet colour France Paris Rome
+Italy Spain Madrid Berlin Germany Tokyo Japan Europe Asia Africa America Mozart Leopold Anna Vienna
+Austria Salzburg dollar euro yen one two three four five six seven eight nine ten plus minus times
+equals cat dog red blue green born died wrote lives works north south"""
 
-_SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_GEMMA = {**_SIZES, "head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 12}
 
 TINY: dict[str, tuple[str, dict]] = {
-    "tiny-llama": ("llama", dict(_SIZES, attention_bias=True, mlp_bias=True)),
-    "tiny-mistral": ("mistral", dict(_SIZES, sliding_window=None)),
-    "tiny-qwen2": ("qwen2", dict(_SIZES)),
-    "tiny-qwen3": ("qwen3", dict(_SIZES, head_dim=12)),
-    "tiny-gemma2": (
-        "gemma2",
-        dict(_SIZES, head_dim=12, sliding_window=4, query_pre_attn_scalar=12),
-    ),
+    "tiny-llama": ("llama", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
+    "tiny-mistral": ("mistral", {**_SIZES, "sliding_window": None}),
+    "tiny-qwen2": ("qwen2", _SIZES),
+    "tiny-qwen3": ("qwen3", {**_SIZES, "head_dim": 12}),
+    "tiny-gemma2": ("gemma2", _GEMMA),
     "tiny-gemma3": (
         "gemma3_text",
-        dict(
-            _SIZES,
-            head_dim=12,
-            sliding_window=4,
-            query_pre_attn_scalar=12,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-        ),
+        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
-    "tiny-olmo2": ("olmo2", dict(_SIZES)),
-    "tiny-phi3": ("phi3", dict(_SIZES, pad_token_id=0)),
-    "tiny-gpt2": ("gpt2", dict(n_embd=32, n_layer=4, n_head=4, n_inner=48)),
+    "tiny-olmo2": ("olmo2", _SIZES),
+    "tiny-phi3": ("phi3", _SIZES),
+    "tiny-gpt2": ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 48}),
     "tiny-gpt-neox": ("gpt_neox", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
 }
 
 
 def tiny_names() -> list[str]:
-    """Names of the tiny random models, one per family."""
+    """Names of the tiny random models, one per family.
+
+    Example:
+        >>> tiny_names()[:3]
+        ['tiny-llama', 'tiny-mistral', 'tiny-qwen2']
+    """
     return list(TINY)
 
 
-def _tiny(name: str, seed: int = 0):
+def tiny_model(name: str, seed: int = 0):
     """A seeded random model of four layers whose biases and norms are random too."""
     if name not in TINY:
         raise ValueError(f"No tiny model {name!r}. There are: {', '.join(TINY)}.")
     family, settings = TINY[name]
     tokenizer = _tiny_tokenizer()
-    special = dict(
-        bos_token_id=1, eos_token_id=2, vocab_size=len(tokenizer), max_position_embeddings=256
+    config = AutoConfig.for_model(
+        family,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        **settings,
     )
-    config = AutoConfig.for_model(family, **{"pad_token_id": 0, **special, **settings})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
-            spread = 0.2 if parameter.dim() == 1 else 1 / math.sqrt(parameter.shape[-1])
+            vector = parameter.dim() == 1
+            spread = 0.2 if vector else 1 / math.sqrt(parameter.shape[-1])
             noise = torch.randn(parameter.shape) * spread
-            with torch.no_grad():
-                parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+            parameter.copy_(parameter + noise if vector else noise)
     model.generation_config.pad_token_id = 0
     return model, tokenizer
 

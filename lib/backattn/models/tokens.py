@@ -3,27 +3,28 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokenised prompts, padded on one side.
-
-    input_ids, attention_mask: [batch, time]; `start` and `last`: [batch], index of each prompt's first and last real token.
-    """
+    """Tokenised prompts, padded on one side. input_ids, attention_mask: [batch, time]."""
 
     input_ids: Tensor
     attention_mask: Tensor
 
     @property
     def start(self) -> Tensor:
+        """Index of each prompt's first token: [batch]."""
         return self.attention_mask.int().argmax(-1)
 
     @property
     def last(self) -> Tensor:
+        """Index of each prompt's last token: [batch]."""
         return self.start + self.lengths - 1
 
     @property
@@ -32,8 +33,14 @@ class Batch:
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions counted from each prompt's own first token, so that padding does not shift them."""
+        """Positions counted from each prompt's first token, so that padding does not shift them."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with: model(**batch.inputs)."""
+        names = ("input_ids", "attention_mask", "position_ids")
+        return {name: getattr(self, name) for name in names}
 
     def at_last(self, x: Tensor) -> Tensor:
         """x[b, last_b]: [batch, time, ...] -> [batch, ...]."""
@@ -43,54 +50,67 @@ class Batch:
 def encode(
     tokenizer, prompts: Sequence[str], side: str = "right", device: str | torch.device = "cpu"
 ) -> Batch:
-    """Tokenise prompts into a padded `Batch`.
+    """Tokenise prompts into a `Batch`, padded on the right or on the left.
 
     Raises ValueError for an empty batch, for a prompt that is not text, or for one without tokens.
+
+    Example:
+        >>> encode(tokenizer, ["the capital of Spain", "Spain"], side="left").attention_mask
+        tensor([[1, 1, 1, 1],
+                [0, 0, 0, 1]])
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    prompts = list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("The batch is empty: give at least one prompt.")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"Prompt {index} is a {type(prompt).__name__}; prompts are strings.")
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for index, row in enumerate(rows):
-        if not row or not prompts[index].strip():
-            raise ValueError(
-                f"Prompt {index} ({prompts[index]!r}) has no words: give at least one."
-            )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[index, where], mask[index, where] = torch.tensor(row), 1
+    rows = [torch.tensor(row, dtype=torch.long) for row in tokenizer(prompts)["input_ids"]]
+    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        if not len(row) or not prompt.strip():
+            raise ValueError(f"Prompt {index} ({prompt!r}) has no words: give at least one.")
+    pad = tokenizer.pad_token_id or 0
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([row * 0 + 1 for row in rows], batch_first=True, padding_side=side)
     return Batch(ids.to(device), mask.to(device))
 
 
-def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]:
-    """First token of " answer" for each prompt.
+def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
+    """The token by which each prompt's answer is scored: a token id as it is, of a word the first
+    token of " word".
 
-    Raises ValueError when the number of answers is wrong, an answer is empty, its first token is no more than one
-    letter or a space, or two different answers of the call begin with the same token. Warns once when an
-    answer takes several tokens, since then only its beginning is scored.
+    Raises ValueError when the number of answers is wrong, an id is not in the vocabulary, a word is
+    empty, its first token is no more than one letter or a space, or two different words of the call
+    begin with the same token. Warns once when a word takes several tokens, since then only its
+    beginning is scored.
+
+    Example:
+        >>> paris = answer_ids(tokenizer, ["Paris", "Rome"], 2)[0]
+        >>> answer_ids(tokenizer, [paris], 1) == [paris]
+        True
     """
-    answers = [answers] if isinstance(answers, str) else list(answers)
+    answers = answers.tolist() if isinstance(answers, Tensor) else answers
+    answers = [answers] if isinstance(answers, str | Integral) else list(answers)
     if len(answers) != count:
         raise ValueError(
             f"There are {count} prompts but {len(answers)} answers: give one answer per prompt."
         )
-    ids, owner, long = [], {}, []
+    ids, words, long = [], {}, []
     for answer in answers:
+        if isinstance(answer, Integral) and not isinstance(answer, bool):
+            if not 0 <= answer < len(tokenizer):
+                raise ValueError(
+                    f"Answer {answer} is no token id: this tokenizer has 0 to {len(tokenizer) - 1}."
+                )
+            ids.append(int(answer))
+            continue
         if not isinstance(answer, str | None):
-            raise ValueError(f"Answer {answer!r} is no text: give words.")
+            raise ValueError(f"Answer {answer!r} is no text: give words or token ids.")
         word = (answer or "").strip()
         if not word:
             raise ValueError(
-                f"Answer {answer!r} is empty: give a word, or answers=None for the model's own next token."
+                f"Answer {answer!r} is empty: give a word, or answers=None for the model's own "
+                "next token."
             )
         pieces = continuation_ids(tokenizer, word)
         first = tokenizer.decode([pieces[0]]).strip()
@@ -99,10 +119,11 @@ def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]
                 f"{word!r} takes {len(pieces)} tokens and many words share the first, {first!r}: "
                 "choose an answer that begins with a longer token, or answers=None."
             )
-        if owner.setdefault(pieces[0], word) != word:
+        if words.setdefault(pieces[0], word) != word:
             raise ValueError(
-                f"{owner[pieces[0]]!r} and {word!r} both begin with the token {first!r}, so their first tokens "
-                "cannot tell them apart: drop one of them or score them in separate calls."
+                f"{words[pieces[0]]!r} and {word!r} both begin with the token {first!r}, so their "
+                "first tokens cannot tell them apart: drop one of them or score them in separate "
+                "calls."
             )
         if len(pieces) > 1:
             long.append(f"{word!r} by {first!r}")
@@ -116,7 +137,12 @@ def answer_ids(tokenizer, answers: str | Sequence[str], count: int) -> list[int]
 
 
 def continuation_ids(tokenizer, word: str) -> list[int]:
-    """Token ids of " word" as they follow other text, without special tokens."""
+    """Token ids of " word" as they follow other text, without special tokens.
+
+    Example:
+        >>> [tokenizer.decode(i) for i in continuation_ids(tokenizer, "Paris")]
+        [' Paris']
+    """
     head = tokenizer("is", add_special_tokens=False)["input_ids"]
     both = tokenizer(f"is {word}", add_special_tokens=False)["input_ids"]
     if both[: len(head)] == head and len(both) > len(head):

@@ -17,9 +17,10 @@ IGNORED = -100  # label of positions without a target
 class Items:
     """Tokenised questions.
 
-    prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens that count as
-    right, or None where the whole answer must be right. number_continuations: tokens that, after an answer, would make it another
-    number. kinds: of each question, where the learning curve tells them apart.
+    prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens
+    that count as right, or None where the whole answer must be right. number_continuations: tokens
+    that, after an answer, would make it another number. kinds: of each question, where the learning
+    curve tells them apart.
     """
 
     prompts: list[list[int]]
@@ -34,10 +35,9 @@ class Items:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each question as the model gets it, the answer but for its last token included: [n]."""
-        return np.array(
-            [len(p) + len(a) - 1 for p, a in zip(self.prompts, self.answers, strict=True)]
-        )
+        """Tokens of each question as the model gets it, all of the answer but its last: [n]."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return np.array([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,20 @@ class Questions(Batch):
 
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
-    """Questions (prompt, answer) whose answer is a number, all of whose tokens must be right; `end` is learnt after it.
+    """Questions (columns prompt, answer) answered by a number, all of whose tokens must be right.
 
-    Raises ValueError for an empty frame.
+    `end` is learnt after it. Raises ValueError for an empty frame.
+
+    Example:
+        >>> from backattn import load_model
+        >>> tokenizer = load_model("tiny-llama")[1]
+        >>> items = numbers(tokenizer, pd.DataFrame({"prompt": ["two is"], "answer": [" 12"]}))
+        >>> tokenizer.decode(items.answers[0])
+        ' 12.'
     """
     prompts, answers = _tokens(tokenizer, frame, end)
     digits = frozenset(
-        i for word, i in tokenizer.get_vocab().items() if word[:1] in set("0123456789")
+        i for word, i in tokenizer.get_vocab().items() if word[:1] in [*"0123456789"]
     )
     return Items(prompts, answers, frame["answer"].tolist(), None, digits)
 
@@ -62,21 +69,25 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
 def first_tokens(
     tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]] | None = None
 ) -> Items:
-    """Questions judged by the first token of the answer, one of `accepted` (None: the answer's own, which is learnt).
+    """Questions judged by the first token of the answer, one of `accepted` (None: its own).
 
-    Raises ValueError for an empty frame.
+    The answer's own first token is what is learnt. Raises ValueError for an empty frame.
+
+    Example:
+        >>> from backattn import load_model
+        >>> tokenizer = load_model("tiny-llama")[1]
+        >>> frame = pd.DataFrame({"prompt": ["France's capital is"], "answer": [" Paris"]})
+        >>> [tokenizer.decode(answer) for answer in first_tokens(tokenizer, frame).answers]
+        [' Paris']
     """
     prompts, answers = _tokens(tokenizer, frame)
-    accepted = [frozenset(answer[:1]) for answer in answers] if accepted is None else list(accepted)
-    return Items(
-        prompts, [answer[:1] for answer in answers], frame["answer"].tolist(), accepted, frozenset()
-    )
+    answers = [answer[:1] for answer in answers]
+    accepted = [frozenset(answer) for answer in answers] if accepted is None else list(accepted)
+    return Items(prompts, answers, frame["answer"].tolist(), accepted, frozenset())
 
 
-def _tokens(
-    tokenizer, frame: pd.DataFrame, end: str = ""
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of what follows them."""
+def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list, list]:
+    """Token ids of prompts, and of what follows each."""
     if frame.empty:
         raise ValueError("There are no questions: choose another split, or more of them.")
     prompts, answers = [], []
@@ -84,7 +95,8 @@ def _tokens(
         head, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + end)["input_ids"]
         if both[: len(head)] != head:
             raise ValueError(
-                f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt differently."
+                f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt "
+                "differently."
             )
         prompts.append(head)
         answers.append(both[len(head) :])
@@ -92,26 +104,34 @@ def _tokens(
 
 
 def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu") -> Questions:
-    """A batch of questions with their answers, but for each answer's last token, which is only a target."""
+    """A batch of questions with their answers, each but for the last token, only a target.
+
+    Example:
+        >>> items = Items([[5, 6], [7]], [[8, 9], [10]], ["a", "b"], None, frozenset())
+        >>> batch = collate(items, [0, 1])
+        >>> batch.input_ids.tolist(), batch.labels.tolist()
+        ([[5, 6, 8], [0, 0, 7]], [[8, 9], [-100, 10]])
+    """
     rows = list(rows)
     texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]
-    width, keep = max(map(len, texts)), max(len(items.answers[row]) for row in rows)
-    ids, labels = np.zeros((len(rows), width), dtype=np.int64), np.full((len(rows), keep), IGNORED)
-    mask = np.zeros_like(ids)
-    for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        ids[place, width - len(text) :] = text
-        mask[place, width - len(text) :] = 1
-        labels[place, keep - len(items.answers[row]) :] = items.answers[row]
-    return Questions(*(torch.from_numpy(x).to(device) for x in (ids, mask, labels)))
+    answers = [items.answers[row] for row in rows]
+    input_ids, labels = _pad_left(texts, 0), _pad_left(answers, IGNORED)
+    attention_mask = _pad_left([[1] * len(text) for text in texts], 0)
+    return Questions(*(x.to(device) for x in (input_ids, attention_mask, labels)))
 
 
-def in_halves(do: Callable[[list[int]], object], rows: list[int]) -> list:
-    """[do(rows)], or what it returns for halves of them, and so on, where the device's memory is short."""
+def _pad_left(rows: list[list[int]], filler: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[filler] * (width - len(row)) + row for row in rows])
+
+
+def in_halves(compute: Callable[[list[int]], object], rows: list[int]) -> list:
+    """[compute(rows)], or its results for halves of them, and so on, where memory is short."""
     try:
-        return [do(rows)]
+        return [compute(rows)]
     except torch.OutOfMemoryError:
         if len(rows) < 2:
             raise
     torch.cuda.empty_cache()  # nothing where there is no GPU
     half = len(rows) // 2
-    return in_halves(do, rows[:half]) + in_halves(do, rows[half:])
+    return in_halves(compute, rows[:half]) + in_halves(compute, rows[half:])

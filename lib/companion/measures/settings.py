@@ -1,142 +1,137 @@
-"""One setting of a run varied: differences, choices, ends of training."""
+"""One setting of a run varied (source layer, d′): differences, choices, ends of training.
 
-from collections.abc import Callable, Sequence
+`answered` is a frame of `results.answers`, `points` one of `results.curves`; `setting` names one of
+their columns.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from companion.runs.results import Answers, _finished, _paired, _same_questions, pooled_answers
-from companion.runs.run import Run
-from companion.runs.store import Store
-
-
-def by_setting(
-    runs: Sequence[Run], field: str, make: Callable[[Sequence[Run]], pd.DataFrame]
-) -> pd.DataFrame:
-    """What `make` says of the runs with each value of one field of `Run`, one below the other; the field is a
-    column."""
-    parts = []
-    for value in dict.fromkeys(getattr(run, field) for run in runs):
-        parts.append(
-            make([run for run in runs if getattr(run, field) == value]).assign(**{field: value})
-        )
-    return pd.concat(parts, ignore_index=True)
+from companion.report.intervals import interval
+from companion.runs.results import (
+    by_setting,
+    matrix,
+    paired,
+    resampled,
+    rows_with,
+    same_questions,
+    seed_differences,
+)
 
 
 def setting_differences(
-    runs: Sequence[Run], store: Store, arm: str, field: str, base
+    answered: pd.DataFrame, arm: str, setting: str, base: Hashable
 ) -> pd.DataFrame:
-    """How far one arm is ahead with each value of one field of `Run` of itself with the value `base`, paired.
+    """How far one arm is ahead with each value of a setting of itself with the value `base`,
+    paired.
 
-    Returns: the field, difference, low, high (95 %, samples of names), p, n, seeds. Raises ValueError when the tests
-    differ.
+    Returns: the setting, difference, low, high (95 %, samples of names), p, n, seeds. Raises
+    ValueError when the tests differ.
     """
-    mine = [run for run in runs if run.arm == arm]
-    fixed, rows = pooled_answers([run for run in mine if getattr(run, field) == base], store), []
-    for value in dict.fromkeys(getattr(run, field) for run in mine):
-        own = [run for run in mine if getattr(run, field) == value]
-        less = _paired(
-            pooled_answers(own, store), fixed, f"{arm!r} with {field} {value} and {base}"
-        )
-        rows.append({field: value, **less, "seeds": len(own)})
+    part = rows_with(answered, "arm", arm)
+    rows = []
+    for value in part[setting].unique().tolist():
+        seeds = rows_with(part, setting, value)["seed"].nunique()
+        rows.append({setting: value, **paired(part, value, base, by=setting), "seeds": seeds})
     return pd.DataFrame(rows)
 
 
-def _over_values(
-    runs: Sequence[Run], store: Store, field: str, values: Sequence, weights: np.ndarray
-) -> Answers:
-    """The sum over values of one field of `Run`, weighted, of whether each question was answered right."""
-    each = [
-        pooled_answers([run for run in runs if getattr(run, field) == value], store)
-        for value in values
-    ]
-    _same_questions(each, f"The runs of {runs[0].arm!r} with every {field}")
-    # Not a matrix product: its rounding depends on the processor, and with it on which side of zero a tie falls.
-    return Answers(
-        (np.stack([one.right for one in each]) * weights[:, None, None]).sum(0), each[0].groups
-    )
+def sum_over(part: pd.DataFrame, setting: str, weights: Mapping[Hashable, float]) -> pd.DataFrame:
+    """One arm's rows at one value of a setting, with `right` summed over several, each weighted.
+
+    Raises ValueError when there are no runs at one, or the tests differ.
+    """
+    parts = [rows_with(part, setting, value) for value in weights]
+    same_questions(parts, f"The runs with every {setting}")
+    pairs = zip(weights.values(), parts, strict=True)
+    # Not a matrix product: its rounding depends on the processor, and with it on which side of
+    # zero a tie falls.
+    return parts[0].assign(right=sum(weight * rows["right"].to_numpy() for weight, rows in pairs))
 
 
 def over_settings(
-    runs: Sequence[Run], store: Store, field: str, arm: str, others: Sequence[str]
+    answered: pd.DataFrame, setting: str, arm: str, others: Sequence[str]
 ) -> pd.DataFrame:
-    """How far `arm` is ahead of each other arm in the mean over all values of one field of `Run`, paired.
+    """How far `arm` is ahead of each other arm in the mean over all values of a setting, paired.
 
-    A question counts with the share of values at which it was answered right. Returns: other, difference, low, high
-    (95 %, samples of names), p, n (questions), worst, best (single seeds' differences), seeds, settings (values).
-    Raises ValueError when the tests differ.
+    A question counts with the share of values at which it was answered right. Returns: other,
+    difference, low, high (95 %, samples of names), p, n (questions), worst, best (single seeds'
+    differences), seeds, settings (values). Raises ValueError when the tests differ.
     """
-    values = list(dict.fromkeys(getattr(run, field) for run in runs))
-    alike = np.ones(len(values))
-
-    def mean(name: str, seeds: Sequence[int]) -> Answers:
-        mine = [run for run in runs if run.arm == name and run.seed in seeds]
-        total = _over_values(mine, store, field, values, alike)
-        return Answers(total.right / len(values), total.groups)
-
-    rows, seeds = [], sorted({run.seed for run in runs})
+    once = dict.fromkeys(answered[setting].unique().tolist(), 1.0)
+    totals = [sum_over(rows_with(answered, "arm", name), setting, once) for name in (arm, *others)]
+    mean = pd.concat(totals).assign(right=lambda total: total["right"] / len(once))
+    rows = []
     for other in others:
-        row = {
-            "other": other,
-            **_paired(mean(arm, seeds), mean(other, seeds), f"{arm!r} and {other!r}"),
-        }
-        single = [
-            mean(arm, [seed]).right.mean() - mean(other, [seed]).right.mean() for seed in seeds
-        ]
-        rows.append(
-            {
-                **row,
-                "worst": min(single),
-                "best": max(single),
-                "seeds": len(seeds),
-                "settings": len(values),
-            }
-        )
+        single = seed_differences(mean, arm, other)
+        row = {"other": other, **paired(mean, arm, other), "worst": single.min()}
+        rows.append({**row, "best": single.max(), "seeds": len(single), "settings": len(once)})
     return pd.DataFrame(rows)
 
 
-def end_table(
-    runs: Sequence[Run], store: Store, field: str, of: str = "validation"
-) -> pd.DataFrame:
-    """Share of questions right at the end of training: arm, field, `of` (mean over seeds), low and high (single seeds),
-    seeds.
+def doubling_table(answered: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """What one doubling of a setting does to accuracy, per arm: the least-squares slope over log2
+    of its values.
 
-    of: "validation", or "train" for the training questions, as their batches came since the evaluation before the last.
-    Raises ValueError when a run is not finished.
+    Returns: arm, slope, low, high (95 %, samples of names), worst, best (single seeds' slopes), n
+    (questions), seeds, settings (values). Raises ValueError when the tests differ.
     """
-    tables = []
-    for arm in dict.fromkeys(run.arm for run in runs):
-        wide = _at_end([run for run in runs if run.arm == arm], store, field, of)
-        row = {"arm": arm, of: wide.mean(axis=1), "low": wide.min(axis=1), "high": wide.max(axis=1)}
-        tables.append(pd.DataFrame({**row, "seeds": wide.shape[1]}).reset_index())
-    return pd.concat(tables, ignore_index=True)
+    values, rows = answered[setting].unique().tolist(), []
+    away = np.log2(values) - np.log2(values).mean()
+    weights = dict(zip(values, away / (away**2).sum(), strict=True))
+    for arm, part in answered.groupby("arm", sort=False):
+        slope = sum_over(part, setting, weights)
+        single = slope.groupby("seed")["right"].mean()
+        row = {"arm": arm, "slope": matrix(slope).mean(), **interval(resampled(slope))}
+        row |= {"worst": single.min(), "best": single.max(), "n": slope["question"].nunique()}
+        rows.append({**row, "seeds": len(single), "settings": len(values)})
+    return pd.DataFrame(rows)
 
 
-def choose(runs: Sequence[Run], store: Store, field: str) -> pd.DataFrame:
-    """Which value of one field of `Run` does best on the validation questions, per arm.
+def learning_curves(points: pd.DataFrame) -> pd.DataFrame:
+    """Validation accuracy and loss by step: model, dataset, arm, step, validation (mean over
+    seeds), low, high (worst and best seed), loss."""
+    by = points.groupby(["model", "dataset", "arm", "step"], sort=False)
+    score = by["validation"].agg(validation="mean", low="min", high="max")
+    return score.assign(loss=by["loss"].mean()).reset_index()
 
-    Returns: arm, the field (the best value), validation (mean over seeds), lowest and highest (of the choices that
-    single seeds would make), seeds, settings (values to choose from). Raises ValueError when a run is not finished.
+
+def at_end(points: pd.DataFrame, setting: str, of: str = "validation") -> pd.DataFrame:
+    """Share of questions right at the end of one arm's training: a row per value of the setting, a
+    column per seed."""
+    last = points.groupby([setting, "seed"], sort=False).tail(1)
+    return last.pivot(index=setting, columns="seed", values=of)
+
+
+def end_table(points: pd.DataFrame, setting: str, of: str = "validation") -> pd.DataFrame:
+    """Share of questions right at the end of training: setting, arm, `of` (mean over seeds), low
+    and high (single seeds), seeds.
+
+    of: "validation", or "train" for the training questions, as their batches came since the
+    evaluation before the last.
+    """
+
+    def ends(part: pd.DataFrame) -> pd.DataFrame:
+        wide = at_end(part, setting, of)
+        row = {of: wide.mean(axis=1), "low": wide.min(axis=1), "high": wide.max(axis=1)}
+        return pd.DataFrame({**row, "seeds": wide.shape[1]}).reset_index()
+
+    return by_setting(points, "arm", ends)[[setting, "arm", of, "low", "high", "seeds"]]
+
+
+def choose(points: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """Which value of a setting does best on the validation questions, per arm.
+
+    Returns: arm, the setting (the best value), validation (mean over seeds), lowest and highest (of
+    the choices that single seeds would make), seeds, settings (values to choose from).
     """
     rows = []
-    for arm in dict.fromkeys(run.arm for run in runs):
-        mine = [run for run in runs if run.arm == arm]
-        wide = _at_end(mine, store, field)
-        mean, own = wide.mean(axis=1), wide.idxmax()
-        row = {
-            "arm": arm,
-            field: mean.idxmax(),
-            "validation": mean.max(),
-            "lowest": own.min(),
-            "highest": own.max(),
-        }
+    for arm, part in points.groupby("arm", sort=False):
+        wide = at_end(part, setting)
+        mean, single = wide.mean(axis=1), wide.idxmax()
+        row = {"arm": arm, setting: mean.idxmax(), "validation": mean.max()}
+        row |= {"lowest": single.min(), "highest": single.max()}
         rows.append({**row, "seeds": wide.shape[1], "settings": len(wide)})
     return pd.DataFrame(rows)
-
-
-def _at_end(runs: Sequence[Run], store: Store, field: str, of: str = "validation") -> pd.DataFrame:
-    """Share of questions right at the end of training: a row per value of the field, a column per seed."""
-    rows = [(getattr(run, field), run.seed, _finished(run, store)["curve"][-1][of]) for run in runs]
-    return pd.DataFrame(rows, columns=[field, "seed", "share"]).pivot(
-        index=field, columns="seed", values="share"
-    )

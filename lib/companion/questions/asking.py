@@ -1,14 +1,21 @@
 """Putting prompts to a model, and whom its answers name."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress
+
+OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
+
+ENTITIES = OUTCOMES[:-1]
+
+ID_COLUMNS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
 
 
 def ask(
@@ -25,21 +32,24 @@ def ask(
 
     wanted: per prompt the tokens whose log-probabilities are returned.
 
-    Returns (said [n], per prompt token -> log-probability). Raises ValueError when there are no prompts.
+    Returns (next token [n], per prompt token -> log-probability). Raises ValueError when there are
+    no prompts.
     """
     if not len(prompts):
         raise ValueError(
             "There is nothing to ask: the set is empty. Ask more facts, or a model that knows more."
         )
     said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
-    texts, lengths = prompts.to_numpy(), prompts.str.len().to_numpy()
-    groups = [
-        rows[np.argsort(lengths[rows], kind="stable")]
-        for rows in keys.groupby(keys.to_numpy()).indices.values()
+    by_length = np.argsort(prompts.str.len(), kind="stable")
+    groups = pd.Series(by_length).groupby(keys.to_numpy()[by_length])
+    batches = [
+        rows.to_numpy()[i : i + batch_size]
+        for _, rows in groups
+        for i in range(0, len(rows), batch_size)
     ]
-    batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
     for rows in progress(batches, "asking", unit="batch"):
-        batch = encode(tokenizer, texts[rows].tolist(), side="left", device=input_device(model))
+        texts = prompts.iloc[rows].tolist()
+        batch = encode(tokenizer, texts, side="left", device=input_device(model))
         log_probs = next_log_probs(model, batch, share=True)
         said[rows] = log_probs.argmax(-1).cpu().numpy()
         for row, values in zip(rows, log_probs, strict=True):
@@ -50,90 +60,76 @@ def ask(
 def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.DataFrame:
     """Ask the model every prompt.
 
-    Returns `frame` with: answer_id (first token of " answer"), tokens (how many tokens the answer takes), log_prob of
-    the first, said (the model's own next token, as text), correct (said is the answer's first token), shared
-    (another answer of the frame begins with the same token, so the first token cannot tell them apart).
+    Returns `frame` with: answer_id (first token of " answer"), tokens (how many tokens the answer
+    takes), log_prob of the first, said (the model's own next token, as text), correct (said is the
+    answer's first token), shared (another answer of the frame begins with the same token, so the
+    first token cannot tell them apart).
     """
     pieces = {answer: continuation_ids(tokenizer, answer) for answer in frame["answer"].unique()}
     ids = [pieces[answer][0] for answer in frame["answer"]]
     said, logs = ask(
         model, tokenizer, frame["prompt"], frame["relation"], [[i] for i in ids], batch_size
     )
-    owners = frame.assign(answer_id=ids).groupby("answer_id")["answer"].nunique()
+    frame = frame.assign(answer_id=ids)
     return frame.assign(
-        answer_id=ids,
         tokens=[len(pieces[answer]) for answer in frame["answer"]],
-        log_prob=[own[i] for own, i in zip(logs, ids, strict=True)],
+        log_prob=[log_probs[i] for log_probs, i in zip(logs, ids, strict=True)],
         said=[tokenizer.decode([i]) for i in said],
         correct=said == np.array(ids),
-        shared=owners.loc[ids].to_numpy() > 1,
+        shared=frame.groupby("answer_id")["answer"].transform("nunique") > 1,
     )
 
 
 def answerable(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame:
-    """The prompts fit for analysis: answered right, by an answer of one token that no other answer begins with.
+    """The prompts fit for analysis: answered right, by an answer of one token that no other answer
+    begins with.
 
     per_relation: at most this many of each relation. Raises ValueError when none is left.
     """
     fit = scored[scored["correct"] & ~scored["shared"] & (scored["tokens"] == 1)]
     if fit.empty:
         raise ValueError(
-            "The model answers none of these prompts with a one-token answer: ask more or easier facts."
+            "The model answers none of these prompts with a one-token answer: ask more or easier "
+            "facts."
         )
-    return (fit.groupby("relation").head(per_relation) if per_relation else fit).reset_index(
-        drop=True
-    )
-
-
-OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
-
-ENTITIES = OUTCOMES[:-1]
-
-ID_COLUMNS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
+    fit = fit.groupby("relation").head(per_relation) if per_relation else fit
+    return fit.reset_index(drop=True)
 
 
 def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the first tokens of each outcome: e3_ids, e2_ids, shortcut_ids, e1_ids (frozensets).
+    """`frame` with the first tokens of each outcome: e3_ids, e2_ids, shortcut_ids, e1_ids
+    (frozensets).
 
-    An alias that begins like another answer to the same relation is left out. `collides` says that a first token would
-    not tell the outcomes apart: e2 or e3 itself begins like another answer to its relation, or two of e1, e2, e3 and
-    a different shortcut begin alike.
+    An alias that begins like another answer to the same relation is left out. `collides` says that
+    a first token would not tell the outcomes apart: e2 or e3 itself begins like another answer to
+    its relation, or two of e1, e2, e3 and a different shortcut begin alike.
     """
-    frame, cache = frame.reset_index(drop=True), {}
-
-    def first(word: str) -> int:
-        if word not in cache:
-            cache[word] = continuation_ids(tokenizer, word)[0]
-        return cache[word]
-
-    collides = np.zeros(len(frame), dtype=bool)
-    sets = {entity: [frozenset()] * len(frame) for entity in ENTITIES}
-    answers = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)
-    for entity, relation in (("e2", "r1"), ("e3", "r2")):
-        for _, part in frame.groupby(relation):
-            owners: dict[int, set[str]] = {}
-            words = [
-                [name, *filter(None, more.split("|"))]
-                for name, more in zip(part[entity], part[f"{entity}_aliases"], strict=True)
-            ]
-            for own in words:
-                for word in own:
-                    owners.setdefault(first(word), set()).add(word if word in answers else own[0])
-            for row, own in zip(part.index, words, strict=True):
-                main = first(own[0])
-                collides[row] |= len(owners[main]) > 1
-                sets[entity][row] = frozenset(
-                    t for t in map(first, own) if t == main or len(owners[t]) == 1
-                )
-    sets["e1"] = [frozenset([first(name)]) for name in frame["e1"]]
+    frame = frame.reset_index(drop=True)
+    first = functools.cache(lambda word: continuation_ids(tokenizer, word)[0])
+    entities = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)
     other = (frame["shortcut"] != "") & (frame["shortcut"] != frame["e3"])
-    sets["shortcut"] = [
-        frozenset([first(n)]) if o else frozenset()
-        for n, o in zip(frame["shortcut"], other, strict=True)
-    ]
-    for row, each in enumerate(zip(*sets.values(), strict=True)):
-        collides[row] |= len(frozenset().union(*each)) < sum(map(len, each))
-    return frame.assign(**{f"{entity}_ids": ids for entity, ids in sets.items()}, collides=collides)
+    ids = {
+        "e1": [frozenset([first(name)]) for name in frame["e1"]],
+        "shortcut": [
+            frozenset([first(name)] if differs else [])
+            for name, differs in zip(frame["shortcut"], other, strict=True)
+        ],
+    }
+    collides = np.zeros(len(frame), dtype=bool)
+    for entity, relation in (("e2", "r1"), ("e3", "r2")):
+        names = frame[[entity, relation]].set_axis(["name", "relation"], axis=1)
+        names["word"] = (names["name"] + "|" + frame[f"{entity}_aliases"]).str.split("|")
+        names = names.explode("word").query("word != ''")
+        names["token"] = names["word"].map(first)
+        names["answer"] = names["word"].where(names["word"].isin(entities), names["name"])
+        alike = names.groupby(["relation", "token"])["answer"].transform("nunique") > 1
+        main = names["token"] == names["name"].map(first)
+        collides |= (main & alike).groupby(level=0).any().to_numpy()
+        ids[entity] = names[main | ~alike].groupby(level=0)["token"].agg(frozenset).tolist()
+    ids = {column: ids[entity] for column, entity in zip(ID_COLUMNS, ENTITIES, strict=True)}
+    sets = zip(*ids.values(), strict=True)
+    alike = [len(frozenset().union(*tokens)) < sum(map(len, tokens)) for tokens in sets]
+    return frame.assign(**ids, collides=collides | np.array(alike))
 
 
 def outcome(said: int, ids: dict[str, frozenset]) -> str:

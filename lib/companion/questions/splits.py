@@ -15,47 +15,43 @@ def place_of(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
+def fold_of(name: str) -> int:
+    """The fold in which a name is tested; -1 for one that is for validation in all."""
+    place = place_of(name)
+    return -1 if place < VALIDATION else int((place - VALIDATION) / (1 - VALIDATION) * FOLDS)
+
+
 def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     """The questions of `frame` with their split: "train", "validation" or "test".
 
-    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2 is one of three turns: 15 % of the
-    names are for validation in all turns; the others are tested in one turn and trained on in the two others, so that
-    all of them are tested once. A question whose names fall into different splits is left out, and so is one in the
-    test that is not `tested`.
+    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2 is one of three
+    turns: 15 % of the names are for validation in all turns; the others are tested in one turn and
+    trained on in the two others, so that all of them are tested once. A question whose names fall
+    into different splits is left out, and so is one in the test that is not `tested`.
 
     A frame that comes with its split keeps it in every turn. Raises ValueError for another fold.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
-
     if "split" in frame:
         return frame
 
     def of(name: str) -> str:
         if fold is None:
             return SPLITS[int(np.searchsorted([0.8, 0.9], place_of(name), side="right"))]
-        turn = _turn(name)
-        return "validation" if turn < 0 else "test" if turn == fold else "train"
+        tested_in = fold_of(name)
+        return "validation" if tested_in < 0 else "test" if tested_in == fold else "train"
 
     splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
-    frame = frame.assign(split=[min(own) for own in splits])
-    left = np.array([len(own) == 1 for own in splits]) & (
-        frame["tested"] | (frame["split"] != "test")
-    )
-    return frame[left].reset_index(drop=True)
-
-
-def _turn(name: str) -> int:
-    """The fold in which a name is tested; -1 for one that is for validation in all."""
-    place = place_of(name)
-    return -1 if place < VALIDATION else int((place - VALIDATION) / (1 - VALIDATION) * FOLDS)
+    frame = frame.assign(split=[min(names) for names in splits])
+    one_split = np.array([len(names) == 1 for names in splits])
+    fit = one_split & (frame["tested"] | (frame["split"] != "test"))
+    return frame[fit].reset_index(drop=True)
 
 
 def draw(frame: pd.DataFrame, split: str, count: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """`count` questions of a split, drawn at random, fewer where there are fewer; the same for the same seed.
-
-    Raises ValueError when the split is empty.
-    """
+    """`count` questions of a split, drawn at random, fewer where there are fewer; the same for the
+    same seed. Raises ValueError when the split is empty."""
     part = frame[frame["split"] == split]
     if part.empty:
         raise ValueError(f"There are no questions in split {split!r}.")

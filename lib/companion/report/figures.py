@@ -91,10 +91,7 @@ def axes(ax: Axes | None = None, width: float = WIDTH, height: float = 2.8) -> A
 
 def looks_of(names: list, looks: Mapping | None) -> dict:
     """A look for every name: its own in `looks`, else one of the palette in turn."""
-    spare = (
-        Look(*pair)
-        for pair in zip(itertools.cycle(PALETTE), itertools.cycle("osD^vPX"), strict=False)
-    )
+    spare = map(Look, itertools.cycle(PALETTE), itertools.cycle("osD^vPX"))
     return {name: looks[name] if looks and name in looks else next(spare) for name in names}
 
 
@@ -108,7 +105,7 @@ def bands(
     ax: Axes | None = None,
 ) -> Axes:
     """A line per value of `hue` along x, with its band from `low` to `high`, and the zero line
-    where it is crossed.
+    where one of them crosses it.
 
     dashes: a second column that tells lines apart, with the line style of each of its values.
     """
@@ -125,7 +122,8 @@ def bands(
         )
         if {"low", "high"} <= {*part}:
             ax.fill_between(part[x], part["low"], part["high"], color=look.colour, alpha=0.2, lw=0)
-    if table[y].min() < 0 < table[y].max():
+    ends = table[[name for name in (y, "low", "high") if name in table]]
+    if ends.min(axis=None) < 0 < ends.max(axis=None):
         ax.axhline(0, color=GREY, lw=0.6)
     ax.set(xlabel=x.replace("_", " "), ylabel=y)
     if hue:
@@ -178,6 +176,23 @@ def points(
         ax.set_xticks(range(len(names)), names)
     ax.set(ylabel=y)
     ax.legend(fontsize=8, ncols=2)
+    return ax
+
+
+def levels(
+    table: pd.DataFrame,
+    value: str,
+    label: str,
+    looks: Mapping | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A dotted line across, with its name, at the value of each row."""
+    ax = axes(ax)
+    for row in table.to_dict("records"):
+        name, level = row[label], row[value]
+        ax.axhline(level, color=looks[name].colour if looks else GREY, lw=0.9, ls=":")
+        where = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "top"}
+        ax.annotate(name, (0.5, level), fontsize=7, **where)
     return ax
 
 

@@ -62,9 +62,8 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
             row = _first_difference(expected[column], found[column], relative)
             if row is not None:
                 new, old = found[column][row], expected[column][row]
-                problems.append(
-                    f"{name}, column {column}: {new} in row {row + 2}, the committed file says {old}"
-                )
+                where = f"{name}, column {column}: {new} in row {row + 2}"
+                problems.append(f"{where}, the committed file says {old}")
     return problems
 
 

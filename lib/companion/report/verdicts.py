@@ -52,8 +52,8 @@ def ledger(rows: Iterable[Mapping]) -> pd.DataFrame:
 def with_interval(
     row: Mapping, value: str, form: str, ends: str | None = None, scale: float = 1.0
 ) -> str:
-    """The text "0.4 [0.3, 0.5]": a column of a row with its `low` and `high`; form: of the value, ends: of
-    the other two."""
+    """The text "0.4 [0.3, 0.5]": a column of a row with its `low` and `high`; form: of the value,
+    ends: of the other two."""
     low, high = (format(scale * row[name], ends or form) for name in ("low", "high"))
     return f"{format(scale * row[value], form)} [{low}, {high}]"
 

@@ -1,12 +1,10 @@
 """Checking what is committed."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 
@@ -14,74 +12,53 @@ from backattn.files import one_process
 from backattn.runtime import DTYPE, PROFILE
 from companion import paths
 from companion.report import tables
-
-
-def notebooks(folder: Path = paths.NOTEBOOKS) -> list[Path]:
-    """The numbered notebooks, in order, then the demo."""
-    return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted(folder.glob("demo_*.ipynb"))]
-
-
-def _manifest() -> dict:
-    path = paths.DATA / "MANIFEST.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _side_by_side() -> list[str]:
-    """Options of pytest that check two files at a time, where there are cores and memory for two notebooks."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    room = cores >= 2 and psutil.virtual_memory().available > 6 * 2**30
-    print(
-        "two files at a time"
-        if room
-        else "one file at a time: fewer than two cores, or less than 6 GiB free"
-    )
-    return ["-n", "2", "--dist", "loadfile"] if room else []
+from companion.runner import committed
 
 
 def check() -> int:
-    """Lint, unit tests and guards, the committed notebooks re-run cell by cell, and their numbers compared."""
-    with one_process(paths.run_folder("check")):
-        return _check()
-
-
-def _check() -> int:
-    folder = paths.run_folder("check")
-    shutil.rmtree(folder, ignore_errors=True)
+    """Lint, tests, committed notebooks run again, their numbers compared; returns the status."""
+    folder, results = paths.run_folder("check"), {}
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
     for name in ("MPLBACKEND", DTYPE):
         environment.pop(name, None)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
-    took = _manifest().get("runs", {}).get("paper", {})
-    longest = sorted(
-        notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0)
-    )  # first, to end together
-    nbval = [
-        *pytest,
-        "--no-loadscope-reorder",
-        "--nbval-lax",
-        "--nbval-cell-timeout=1200",
-        *map(str, longest),
-    ]
-    steps: list[tuple[str, list[str]]] = [
-        ("lint", [sys.executable, "-m", "ruff", "check", "."]),
-        ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
-        ("unit tests and guards", [*pytest, "tests"]),
-        ("committed notebooks", nbval),
-    ]
-    results = {}
-    for name, command in steps:
-        print(f"== {name}", flush=True)
-        begin = time.monotonic()
-        passed = subprocess.run(command, cwd=paths.ROOT, env=environment).returncode == 0
-        results[name] = (passed, time.monotonic() - begin)
-    print("== numbers", flush=True)
-    begin, problems = time.monotonic(), tables.compare(folder / "figures", paths.FIGURES)
-    for problem in problems:
-        print(f"changed: {problem}", flush=True)
-    results["numbers"] = (not problems, time.monotonic() - begin)
-    print("== summary")
+    with one_process(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, command in _steps().items():
+            print(f"== {name}", flush=True)
+            begin = time.monotonic()
+            done = subprocess.run(command, cwd=paths.ROOT, env=environment)
+            results[name] = (done.returncode == 0, time.monotonic() - begin)
+        print("== numbers", flush=True)
+        begin, problems = time.monotonic(), tables.compare(folder / "figures", paths.FIGURES)
+        results["numbers"] = (not problems, time.monotonic() - begin)
+    print(*(f"changed: {problem}" for problem in problems), "== summary", sep="\n")
     for name, (passed, seconds) in results.items():
         print(f"{'passed' if passed else 'FAILED':7} {name} ({seconds:.0f} s)")
     return 0 if all(passed for passed, _ in results.values()) else 1
+
+
+def _steps() -> dict[str, list[str]]:
+    """Name -> command."""
+    python, took = [sys.executable, "-m"], committed.took("paper")
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
+    longest_first = sorted(  # so that they end together
+        committed.notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0)
+    )
+    nbval = ["--no-loadscope-reorder", "--nbval-lax", "--nbval-cell-timeout=1200"]
+    return {
+        "lint": [*python, "ruff", "check", "."],
+        "format": [*python, "ruff", "format", "--check", "."],
+        "unit tests, examples and guards": [*pytest, "--doctest-modules", "tests", "lib/backattn"],
+        "committed notebooks": [*pytest, *nbval, *map(str, longest_first)],
+    }
+
+
+def _side_by_side() -> list[str]:
+    """Options of pytest that check two files at a time, where two notebooks have room."""
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    if cores >= 2 and psutil.virtual_memory().available > 6 * 2**30:
+        print("two files at a time")
+        return ["-n", "2", "--dist", "loadfile"]
+    print("one file at a time: fewer than two cores, or less than 6 GiB free")
+    return []

@@ -1,216 +1,128 @@
-"""Running one notebook."""
+"""Running one notebook with papermill: its memory, its progress, and what is said when it fails."""
 
 import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch  # puts the environment back as it was
 
 import nbformat
+import papermill
 import psutil
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError, strip_color
 
 from backattn.files import atomic_file
 from backattn.runtime import PROFILE, PROGRESS_FILE
 from companion import paths
 
-
-@dataclass
-class Outcome:
-    """How one notebook ended."""
-
-    seconds: float
-    peak_megabytes: int
-    written: list[str]
-    error: str | None = None
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-@dataclass
-class Watch:
-    """Polls a running notebook: the peak memory of its kernel, and the progress line to show."""
+class NotebookError(Exception):
+    """A notebook failed; the message names the cell, the reason and the command to resume."""
 
-    progress_file: Path
-    show: Callable[[str], None]
-    peak: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator["Watch"]:
-        thread = threading.Thread(target=self._poll, daemon=True)
-        thread.start()
+def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
+    """Run a notebook from its clean source into `target`, which appears when all cells succeeded.
+
+    Returns {"written": files below the profile's folder, "seconds", "peak_megabytes"}. Raises
+    NotebookError, and then leaves the notebook as far as it came as `<name>.partial.ipynb`.
+    """
+    partial, bar = target.with_suffix(".partial.ipynb"), target.with_suffix(".progress")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    environment = {PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
+    begin = time.time()
+    with patch.dict(os.environ, environment), _watched(bar) as peak:
+        os.environ.pop("MPLBACKEND", None)  # Agg would silently remove every inline figure
         try:
-            yield self
-        finally:
-            self._stop.set()
-            thread.join()
+            notebook = papermill.execute_notebook(
+                path,
+                partial,
+                parameters,
+                cwd=paths.NOTEBOOKS,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                extra_arguments=["--log-level=ERROR"],
+            )
+        except (PapermillExecutionError, DeadKernelError) as error:
+            raise NotebookError(_report(path, partial, profile, error, peak[0])) from error
+    clean(notebook)
+    with atomic_file(target) as temporary:
+        nbformat.write(notebook, temporary)
+    partial.unlink()
+    folder = paths.run_folder(profile)
+    files = [file for file in folder.rglob("*") if file.is_file() and file.parent.name != "stamps"]
+    written = [str(f.relative_to(folder)) for f in files if f.stat().st_mtime >= begin]
+    seconds = round(time.time() - begin, 1)
+    return {"written": sorted(written), "seconds": seconds, "peak_megabytes": peak[0]}
 
-    def _poll(self) -> None:
-        shown, shown_at, interval = "", time.monotonic(), 0.2 if sys.stdout.isatty() else 20.0
-        while not self._stop.wait(0.2):
+
+@contextlib.contextmanager
+def _watched(bar: Path) -> Iterator[list[int]]:
+    """Show the last line of the file `bar` as it changes; yields [peak memory of kernels, MB]."""
+    peak, stop, interval = [0], threading.Event(), 0.2 if sys.stdout.isatty() else 20.0
+
+    def poll() -> None:
+        shown, shown_at = "", time.monotonic()
+        while not stop.wait(0.2):
             total = 0
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     total += child.memory_info().rss
-            self.peak = max(self.peak, total)
-            line = _last_progress(self.progress_file)
-            if line and line != shown and time.monotonic() - shown_at >= interval:
-                self.show(line)
-                shown, shown_at = line, time.monotonic()
+            peak[0] = max(peak[0], total // 2**20)
+            text = bar.read_text("utf-8", "replace") if bar.exists() else ""
+            line = text.strip().splitlines()[-1:]
+            if line and line[0] != shown and time.monotonic() - shown_at >= interval:
+                shown, shown_at = line[0], time.monotonic()
+                print(f"        {shown}", flush=True)
 
-
-def _last_progress(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (
-            path.read_text(encoding="utf-8", errors="replace")
-            .replace("\r", "\n")
-            .strip()
-            .rpartition("\n")[2]
-        )
-    return ""
-
-
-def execute(
-    path: Path, target: Path, profile: str, parameters: dict, say: Callable[[str], None] = print
-) -> Outcome:
-    """Run a notebook from its clean source into `target`, which appears only when all cells succeeded.
-
-    A failed run leaves its partial notebook as `<name>.partial.ipynb` beside it. The report names the failing cell,
-    a short traceback and the command to resume; a dead kernel is called that.
-    """
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
-
-    notebook = load_notebook_node(str(path))
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    if parameters:
-        notebook = parameterize_notebook(
-            notebook, parameters, kernel_name="python3", language="python"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial.ipynb")
-    bar = target.with_suffix(".progress")
-    folder = paths.run_folder(profile)
-    before = _files(folder)
-    headings: dict[int, str] = _headings(notebook)
-    position = {"cell": 0}
-
-    def starting(cell, cell_index: int) -> None:
-        position["cell"] = cell_index
-        if cell_index in headings:
-            say(f"      {headings[cell_index]}")
-
-    def finished(cell, cell_index: int, **_) -> None:
-        with atomic_file(partial) as temporary:
-            nbformat.write(notebook, temporary)
-
-    client = NotebookClient(
-        notebook,
-        timeout=None,
-        kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
-        resources={"metadata": {"path": str(paths.NOTEBOOKS)}},
-        on_cell_start=starting,
-        on_cell_executed=finished,
-    )
-    environment = {**os.environ, PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
-    environment.pop("MPLBACKEND", None)  # Agg would silently remove every inline figure
-    watch, error, begin = Watch(bar, lambda line: say(f"        {line}")), None, time.monotonic()
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
     try:
-        with watch.running():
-            client.execute(env=environment)
-    except DeadKernelError:
-        error = _report(
-            path, notebook, position["cell"], partial, profile, _dead_kernel(watch.peak)
-        )
-    except CellExecutionError as failure:
-        error = _report(
-            path, notebook, position["cell"], partial, profile, _short(str(failure.traceback))
-        )
+        yield peak
     finally:
+        stop.set()
+        thread.join()
         bar.unlink(missing_ok=True)
-    if error:
-        nbformat.write(notebook, partial)
-    else:
-        _clean(notebook)
-        with atomic_file(target) as temporary:
-            nbformat.write(notebook, temporary)
-        partial.unlink(missing_ok=True)
-    after = _files(folder)
-    written = sorted(
-        str(p.relative_to(folder)) for p, stamp in after.items() if before.get(p) != stamp
-    )
-    return Outcome(
-        time.monotonic() - begin,
-        watch.peak // 2**20,
-        [w for w in written if ".partial" not in w],
-        error,
-    )
 
 
-def _files(folder: Path) -> dict[Path, int]:
-    return {
-        p: p.stat().st_mtime_ns
-        for p in folder.rglob("*")
-        if p.is_file() and p.parent.name != "stamps"
-    }
+def clean(notebook: nbformat.NotebookNode) -> None:
+    """Drop, in place, all that differs between two equal runs, and tag code for the site to fold.
 
-
-def _headings(notebook) -> dict[int, str]:
-    """Code cell index → the Markdown heading above it, first code cell of each section only."""
-    found, waiting = {}, None
-    for index, cell in enumerate(notebook.cells):
-        if cell.cell_type == "markdown":
-            titles = [
-                line.lstrip("# ") for line in cell.source.splitlines() if line.startswith("#")
-            ]
-            waiting = titles[-1] if titles else waiting
-        elif waiting:
-            found[index], waiting = waiting, None
-    return found
-
-
-def _clean(notebook) -> None:
-    """Keep sources, outputs, counts, ids and tags; drop everything that differs between two equal runs."""
-    language = notebook.metadata.get("language_info", {}).get("name", "python")
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": language},
-        }
-    )
+    Sources, outputs, counts, ids and tags stay.
+    """
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(metadata)
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags")
+        tags = list(cell.metadata.get("tags", []))
+        if "injected-parameters" in tags:
+            cell.id = "injected-parameters"  # papermill draws one
+        if cell.cell_type == "code" and not {"hide-input", "remove-cell"} & set(tags):
+            tags.append("remove-cell" if "setup" in tags else "hide-input")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output["metadata"] = nbformat.from_dict({})
 
 
-def _short(text: str, lines: int = 12) -> str:
-    import re
-
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return "\n".join(plain.strip().splitlines()[-lines:])
-
-
-def _dead_kernel(peak: int) -> str:
-    return (
-        f"The kernel died (peak memory {peak // 2**20} MB). Most often the machine ran out of memory: close other "
-        "programs, or use --profile smoke or a smaller model."
-    )
-
-
-def _report(path: Path, notebook, index: int, partial: Path, profile: str, reason: str) -> str:
-    source = "\n".join(f"    | {line}" for line in notebook.cells[index].source.splitlines())
-    return (
-        f"FAILED {path.name}, cell {index}:\n{source}\n\n"
-        + "\n".join(f"    {line}" for line in reason.splitlines())
-        + f"\n\n    partial notebook: {partial}\n    resume with:      "
-        f"./run_all.sh --profile {profile} --from {path.stem[:2]}"
-    )
+def _report(path: Path, partial: Path, profile: str, error: Exception, megabytes: int) -> str:
+    if isinstance(error, PapermillExecutionError):
+        index, source = error.cell_index, error.source
+        reason = strip_color("\n".join(error.traceback)).strip().splitlines()[-12:]
+    else:  # papermill does not say which cell it was
+        cells = nbformat.read(partial, as_version=4).cells
+        index = [k for k, c in enumerate(cells) if c.metadata.papermill.get("start_time")][-1]
+        source = cells[index].source
+        reason = [
+            f"The kernel died (peak memory {megabytes} MB). Most often the machine ran out of",
+            "memory: close other programs, or use --profile smoke or a smaller model.",
+        ]
+    lines = [f"FAILED {path.name}, cell {index}:", *(f"    | {x}" for x in source.splitlines()), ""]
+    lines += [*(f"    {x}" for x in reason), "", f"    partial notebook: {partial}"]
+    lines += [f"    resume with:      ./run_all.sh --profile {profile} --from {path.stem[:2]}"]
+    return "\n".join(lines)

@@ -27,7 +27,10 @@ from companion.runs.as_asked import test_groups
 from companion.runs.run import Run
 from companion.runs.store import Store, answers_right
 
-SETTINGS = ("model", "dataset", "arm", "seed", "source_layer", "dim", "width", "learning_rate")
+SETTINGS = (
+    *("model", "dataset", "arm", "seed", "source_layer", "memory_layers"),
+    *("dim", "width", "learning_rate"),
+)
 COSTS = ("trained", "seconds", "flops", "perplexity")
 
 
@@ -145,6 +148,21 @@ def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(over_all)], ignore_index=True) if over_all else table
 
 
+def rows_with(answered: pd.DataFrame, by: str, value: Hashable) -> pd.DataFrame:
+    """Rows whose column `by` is a value, which may be a tuple or None; raises ValueError when there
+    are none."""
+    part = answered[[one == value for one in answered[by]]]
+    if part.empty:
+        raise ValueError(f"There are no runs with {by} {value!r}.")
+    return part
+
+
+def same_questions(parts: Sequence[pd.DataFrame], which: str) -> None:
+    """Raises ValueError, saying which, unless all were tested on the same questions."""
+    if not all(np.array_equal(part["group"], parts[0]["group"]) for part in parts):
+        raise ValueError(f"{which} were not tested on the same questions.")
+
+
 def paired(
     answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm", seed: int = 0
 ) -> dict[str, float]:
@@ -153,12 +171,8 @@ def paired(
 
     Raises ValueError when one is missing, or the tests are not of the same questions.
     """
-    one, two = (answered[answered[by] == which] for which in (a, b))
-    for which, part in ((a, one), (b, two)):
-        if part.empty:
-            raise ValueError(f"There are no runs with {by} {which!r}.")
-    if not np.array_equal(one["group"].to_numpy(), two["group"].to_numpy()):
-        raise ValueError(f"{a!r} and {b!r} were not tested on the same questions.")
+    one, two = (rows_with(answered, by, which) for which in (a, b))
+    same_questions([one, two], f"{a!r} and {b!r}")
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference = float(matrix(one).mean() - matrix(two).mean())
     n = one["question"].nunique()
@@ -169,7 +183,7 @@ def seed_differences(
     answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm"
 ) -> pd.Series:
     """Accuracy where column `by` is a, less where it is b, of each seed."""
-    one, two = (answered[answered[by] == which] for which in (a, b))
+    one, two = (rows_with(answered, by, which) for which in (a, b))
     return one.groupby("seed")["right"].mean() - two.groupby("seed")["right"].mean()
 
 

@@ -5,24 +5,15 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 
-from backattn import runtime
+from backattn.adapters.arms import UNTRAINED as UNTRAINED
 from backattn.models.packaged import EMBEDDED
 from backattn.training.loop import Recipe
-from companion.questions.datasets import PUBLISHED, TWINS, load
+from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
 
 VERSION = 1  # raised when the same configuration would give another result
 
-UNTRAINED = ("zero-shot", "few-shot")
-
-OF_TRAINED = (
-    "source_layer",
-    "dim",
-    "memory_layers",
-    "steps",
-)  # fields that mean nothing where nothing is trained
-
-SHOTS = 4
+SHOTS = 4  # worked examples of "few-shot"
 
 SCRATCH = "scratch"  # the model of runs from scratch
 
@@ -31,8 +22,8 @@ SCRATCH = "scratch"  # the model of runs from scratch
 class Run:
     """One training run. Sizes are numbers of questions.
 
-    A seed decides initial weights and the order of questions and, for adapters, which fold is tested. A run that only
-    tries a learning rate has test_items=0 and never sees the test.
+    A seed decides initial weights and the order of questions and, for adapters, which fold is
+    tested. A run that only tries a learning rate has test_items=0 and never sees the test.
     """
 
     dataset: str
@@ -47,72 +38,58 @@ class Run:
     train_items: int | None = 1500
     validation_items: int | None = 200
     test_items: int | None = 300
-    dtype: str = (
-        "bfloat16"  # of the frozen model in training; it is tested in fp32, see `tested_in`
-    )
-    memory_layers: tuple[int, ...] | None = (
-        None  # what back attention reads; None: from the source layer up
-    )
+    dtype: str = "bfloat16"  # of the frozen model in training
+    memory_layers: tuple[int, ...] | None = None  # that back attention reads; None: all from source
     width: int = 440  # of a model from scratch
     weight_decay: float | None = None  # None: 0.01 from scratch, else none
+    tested_in: str = "float32"  # dtype of the model in the test
 
     @property
     def fold(self) -> int | None:
-        """See `datasets.split`: models from scratch are all tested on the same questions."""
+        """See `splits.split`: models from scratch are all tested on the same questions."""
         return None if self.model == SCRATCH else self.seed % FOLDS
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits that name the run; what has its default value does not count, so that a field that is
-        added later leaves the names of earlier runs what they are."""
-        source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
-        about = [VERSION, _own(self), _own(self.recipe), data_hash(self.dataset), source, SHOTS]
-        if tested_in(self) != "float32":  # what is tested in another dtype is another result
-            about.append(tested_in(self))
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def recipe(self) -> Recipe:
         scratch = self.model == SCRATCH
+        decay = self.weight_decay
         return Recipe(
             steps=self.steps,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
-            weight_decay=self.weight_decay
-            if self.weight_decay is not None
-            else 0.01
-            if scratch
-            else 0.0,
+            weight_decay=decay if decay is not None else 0.01 if scratch else 0.0,
             seed=self.seed,
             evaluations=12 if scratch else 3,
             autocast=scratch and self.dtype == "bfloat16",
         )
 
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that name the run.
 
-def tested_in(run: Run) -> str:
-    """The dtype of a run's test: fp32, or for models whose results are not shipped that of `load_model`."""
-    ours = run.model == SCRATCH or run.model in EMBEDDED
-    return "float32" if ours else str(runtime.dtype()).removeprefix("torch.")
+        What has its default value does not count, so that a field that is added later leaves the
+        names of earlier runs what they are.
+        """
+        source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
+        settings, recipe = _changed(self), _changed(self.recipe)
+        about = [VERSION, settings, recipe, data_hash(self.dataset), source, SHOTS]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _own(settings) -> dict:
+def _changed(settings) -> dict:
     """The fields of a dataclass that have not their default values."""
-    return {
-        f.name: value for f in fields(settings) if (value := getattr(settings, f.name)) != f.default
-    }
+    values = {field: getattr(settings, field.name) for field in fields(settings)}
+    return {field.name: value for field, value in values.items() if value != field.default}
 
 
 @functools.cache
 def data_hash(dataset: str) -> str:
-    """Hash of a dataset's questions, answers (other names included), groups, and of how groups are split."""
-    rules = [FOLDS, VALIDATION]
-    if (
-        dataset.lower() in PUBLISHED
-    ):  # the file's own hash: its results can be read where it cannot be had
-        sha256 = PUBLISHED[dataset.lower()][2]
-        return hashlib.sha256(f"{rules}{TWINS}{sha256}".encode()).hexdigest()[:16]
-    frame = load(dataset)
-    columns = [
-        n for n in ("prompt", "answer", "group", "tested", "e3_aliases", "split") if n in frame
-    ]
-    return hashlib.sha256(f"{rules}{frame[columns].to_csv(index=False)}".encode()).hexdigest()[:16]
+    """Hash of a dataset's questions, answers (other names included), groups, and of their split.
+
+    Of a published one the file's own hash: its results can be read where it cannot be had.
+    """
+    if published := DATASETS[dataset].published:
+        content = f"{TWINS}{published.sha256}"
+    else:
+        content = load(dataset)[list(DATASETS[dataset].columns)].to_csv(index=False)
+    return hashlib.sha256(f"{[FOLDS, VALIDATION]}{content}".encode()).hexdigest()[:16]

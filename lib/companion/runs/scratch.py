@@ -1,63 +1,42 @@
-"""Small models from scratch."""
+"""The arms of small models from scratch, and where to find any run's arm."""
+
+from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
+from backattn.adapters.arms import ARMS, UNTRAINED, Arm
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
 from backattn.adapters.modules import LoopLoRA, Return
 from backattn.adapters.two_pass import TwoPassModel
-from companion.questions.compositions import INVENTED, RELATIONS
-from companion.runs.run import Run
+from companion.questions.datasets import DATASETS
+from companion.runs.run import SCRATCH, Run
 
-SCRATCH_ARMS = {
-    "1 layer": "the baseline",
-    "1 layer + back attention": "d′ = 160, reading the embedding's and the layer's own states",
-    "2 layers": "what it is said to match",
-    "1 layer, wide": "the FFN widened to the weights of back attention",
-    "1 layer, twice": "the same layer run two times (weight-tied)",
-}
-
-COMPOSING_ARMS = {
-    "2 layers": "the baseline",
-    "2 layers + back attention": "d′ = 32, in layer 0, reading all states",
-    "2 layers + same layer": "the same module reading the embedding's states only: no second pass",
-    "2 layers + loop": "as many weights, a map of the final state at the same position into layer 0; layers run again",
-    "2 layers + return": "one number: the final state itself, times it, in layer 0; layers run again",
-    "2 layers, twice": "the same layers run two times (weight-tied)",
-    "4 layers": "as many operations as the layers run twice",
-}
+RATES = (5e-4, 1e-3, 2e-3)
 
 
-def scratch_model(run: Run) -> tuple[nn.Module, object]:
-    """A run's untrained small Llama, as for claim C7, and its tokenizer: of characters, or of the words of
-    `datasets.compositions`.
+@dataclass(frozen=True)
+class ScratchArm(Arm):
+    """An arm of models from scratch; make: run -> model. sized: whether d′ decides its weights."""
 
-    FFN of 8/3 of the width with a gate (as many weights as one of 4 times the width without), 10 heads; dim: d′ of back
-    attention, or what widens the FFN by as many weights. Raises ValueError for an unknown arm.
+    sized: bool = False
+
+
+def llama(run: Run, layers: int, repeats: int = 1, widened: bool = False) -> nn.Module:
+    """An untrained small Llama, as for claim C7, of 10 heads.
+
+    FFN of 8/3 of the width with a gate: as many weights as one of 4 times the width without.
+    repeats: how often the same layers run (weight-tied); widened: by as many weights as back
+    attention of `run.dim` has.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    composing, arm = run.dataset == "compositions", run.arm
-    arms = COMPOSING_ARMS if composing else SCRATCH_ARMS
-    if arm not in arms:
-        raise ValueError(f"Unknown arm {arm!r}; choose one of {', '.join(arms)}.")
-    words, split = ["<pad>", *"0123456789+-=;"], pre_tokenizers.Split("", "isolated")
-    if composing:
-        named = (("e", INVENTED), ("r", RELATIONS))
-        words, split = (
-            ["<pad>", *(f"{x}{i}" for x, n in named for i in range(n))],
-            pre_tokenizers.WhitespaceSplit(),
-        )
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-    ffn, layers = round(8 * run.width / 3), int(arm[0])
     config = LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=len(_vocabulary(run.dataset)),
         hidden_size=run.width,
-        intermediate_size=ffn + (round(4 * run.dim / 3) if arm == "1 layer, wide" else 0),
-        num_hidden_layers=layers * (2 if arm.endswith("twice") else 1),
+        intermediate_size=round(8 * run.width / 3) + widened * round(4 * run.dim / 3),
+        num_hidden_layers=layers * repeats,
         num_attention_heads=10,
         num_key_value_heads=10,
         max_position_embeddings=32,
@@ -65,13 +44,95 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
-    for k in range(layers, config.num_hidden_layers):
-        model.model.layers[k] = model.model.layers[k - layers]
-    if arm.endswith(("loop", "return")):
-        update = LoopLoRA(run.width, 2 * run.dim) if arm.endswith("loop") else Return()
-        return TwoPassModel(model, {0: update}, memory=(layers,), freeze_base=False), tokenizer
-    if "+" in arm:
-        memory = (0,) if arm.endswith("same layer") else run.memory_layers
-        config = BackAttentionConfig(0, run.dim, memory_layers=memory)
-        return get_back_attention_model(model, config, freeze_base=False), tokenizer
-    return model, tokenizer
+    model.model.layers = nn.ModuleList([*model.model.layers[:layers]] * repeats)
+    return model
+
+
+def with_back_attention(run: Run, layers: int, memory: tuple[int, ...] | None = None) -> nn.Module:
+    config = BackAttentionConfig(0, run.dim, memory_layers=memory or run.memory_layers)
+    return get_back_attention_model(llama(run, layers), config, freeze_base=False)
+
+
+def with_loop(run: Run, layers: int) -> nn.Module:
+    model, update = llama(run, layers), LoopLoRA(run.width, 2 * run.dim)
+    return TwoPassModel(model, {0: update}, memory=(layers,), freeze_base=False)
+
+
+def with_return(run: Run, layers: int) -> nn.Module:
+    return TwoPassModel(llama(run, layers), {0: Return()}, memory=(layers,), freeze_base=False)
+
+
+def _arm(name, about, colour, marker, make, sized=False, **shape) -> ScratchArm:
+    return ScratchArm(name, about, partial(make, **shape), colour, marker, RATES, sized=sized)
+
+
+def by_name(*arms: ScratchArm) -> dict[str, ScratchArm]:
+    return {arm.name: arm for arm in arms}
+
+
+# fmt: off
+SCRATCH_ARMS = by_name(
+    _arm("1 layer", "the baseline", "#0173b2", "s", llama, layers=1),
+    _arm("1 layer + back attention", "reading the embedding's and the layer's own states",
+         "#d55e00", "o", with_back_attention, sized=True, layers=1),
+    _arm("2 layers", "what it is said to match", "#029e73", "P", llama, layers=2),
+    _arm("1 layer, wide", "the FFN widened to the weights of back attention",
+         "#de8f05", "s", llama, sized=True, layers=1, widened=True),
+    _arm("1 layer, twice", "the same layer run two times (weight-tied)",
+         "#cc78bc", "D", llama, layers=1, repeats=2),
+)
+
+COMPOSING_ARMS = by_name(
+    _arm("2 layers", "the baseline", "#029e73", "P", llama, layers=2),
+    _arm("2 layers + back attention", "d′ = 32, in layer 0, reading all states",
+         "#d55e00", "o", with_back_attention, layers=2),
+    _arm("2 layers + same layer", "the same module reading the embedding's states only: one pass",
+         "#de8f05", "s", with_back_attention, layers=2, memory=(0,)),
+    _arm("2 layers + loop", "as many weights, a map of the final state at the same position into "
+         "layer 0; layers run again", "#ca9161", "^", with_loop, layers=2),
+    _arm("2 layers + return", "one number: the final state itself, times it, in layer 0; layers "
+         "run again", "#949494", "<", with_return, layers=2),
+    _arm("2 layers, twice", "the same layers run two times (weight-tied)",
+         "#cc78bc", "D", llama, layers=2, repeats=2),
+    _arm("4 layers", "as many operations as the layers run twice", "#0173b2", "v", llama, layers=4),
+)
+# fmt: on
+
+SIZED = tuple(arm.name for arm in SCRATCH_ARMS.values() if arm.sized)
+
+LOOKS = {**UNTRAINED, **ARMS, **SCRATCH_ARMS, **COMPOSING_ARMS}  # one arm, one look
+
+
+def arms_of(run: Run) -> dict[str, Arm]:
+    """The arms that there are for a run's model and dataset."""
+    if run.model != SCRATCH:
+        return {**UNTRAINED, **ARMS}
+    return COMPOSING_ARMS if DATASETS[run.dataset].words else SCRATCH_ARMS
+
+
+def arm_of(run: Run) -> Arm:
+    """The record of a run's arm. Raises ValueError naming those that there are."""
+    arms = arms_of(run)
+    if run.arm not in arms:
+        raise ValueError(f"Unknown arm {run.arm!r}; choose one of {', '.join(arms)}.")
+    return arms[run.arm]
+
+
+def scratch_model(run: Run) -> tuple[nn.Module, object]:
+    """A run's untrained small model and its tokenizer: of characters, or of invented words.
+
+    Raises ValueError for an unknown arm.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(_vocabulary(run.dataset))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    by_word, by_character = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")
+    core.pre_tokenizer = by_word if DATASETS[run.dataset].words else by_character
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    return arm_of(run).make(run), tokenizer
+
+
+def _vocabulary(dataset: str) -> list[str]:
+    return ["<pad>", *(DATASETS[dataset].words or "0123456789+-=;")]

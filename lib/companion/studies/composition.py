@@ -1,75 +1,57 @@
-"""08: two hops learnt from nothing."""
+"""08: two hops learnt from nothing (claim N4)."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
 from companion.report.intervals import interval
-from companion.runs.as_asked import asked
-from companion.runs.results import Answers, _paired, pooled_answers, resampled
-from companion.runs.run import Run
-from companion.runs.store import Store
+from companion.report.verdicts import claim, points
+from companion.runs.results import matrix, paired, resampled
+
+TWO_LAYERS, SAME_LAYER, LOOP = "2 layers", "2 layers + same layer", "2 layers + loop"
+UNSEEN = ("ID/ID", "OOD/ID", "ID/OOD")  # kinds of questions that N4 asks about
 
 
-def by_kind(
-    runs: Sequence[Run], store: Store, arm: str, others: Sequence[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Arms on each kind of question of a dataset that has kinds (`datasets.compositions`), all seeds on the same ones.
+def accuracy_by_kind(answered: pd.DataFrame) -> pd.DataFrame:
+    """Arms on each kind of question; answered: `results.answers` with a column kind, all seeds on
+    the same questions.
 
-    Returns two tables. Accuracy: kind, arm, accuracy, low, high (95 %, samples of names and of seeds), worst, best
-    (seed), n, seeds, trained, flops, learning_rate. Difference of `arm` from each other: kind, other, difference, low,
-    high, p, n.
+    Returns: kind, arm, accuracy, low, high (95 %, samples of names and of seeds), worst, best
+    (seed), n, seeds, trained, flops, learning_rate.
     """
-    kinds, accuracy, difference = asked(runs[0], "test")["kind"].to_numpy(), [], []
-    by = {
-        name: [run for run in runs if run.arm == name]
-        for name in dict.fromkeys(run.arm for run in runs)
-    }
-    whole = {name: pooled_answers(mine, store) for name, mine in by.items()}
-    for kind in sorted(set(kinds)):
-        mine = {
-            name: Answers(own.right[:, kinds == kind], own.groups[kinds == kind])
-            for name, own in whole.items()
-        }
-        for name, own in mine.items():
-            each, kept = own.right.mean(1), store.result(by[name][0])
-            row = {"kind": kind, "arm": name, "accuracy": each.mean(), **interval(resampled(own))}
-            row |= {
-                "worst": each.min(),
-                "best": each.max(),
-                "n": own.right.shape[1],
-                "seeds": len(each),
-            }
-            about = {
-                "trained": kept["trained"],
-                "flops": kept["flops"],
-                "learning_rate": by[name][0].learning_rate,
-            }
-            accuracy.append({**row, **about})
-        for other in others:
-            less = _paired(mine[arm], mine[other], f"{arm!r} and {other!r} on {kind}")
-            difference.append({"kind": kind, "other": other, **less})
-    return pd.DataFrame(accuracy), pd.DataFrame(difference)
+    rows = []
+    for kind in sorted(answered["kind"].unique()):
+        for arm, part in answered[answered["kind"] == kind].groupby("arm", sort=False):
+            each = matrix(part).mean(1)
+            row = {"kind": kind, "arm": arm, "accuracy": each.mean(), **interval(resampled(part))}
+            row |= {"worst": each.min(), "best": each.max()}
+            row |= {"n": part["question"].nunique(), "seeds": len(each)}
+            rows.append({**row, **part.iloc[0][["trained", "flops", "learning_rate"]]})
+    return pd.DataFrame(rows)
 
 
-def kind_curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """Validation accuracy by step and kind of question, mean and range over seeds: arm, kind, step, validation, low,
-    high."""
-    rows = [
-        {
-            "arm": run.arm,
-            "seed": run.seed,
-            "step": int(point["step"]),
-            "kind": kind,
-            "validation": share,
-        }
-        for run in runs
-        for point in store.result(run)["curve"]
-        for kind, share in point["kinds"].items()
-    ]
-    seeds = pd.DataFrame(rows).groupby(["arm", "kind", "step"], sort=False)["validation"]
-    return (
-        seeds.agg(["mean", "min", "max"])
-        .reset_index()
-        .set_axis(["arm", "kind", "step", "validation", "low", "high"], axis=1)
-    )
+def differences_by_kind(answered: pd.DataFrame, arm: str, others: Sequence[str]) -> pd.DataFrame:
+    """How far `arm` is ahead of others on each kind: kind, other, difference, low, high, p, n."""
+    rows = []
+    for kind in sorted(answered["kind"].unique()):
+        part = answered[answered["kind"] == kind]
+        rows += [{"kind": kind, "other": other, **paired(part, arm, other)} for other in others]
+    return pd.DataFrame(rows)
+
+
+def composes(differences: pd.DataFrame) -> dict:
+    """N4. differences: `differences_by_kind` of back attention.
+
+    Nine checks, each with its whole interval: on questions whose two facts were composed in
+    training, though not with each other (ID/ID), whose first fact never was (OOD/ID), and whose
+    second never was (ID/OOD), back attention is ahead of the plain model, of the same module on its
+    own layer, and of a loop that hands the final state back with as many weights.
+    """
+    by = differences.set_index(["kind", "other"])
+    rows = by.loc[[(kind, other) for kind in UNSEEN for other in (TWO_LAYERS, SAME_LAYER, LOOP)]]
+    each = []
+    for kind in UNSEEN:
+        less = ", ".join(f"{other} {points(row)}" for other, row in rows.loc[kind].iterrows())
+        each.append(f"{kind} (n = {int(rows.loc[kind, 'n'].iloc[0])}): {less}")
+    ours = f"two layers with back attention less, points: {'; '.join(each)}"
+    return claim("N4", ours, rows["low"] > 0, rows["high"] < 0)

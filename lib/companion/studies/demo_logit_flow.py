@@ -1,4 +1,4 @@
-"""One prompt seen from all sides, and the widgets that choose it: notebooks/demo_logit_flow.ipynb."""
+"""One prompt seen from all sides, and the widgets that choose it (demo_logit_flow.ipynb)."""
 
 import contextlib
 import html
@@ -25,22 +25,21 @@ from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import encode
 from companion.report import figures
 from companion.runs.perform import put_weights
-from companion.runs.plans import adapter_runs
+from companion.runs.plans import adapter_runs, found
 from companion.runs.store import Store
 
-MOST_TOKENS = (
-    48  # of a prompt: a picture with more rows cannot be read, and memory grows with their square
-)
+MOST_TOKENS = 48  # more rows cannot be read, and memory grows with their square
 
 
 @dataclass
 class PromptReport:
     """What `see` found. Probabilities are of the next token after the prompt.
 
-    predictions: token, plain and, with an adapter, "back attention": the likeliest tokens of either. flow: of
-    `flow_back`, for the answer, in the plain model. neurons: the plain model's that raise the answer most: layer, kind,
-    head, neuron, position, token, increase (nats), promotes. reads: [memory layers, tokens], what the adapter reads at
-    the last position, or None. error: how far the layer scores miss the model's own log-probability, nats.
+    predictions: token, plain and, with an adapter, "back attention": the likeliest tokens of
+    either. flow: of `flow_back`, for the answer, in the plain model. neurons: the plain model's
+    that raise the answer most: layer, kind, head, neuron, position, token, increase (nats),
+    promotes. reads: [memory layers, tokens], what the adapter reads at the last position, or None.
+    error: how far the layer scores miss the model's own log-probability, nats.
     """
 
     answer: str
@@ -61,13 +60,15 @@ def inspect_prompt(
     adapter: BackAttentionModel | None = None,
     top: int = 8,
 ) -> PromptReport:
-    """Logit flow of a prompt in the plain model and, with back attention on it, what that reads and what it changes.
+    """Logit flow of a prompt in the plain model and, with back attention on it, what that reads and
+    what it changes.
 
     Args:
         answer: what flow is traced to, by its first token; "" takes the model's own.
         adapter: `model` with back attention, or None.
 
-    Raises ValueError for an empty prompt and one of more than MOST_TOKENS tokens; warns of an answer of several.
+    Raises ValueError for an empty prompt and one of more than MOST_TOKENS tokens; warns of an
+    answer of several.
     """
     batch = encode(tokenizer, [prompt], side="left", device=model.device)
     count = int(batch.lengths[0])
@@ -80,40 +81,22 @@ def inspect_prompt(
         source = adapter.back_attention_config.sources[0]
         with adapter.attention_maps() as maps:
             probabilities["back attention"] = next_log_probs(adapter, batch)[0].exp()
-        reads, layers = (
-            maps[source][0, :, -1].mean(0)[:, -count:].float().cpu().numpy(),
-            adapter.memory_layers,
-        )
-    with adapter.disable_adapter() if adapter is not None else contextlib.nullcontext():
+        reads = maps[source][0, :, -1].mean(0)[:, -count:].float().cpu().numpy()
+        layers = adapter.memory_layers
+    with adapter.disable_adapter() if adapter else contextlib.nullcontext():
         probabilities = {"plain": next_log_probs(model, batch)[0].exp(), **probabilities}
-        flow = logit_flow(
-            model, tokenizer, [prompt], [answer] if answer.strip() else None, method="screen"
-        )
+        flow = logit_flow(model, tokenizer, [prompt], [answer] if answer.strip() else None)
         error = flow.check()
         back = flow_back(model, tokenizer, flow)
         neurons = flow.frame[flow.frame["neuron"].notna()].nlargest(top, "increase")
         neurons = neurons.assign(promotes=_promoted(model, tokenizer, prompt, neurons))
-    best = dict.fromkeys(
-        token for p in probabilities.values() for token in p.topk(5).indices.tolist()
-    )
-    rows = [
-        {"token": tokenizer.decode([t]), **{name: p[t].item() for name, p in probabilities.items()}}
-        for t in best
-    ]
-    tokens = (
-        back.frame.drop_duplicates("position").sort_values("position")["token"].astype(str).tolist()
-    )
+    best = dict.fromkeys(t for p in probabilities.values() for t in p.topk(5).indices.tolist())
+    predictions = pd.DataFrame({name: p[list(best)] for name, p in probabilities.items()})
+    predictions.insert(0, "token", [tokenizer.decode([token]) for token in best])
+    tokens = back.frame.drop_duplicates("position").sort_values("position")["token"].astype(str)
     columns = ["layer", "kind", "head", "neuron", "position", "token", "increase", "promotes"]
-    return PromptReport(
-        flow.answers[0],
-        tokens,
-        pd.DataFrame(rows),
-        back.frame,
-        neurons[columns],
-        error,
-        reads,
-        tuple(layers),
-    )
+    found = flow.answers[0], tokens.tolist(), predictions, back.frame, neurons[columns], error
+    return PromptReport(*found, reads, tuple(layers))
 
 
 def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, count: int = 4) -> list[str]:
@@ -139,28 +122,26 @@ def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, count: int =
     return [" ".join(tokenizer.decode([token]).strip() for token in row) for row in likeliest]
 
 
-def report_figure(seen: PromptReport) -> Figure:
-    """Flow through attention and FFNs by layer and token and, where there is an adapter, what its last position
-    reads."""
-    panels = 2 + (seen.reads is not None)
-    height = 1.2 + 0.19 * len(seen.tokens)
-    figure, axes = plt.subplots(
-        panels, 1, figsize=(figures.WIDTH, panels * height), layout="constrained"
-    )
+def report_figure(report: PromptReport) -> Figure:
+    """Flow through attention and FFNs by layer and token and, with an adapter, what its last
+    position reads."""
+    panels = 2 + (report.reads is not None)
+    size = figures.WIDTH, panels * (1.2 + 0.19 * len(report.tokens))
+    figure, axes = plt.subplots(panels, 1, figsize=size, layout="constrained")
     for ax, kind in zip(axes, ("attention", "ffn"), strict=False):
-        figures.flow_heatmap(seen.flow, kind, ax)
-        ax.set_title(f"flow to {seen.answer.strip()!r} through {kind}")
-    if seen.reads is not None:
-        figures.cell_heatmap(
-            seen.reads, list(seen.layers), seen.tokens, top=float(seen.reads.max()), ax=axes[-1]
-        )
+        figures.flow_heatmap(report.flow, kind, ax=ax)
+        ax.set_title(f"flow to {report.answer.strip()!r} through {kind}")
+    if report.reads is not None:
+        grid = pd.DataFrame(report.reads, index=list(report.layers))
+        figures.heatmap(grid, "weight", diverging=False, upwards=True, ax=axes[-1])
+        axes[-1].set_xticks(np.arange(len(report.tokens)) + 0.5, report.tokens, rotation=40)
         axes[-1].set(title="what back attention reads at the last position", ylabel="memory layer")
     return figure
 
 
 class Models:
-    """Models by name, loaded when first wanted; with back attention trained on two-hop questions where that is shipped
-    (notebook 03, first seed)."""
+    """Models by name, loaded when first wanted; with back attention trained on two-hop questions
+    where that is shipped (notebook 03, first seed)."""
 
     def __init__(self, store: Store | None = None, device: str = "cpu"):
         self.store, self.device, self.kept = store or Store(), device, {}
@@ -168,28 +149,30 @@ class Models:
     def get(self, name: str) -> tuple:
         """(model, tokenizer, the model with back attention or None)."""
         if name not in self.kept:
-            self.kept[name] = self._load(name)
+            model, tokenizer = load_model(name, device=self.device)
+            self.kept[name] = model, tokenizer, self._adapter(name, model)
         return self.kept[name]
 
-    def _load(self, name: str) -> tuple:
-        model, tokenizer = load_model(name, device=self.device)
+    def _adapter(self, name: str, model) -> BackAttentionModel | None:
         if name not in EMBEDDED:
-            return model, tokenizer, None
-        plan = adapter_runs(self.store, model=name, names=["two-hop"], arms=["back attention"])
-        run = next((r for r in plan[1] if r.arm == "back attention" and r.seed == 0), None)
+            return None
+        runs = found(adapter_runs(model=name, arms=["back attention"]), self.store)
+        run = next(run for run in runs if run.arm == "back attention" and run.seed == 0)
         try:
-            weights = self.store.weights(run) if run else None
+            weights = self.store.weights(run)
         except FileNotFoundError:
-            weights = None
-        if weights is None:
-            return model, tokenizer, None
-        adapter = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
+            return None
+        config = BackAttentionConfig(run.source_layer, run.dim)
+        adapter = get_back_attention_model(model, config)
         put_weights(adapter, weights)
-        return model, tokenizer, adapter.eval()
+        return adapter.eval()
 
 
 class Explorer:
-    """Widgets to choose a model, a prompt and an answer; `box` shows them. A wrong input is answered in words."""
+    """Widgets to choose a model, a prompt and an answer; `box` shows them.
+
+    A wrong input is answered in words.
+    """
 
     def __init__(
         self,
@@ -200,65 +183,51 @@ class Explorer:
     ):
         import ipywidgets as widgets
 
-        wide = widgets.Layout(width="95%")
+        wide, row = widgets.Layout(width="95%"), widgets.Layout(flex_flow="row wrap")
+        free = {"options": list(names), "ensure_option": False}
         self.models = models
-        self.model = widgets.Combobox(
-            value=names[0], options=list(names), description="model", ensure_option=False
-        )
+        self.model = widgets.Combobox(value=names[0], description="model", **free)
         self.prompt = widgets.Textarea(value=prompt, description="prompt", rows=3, layout=wide)
         self.answer = widgets.Text(
             value=answer, description="answer", placeholder="the model's own"
         )
         self.back = widgets.Checkbox(value=True, description="back attention")
         self.button = widgets.Button(description="Show", button_style="primary")
-        self.said = widgets.HTML()
-        self.out = widgets.Output()
+        self.message, self.out = widgets.HTML(), widgets.Output()
         self.button.on_click(self.show)
-        row = widgets.HBox(
-            [self.model, self.answer, self.back, self.button],
-            layout=widgets.Layout(flex_flow="row wrap"),
-        )
-        self.box = widgets.VBox([self.prompt, row, self.said, self.out])
+        choices = widgets.HBox([self.model, self.answer, self.back, self.button], layout=row)
+        self.box = widgets.VBox([self.prompt, choices, self.message, self.out])
 
     def show(self, *_) -> None:
         """Look at what is chosen."""
-        from IPython.display import display
-
-        self.button.disabled, self.said.value = True, "Working …"
+        self.button.disabled, self.message.value = True, "Working …"
         self.out.clear_output()
         try:
-            model, tokenizer, adapter = self.models.get(self.model.value.strip())
-            with warnings.catch_warnings(
-                record=True, category=UserWarning, action="always"
-            ) as heard:
-                seen = inspect_prompt(
-                    model,
-                    tokenizer,
-                    self.prompt.value,
-                    self.answer.value,
-                    adapter if self.back.value else None,
-                )
-            missing = ["No trained back attention is shipped for it."] * (
-                self.back.value and adapter is None
-            )
-            note = " ".join(
-                [
-                    "",
-                    *missing,
-                    *(html.escape(str(w.message)) for w in heard if w.category is UserWarning),
-                ]
-            )
-            self.said.value = f"Flow to {html.escape(repr(seen.answer.strip()))} in {html.escape(self.model.value)}.{note}"
-            with self.out:
-                display(seen.predictions.round(3), seen.neurons.round(2))
-                figure = report_figure(seen)
-                display(figure)
-                plt.close(figure)
+            self._show()
         except (
             ValueError,
             OSError,
             RuntimeError,
-        ) as error:  # what `see` and `load_model` say of bad input
-            self.said.value = f"<b>{html.escape(str(error))}</b>"
+        ) as error:  # bad input, a model that cannot be had
+            self.message.value = f"<b>{html.escape(str(error))}</b>"
         finally:
             self.button.disabled = False
+
+    def _show(self) -> None:
+        from IPython.display import display
+
+        model, tokenizer, adapter = self.models.get(self.model.value.strip())
+        prompt, answer = self.prompt.value, self.answer.value
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            chosen = adapter if self.back.value else None
+            report = inspect_prompt(model, tokenizer, prompt, answer, chosen)
+        notes = [str(w.message) for w in caught if w.category is UserWarning]
+        if self.back.value and adapter is None:
+            notes.insert(0, "No trained back attention is shipped for it.")
+        says = f"Flow to {report.answer.strip()!r} in {self.model.value}."
+        self.message.value = html.escape(" ".join([says, *notes]), quote=False)
+        with self.out:
+            display(report.predictions.round(3), report.neurons.round(2))
+            figure = report_figure(report)
+            display(figure)
+            plt.close(figure)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backattn.models.decoder import input_device
+from backattn.models.devices import input_device
 from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress
 from companion.questions.asking import ID_COLUMNS, OUTCOMES, _ids_of, ask, outcome

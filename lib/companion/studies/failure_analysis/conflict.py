@@ -124,10 +124,7 @@ def flows(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
     labels, prompts, parts = place_labels(tokenizer, frame), frame["two_hop"].tolist(), []
     for k, entity in enumerate(("e3", "e2")):
         ids = [pair[k] for pair in first_token_pairs(tokenizer, frame)]
-        answers = [tokenizer.decode([token]).strip() for token in ids]  # TODO(ids): ids
-        flow = logit_flow(model, tokenizer, prompts, answers, level="layer", batch_size=8)
-        if flow.answer_ids != ids:
-            raise ValueError(f"The flow into {entity} was not scored on its first token.")
+        flow = logit_flow(model, tokenizer, prompts, ids, level="layer", batch_size=8)
         back = flow_back(model, tokenizer, flow, route="linear", batch_size=8)
         back.check()
         parts.append(grouped_flow(back, labels).assign(entity=entity))

@@ -1,8 +1,9 @@
-"""What back attention costs when it is used: time, memory and operations, by source layer and length (question Q3)."""
+"""09: what back attention costs in use: time, memory and operations (question Q3)."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,29 +13,31 @@ from transformers import DynamicCache
 
 from backattn.adapters.back_attention import BackAttentionModel, get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.models.decoder import describe, input_device
+from backattn.models.decoder import describe
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.evaluation import written
-from companion.report.intervals import mean_interval
-from companion.report.verdicts import Claim, _points, _verdict
+from companion.report.intervals import summary
+from companion.report.verdicts import claim, points
 from companion.runs.as_asked import questions, test_groups
 from companion.runs.perform import load_trained, operations_of
 from companion.runs.run import Run
 from companion.runs.store import Store
 
-WAYS = PLAIN, TWICE, ONCE = "plain", "back attention", "back attention, new tokens in one pass"
 
+class Way(NamedTuple):
+    """One way to write on after a prompt; label: its name in tables."""
+
+    label: str
+    adapter: bool
+    one_pass: bool = False
+
+
+PLAIN = Way("plain", adapter=False)
+TWO_PASSES = Way("back attention", adapter=True)
+ONE_PASS = Way("back attention, new tokens in one pass", adapter=True, one_pass=True)
+WAYS = (PLAIN, TWO_PASSES, ONE_PASS)
 PARTS = ("first", "each")  # until the first token, and each further one
-
-
-@dataclass
-class _Way:
-    """One way to write on after a prompt, and what it took so far."""
-
-    name: str
-    cache: DynamicCache
-    first: list[float] = field(default_factory=list)  # seconds for the prompt
-    each: list[float] = field(default_factory=list)  # seconds per new token
 
 
 def cost_table(
@@ -47,147 +50,130 @@ def cost_table(
 ) -> pd.DataFrame:
     """Time, memory and operations of writing on after a prompt, one text at a time.
 
-    Three ways: the plain model; back attention, where prompt and new tokens have two passes; and back attention with
-    new tokens in one pass (`BackAttentionModel.one_pass`). They alternate, token by token, so that what else the
-    machine does falls on all alike. An untrained module costs what a trained one does.
+    The WAYS alternate, token by token, so that what else the machine does falls on all alike. An
+    untrained module costs what a trained one does.
 
-    Returns one row per way, source layer and context (tokens of the prompt): way, source_layer, context, timed_first
-    (seconds until the first token, median over repeats), timed_each (seconds per further token, median over all), both
-    over the plain model's (timed_first_ratio, timed_each_ratio), cache (MiB, after all tokens), first_flops and
-    each_flops (operations), first_ratio and each_ratio (operations over the plain model's), first_layers and
-    each_layers (the same without the unembedding, which runs once in any case) and bound (layers that run for a token
-    of the prompt, over all: 1 + (L − s) / L). Raises ValueError for a layer that the model does not have.
+    Returns one row per way, source layer and context (tokens of the prompt): way, source_layer,
+    context, timed_first (seconds until the first token, median over repeats), timed_each (seconds
+    per further token, median over all), both over the plain model's (timed_first_ratio,
+    timed_each_ratio), cache (MiB, after all tokens), first_flops and each_flops (operations),
+    first_ratio and each_ratio (operations over the plain model's), first_layers and each_layers
+    (the same without the unembedding, which runs once in any case) and bound (layers that run for a
+    token of the prompt, over all: 1 + (L − s) / L). Raises ValueError for a layer that the model
+    does not have.
     """
-    once = 2 * describe(model).unembedding_module.weight.numel()  # of the last position
-    rows, places = [], [(layer, context) for layer in source_layers for context in contexts]
-    layers = model.config.num_hidden_layers
-    for layer, context in progress(places, "costs", unit="setting"):
+    settings = [(layer, context) for layer in source_layers for context in contexts]
+    tables = []
+    for layer, context in progress(settings, "costs", unit="setting"):
         wrapped = get_back_attention_model(model, BackAttentionConfig(layer, dim))
         try:
-            ids = _text(model, context + new_tokens)
-            counts = {name: _flops(wrapped, ids, context, name) for name in WAYS}
-            ways = [made for _ in range(repeats) for made in _written(wrapped, ids, context)]
-            took = {
-                (name, part): float(
-                    np.median([t for way in ways if way.name == name for t in getattr(way, part)])
-                )
-                for name in WAYS
-                for part in PARTS
-            }
-            for name in WAYS:
-                row = {"way": name, "source_layer": layer, "context": context}
-                row |= {f"timed_{part}": took[name, part] for part in PARTS}
-                row |= {
-                    f"timed_{part}_ratio": took[name, part] / took[PLAIN, part] for part in PARTS
-                }
-                row |= {
-                    "cache": _mebibytes(next(w.cache for w in ways if w.name == name)),
-                    **counts[name],
-                }
-                ratios = {
-                    part: counts[name][f"{part}_flops"] / counts[PLAIN][f"{part}_flops"]
-                    for part in PARTS
-                }
-                row |= {f"{part}_ratio": ratio for part, ratio in ratios.items()}
-                for part in PARTS:
-                    own, plain = (counts[which][f"{part}_flops"] - once for which in (name, PLAIN))
-                    row[f"{part}_layers"] = own / plain
-                rows.append(
-                    {**row, "bound": 1.0 if name == PLAIN else 1 + (layers - layer) / layers}
-                )
+            table = _costs(wrapped, context, new_tokens, repeats)
         finally:
             wrapped.unload()
-    return pd.DataFrame(rows)
+        layers = model.config.num_hidden_layers
+        bound = 1 + (layers - layer) / layers
+        table["bound"] = np.where(table["way"] == PLAIN.label, 1.0, bound)
+        table.insert(1, "source_layer", layer)
+        table.insert(2, "context", context)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _text(model: nn.Module, length: int) -> Tensor:
-    """Token ids [1, length]; what they say does not matter for the cost."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, model.config.get_text_config().vocab_size, (1, length), generator=draw)
-    return ids.to(input_device(model))
+def _costs(
+    wrapped: BackAttentionModel, context: int, new_tokens: int, repeats: int
+) -> pd.DataFrame:
+    """Rows of `cost_table` for one adapter and one length of the prompt."""
+    model, draw = wrapped.base_model, torch.Generator().manual_seed(0)
+    shape = (1, context + new_tokens)  # what the tokens say does not matter for the cost
+    ids = torch.randint(10, model.config.get_text_config().vocab_size, shape, generator=draw)
+    ids = ids.to(input_device(model))
+    seconds, caches = _seconds(wrapped, ids, context, repeats)
+    rows = []
+    for way in WAYS:
+        row = {"way": way.label}
+        row |= {f"timed_{part}": float(np.median(seconds[way, part])) for part in PARTS}
+        cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[way].layers)
+        row |= {"cache": cached / 2**20, **_operations(wrapped, ids, context, way)}
+        rows.append(row)
+    table, plain = pd.DataFrame(rows), rows[0]
+    unembedding = 2 * describe(model).unembedding_module.weight.numel()  # of the last position
+    for place, part in enumerate(PARTS):
+        table.insert(
+            3 + place, f"timed_{part}_ratio", table[f"timed_{part}"] / plain[f"timed_{part}"]
+        )
+    for part in PARTS:
+        table[f"{part}_ratio"] = table[f"{part}_flops"] / plain[f"{part}_flops"]
+    for part in PARTS:
+        layers = table[f"{part}_flops"] - unembedding
+        table[f"{part}_layers"] = layers / (plain[f"{part}_flops"] - unembedding)
+    return table
 
 
-def _written(wrapped: BackAttentionModel, ids: Tensor, context: int) -> Iterator[_Way]:
-    """All three ways through the same tokens, alternating."""
-    ways = [_Way(name, DynamicCache(config=wrapped.base_model.config)) for name in WAYS]
-    for end in range(context, ids.shape[1]):
-        for way in ways:
-            begin = time.perf_counter()
-            _step(
-                wrapped,
-                way.name,
-                ids[:, :context] if end == context else ids[:, end - 1 : end],
-                way.cache,
-            )
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
-            (way.first if end == context else way.each).append(time.perf_counter() - begin)
-    yield from ways
+def _seconds(
+    wrapped: BackAttentionModel, ids: Tensor, context: int, repeats: int
+) -> tuple[dict[tuple[Way, str], list[float]], dict[Way, DynamicCache]]:
+    """All ways through the same tokens, alternating: (way, part) -> seconds, and their caches."""
+    seconds = {(way, part): [] for way in WAYS for part in PARTS}
+    for _ in range(repeats):
+        caches = {way: DynamicCache(config=wrapped.base_model.config) for way in WAYS}
+        for end in range(context, ids.shape[1]):
+            part, begin = ("first", 0) if end == context else ("each", end - 1)
+            for way in WAYS:
+                start = time.perf_counter()
+                _step(wrapped, way, ids[:, begin:end], caches[way])
+                if ids.is_cuda:
+                    torch.cuda.synchronize(ids.device)
+                seconds[way, part].append(time.perf_counter() - start)
+    return seconds, caches
 
 
 @torch.no_grad()
-def _step(wrapped: BackAttentionModel, name: str, ids: Tensor, cache: DynamicCache) -> None:
-    wrapped.enabled, wrapped.one_pass = name != PLAIN, name == ONCE
+def _step(wrapped: BackAttentionModel, way: Way, ids: Tensor, cache: DynamicCache) -> None:
+    wrapped.enabled, wrapped.one_pass = way.adapter, way.one_pass
     try:
         wrapped(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
         wrapped.enabled, wrapped.one_pass = True, False
 
 
-def _mebibytes(cache: DynamicCache) -> float:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**20
-
-
-def _flops(wrapped: BackAttentionModel, ids: Tensor, context: int, name: str) -> dict[str, int]:
+def _operations(wrapped: BackAttentionModel, ids: Tensor, context: int, way: Way) -> dict[str, int]:
     """Operations until the first token, and of the next one, as torch counts them."""
     cache = DynamicCache(config=wrapped.base_model.config)
-    prompt = operations_of(lambda: _step(wrapped, name, ids[:, :context], cache))
-    token = operations_of(lambda: _step(wrapped, name, ids[:, context : context + 1], cache))
-    return {"first_flops": prompt, "each_flops": token}
+    parts = {"first": ids[:, :context], "each": ids[:, context : context + 1]}
+    return {
+        f"{part}_flops": operations_of(lambda own=own: _step(wrapped, way, own, cache))
+        for part, own in parts.items()
+    }
 
 
 def tokens_of_thought(costs: pd.DataFrame, answer: int) -> pd.DataFrame:
-    """How many more tokens the plain model could write in the time that back attention takes longer.
+    """How many more tokens the plain model could write in the time back attention takes longer.
 
-    costs: `cost_table`; answer: tokens of the answer, which both write. Returns: way, source_layer, context, answer,
-    timed_thought (tokens), thought (tokens by operations instead of time).
+    costs: `cost_table`; answer: tokens of the answer, which both write. Returns: way, source_layer,
+    context, answer, timed_thought (tokens), thought (tokens by operations instead of time).
     """
-    plain = costs[costs["way"] == PLAIN].set_index(["source_layer", "context"])
-    rows = []
-    for row in costs[costs["way"] != PLAIN].itertuples():
-        base = plain.loc[(row.source_layer, row.context)]
-        about = {
-            "way": row.way,
-            "source_layer": row.source_layer,
-            "context": row.context,
-            "answer": answer,
-        }
-        longer = (
-            row.timed_first
-            - base["timed_first"]
-            + (answer - 1) * (row.timed_each - base["timed_each"])
-        )
-        more = (
-            row.first_flops
-            - base["first_flops"]
-            + (answer - 1) * (row.each_flops - base["each_flops"])
-        )
-        rows.append(
-            {
-                **about,
-                "timed_thought": longer / base["timed_each"],
-                "thought": more / base["each_flops"],
-            }
-        )
-    return pd.DataFrame(rows)
+    keys = ["source_layer", "context"]
+    plain = costs[costs["way"] == PLAIN.label]
+    both = costs[costs["way"] != PLAIN.label].merge(plain, on=keys, suffixes=("", "_plain"))
+
+    def longer(first: str, each: str) -> pd.Series:
+        more = both[first] - both[f"{first}_plain"]
+        more = more + (answer - 1) * (both[each] - both[f"{each}_plain"])
+        return more / both[f"{each}_plain"]
+
+    thought = both[["way", *keys]].assign(answer=answer)
+    thought["timed_thought"] = longer("timed_first", "timed_each")
+    return thought.assign(thought=longer("first_flops", "each_flops"))
 
 
 def one_pass_answers(
     runs: Sequence[Run], store: Store, count: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """Trained back attention asked its first `count` test questions, with new tokens in two passes and in one.
+    """Trained back attention asked its first `count` test questions, new tokens in one and two
+    passes.
 
-    Returns one row per run and question: dataset, seed, group, two, one (whether the number written is right).
+    Returns one row per run and question: dataset, seed, group, two, one (whether the number written
+    is right) and difference (one less two).
     """
     rows = []
     for run in progress(list(runs), "writing", unit="run"):
@@ -195,77 +181,52 @@ def one_pass_answers(
         with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(groups)), tokenizer, "test")
             right = {}
-            for way, one_pass in (("two", False), ("one", True)):
-                wrapped.one_pass = one_pass
-                right[way] = written(wrapped, tokenizer, items).astype(float)
+            for name in ("two", "one"):
+                wrapped.one_pass = name == "one"
+                right[name] = written(wrapped, tokenizer, items).astype(float)
         rows.append(
             pd.DataFrame({"dataset": run.dataset, "seed": run.seed, "group": groups, **right})
         )
-    return pd.concat(rows, ignore_index=True)
+    answered = pd.concat(rows, ignore_index=True)
+    return answered.assign(difference=answered["one"] - answered["two"])
 
 
 def one_pass_table(answered: pd.DataFrame) -> pd.DataFrame:
-    """`one_pass_answers` by dataset: dataset, two, one (accuracies), difference (one less two), low, high (95 %, over
-    groups), n, seeds."""
-    rows = []
-    for dataset, part in answered.groupby("dataset", sort=False):
-        mean, low, high = mean_interval((part["one"] - part["two"]).to_numpy(), part["group"])
-        row = {
-            "dataset": dataset,
-            "two": part["two"].mean(),
-            "one": part["one"].mean(),
-            "difference": float(mean),
-        }
-        rows.append(
-            {
-                **row,
-                "low": float(low),
-                "high": float(high),
-                "n": len(part),
-                "seeds": part["seed"].nunique(),
-            }
-        )
-    return pd.DataFrame(rows)
+    """`one_pass_answers` by dataset: dataset, two, one (accuracies), difference (one less two),
+    low, high (95 %, over groups), n, seeds."""
+    parts = answered.groupby("dataset", sort=False)
+    less = summary(answered, "difference", "dataset", cluster="group")
+    table = parts[["two", "one"]].mean().reset_index().merge(less, on="dataset")
+    table = table.rename(columns={"mean": "difference"})
+    return table.assign(seeds=parts["seed"].nunique().to_numpy())
 
 
-def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> Claim:
-    """Q3. costs, answered: from `costs.cost_table` and `costs.one_pass_table`.
+def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
+    """Q3. costs, answered: from `cost_table` and `one_pass_table`.
 
-    Two checks, of the operations of back attention in two passes at every source layer and length, the unembedding,
-    which runs once, left out: the prompt's are within 5 % of 1 + (L − s) / L times the plain model's, and so are a new
-    token's. What times were measured is in the figure: they change from run to run.
+    Two checks, of the operations of back attention in two passes at every source layer and length,
+    the unembedding, which runs once, left out: the prompt's are within 5 % of 1 + (L − s) / L times
+    the plain model's, and so are a new token's. What times were measured is in the figure: they
+    change from run to run.
     """
-    by = {name: costs[costs["way"] == name] for name in dict.fromkeys(costs["way"])}
-    twice, once = by["back attention"], by["back attention, new tokens in one pass"]
-    passed = [
-        bool((np.abs(twice[f"{part}_layers"] / twice["bound"] - 1) < 0.05).all())
-        for part in ("first", "each")
-    ]
+    twice, once = (costs[costs["way"] == way.label] for way in (TWO_PASSES, ONE_PASS))
+    passed = [((twice[f"{part}_layers"] / twice["bound"] - 1).abs() < 0.05).all() for part in PARTS]
 
-    def told(table: pd.DataFrame, column: str) -> str:
+    def ranges(table: pd.DataFrame, column: str) -> str:
         rows = table.sort_values("context").groupby("source_layer")[column].agg(["min", "max"])
-        return ", ".join(
-            f"{layer}: {row['min']:.2f}–{row['max']:.2f}" for layer, row in rows.iterrows()
-        )
+        return ", ".join(f"{r.Index}: {r.min:.2f}–{r.max:.2f}" for r in rows.itertuples())
 
-    bounds = ", ".join(
-        f"{layer}: {bound:.2f}"
-        for layer, bound in twice.groupby("source_layer")["bound"].first().items()
-    )
+    bounds = twice.groupby("source_layer")["bound"].first()
+    computed = ", ".join(f"{layer}: {bound:.2f}" for layer, bound in bounds.items())
     lost = ", ".join(
-        f"{_points(row)} points on {row['dataset']} (n = {row['n']}, {row['seeds']} seeds)"
+        f"{points(row)} points on {row['dataset']} (n = {row['n']}, {row['seeds']} seeds)"
         for _, row in answered.iterrows()
     )
-    return Claim(
-        id="Q3",
-        claim="inference costs 1 + (L − s) / L times the operations",
-        paper="open question; 1.81 at layer 6 of 32",
-        ours=f"operations over the plain model's, by source layer: computed {bounds}; without the unembedding: prompt "
-        f"{told(twice, 'first_layers')}, new token {told(twice, 'each_layers')}; with it: prompt "
-        f"{told(twice, 'first_ratio')}, new token {told(twice, 'each_ratio')}, new token in one pass "
-        f"{told(once, 'each_ratio')}, which changes accuracy by {lost}",
-        kind="exact",
-        verdict=_verdict(passed),
-        notebook="08_beyond_facts_and_cost",
-        figure="08_costs",
+    ours = (
+        f"operations over the plain model's, by source layer: computed {computed}; without the "
+        f"unembedding: prompt {ranges(twice, 'first_layers')}, new token "
+        f"{ranges(twice, 'each_layers')}; with it: prompt {ranges(twice, 'first_ratio')}, new "
+        f"token {ranges(twice, 'each_ratio')}, new token in one pass {ranges(once, 'each_ratio')}, "
+        f"which changes accuracy by {lost}"
     )
+    return claim("Q3", ours, passed)

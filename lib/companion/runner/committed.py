@@ -1,0 +1,91 @@
+"""What is committed: notebooks, profiles, what runs took; and how a run replaces it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from backattn.files import atomic_file
+from backattn.runtime import hardware
+from companion import paths
+from companion.report import tables
+
+
+def notebooks() -> list[Path]:
+    """The numbered notebooks, in order, then the demo."""
+    kinds = ("[0-9][0-9]_*.ipynb", "demo_*.ipynb")
+    return [path for kind in kinds for path in sorted(paths.NOTEBOOKS.glob(kind))]
+
+
+def profiles() -> dict[str, dict[str, dict]]:
+    """Profile -> notebook -> the parameters that it changes, from notebooks/profiles.yml."""
+    return yaml.safe_load((paths.NOTEBOOKS / "profiles.yml").read_text(encoding="utf-8"))
+
+
+def manifest() -> dict:
+    """data/MANIFEST.json: `runs`, what notebooks took; `results`, checksums of shipped results."""
+    path = paths.DATA / "MANIFEST.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def took(profile: str) -> dict[str, dict]:
+    """Notebook -> seconds, peak megabytes and hardware of its last committed run."""
+    return manifest().get("runs", {}).get(profile, {})
+
+
+def figure_index() -> str:
+    """What figures/README.md says of the committed notebooks and ledger."""
+    return tables.figure_index(notebooks(), pd.read_csv(paths.FIGURES / "tables" / "claims.csv"))
+
+
+def update(path: Path, profile: str, stamp: dict) -> None:
+    """Replace what is committed by this run's, and note what the run took.
+
+    The paper profile replaces the notebook, its figures and its tables, the full profile the
+    results in data/ that it alone makes whole. stamp: what `execute` returned.
+    """
+    folder, noted = paths.run_folder(profile), manifest()
+    run = {name: stamp[name] for name in ("seconds", "peak_megabytes")} | {"hardware": hardware()}
+    for name in stamp["written"]:
+        if profile == "paper" and name.startswith("figures/"):
+            _copy(folder / name, paths.FIGURES / name.removeprefix("figures/"))
+        elif profile == "full" and name.startswith("data/"):
+            goal = paths.DATA / name.removeprefix("data/")
+            if goal.suffix == ".jsonl":  # one for each notebook; here they are one
+                goal = paths.DATA / goal.name
+                rows = join_lines(folder / name, goal)
+                run["training_seconds"] = round(sum(row.get("seconds", 0) for row in rows))
+            else:
+                _copy(folder / name, goal)
+            digest = hashlib.sha256(goal.read_bytes()).hexdigest()
+            result = {"sha256": digest, "made by": path.stem, "hardware": hardware()}
+            noted.setdefault("results", {})[goal.name] = result
+    noted.setdefault("runs", {}).setdefault(profile, {})[path.stem] = run
+    _write(paths.DATA / "MANIFEST.json", json.dumps(noted, indent=1, sort_keys=True) + "\n")
+    if profile == "paper":
+        _copy(folder / "notebooks" / path.name, path)
+        _write(paths.FIGURES / "README.md", figure_index())
+
+
+def _copy(source: Path, goal: Path) -> None:
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, goal)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def join_lines(new: Path, goal: Path) -> list[dict]:
+    """Put keyed JSON lines into another file, in place of the same keys; returns the new rows."""
+    lines, rows = {}, []
+    for path in (goal, new):
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.loads(text) for text in texts]
+        lines |= {row["key"]: text for row, text in zip(rows, texts, strict=True)}
+    _write(goal, "".join(f"{lines[key]}\n" for key in sorted(lines)))
+    return rows

@@ -1,0 +1,65 @@
+"""The arms that back attention must beat."""
+
+import pytest
+import torch
+
+from backattn import load_model
+from backattn.adapters.arms import ARMS, make_arm
+from backattn.training.batches import collate
+from backattn.training.evaluation import answer_logits
+from backattn.training.loop import Recipe, train
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_untrained_arms_change_nothing_and_learn(arm, items):
+    model, _ = load_model("tiny-llama")
+    batch = collate(items, range(3))
+    with torch.no_grad():
+        before = answer_logits(model, batch)
+        wrapped = make_arm(arm, model, 1, 4)
+        assert torch.equal(answer_logits(wrapped, batch), before)
+    assert getattr(wrapped, "two_passes", False) == ARMS[arm].two_passes
+    curve = train(wrapped, items, Recipe(steps=30, learning_rate=0.03, evaluations=3))
+    assert curve["loss"].iloc[-1] < curve["loss"].iloc[0] - 0.1
+    assert torch.equal(answer_logits(wrapped.unload(), batch).detach(), before)
+
+
+def test_arms_have_equal_weights():
+    wrapped = {arm: make_arm(arm, load_model("tiny-llama")[0], 1, 8) for arm in ARMS}
+    sizes = {
+        arm: sum(p.numel() for p in model.parameters() if p.requires_grad)
+        for arm, model in wrapped.items()
+    }
+    lora, whole = sizes.pop("LoRA q,v"), 4 * 32 * 8
+    assert sizes.pop("bias") == 32 and set(sizes.values()) == {whole} and len(sizes) == 4
+    assert abs(lora - whole) / whole < 0.5
+    assert wrapped["same layer"].memory_layers == (1,)
+    assert wrapped["back attention"].memory_layers == (1, 2, 3, 4)
+    assert wrapped["loop LoRA"].memory_layers == (4,)
+
+
+@pytest.mark.parametrize(
+    "arm, model, options, message",
+    [
+        ("magic", "tiny-llama", {}, "Unknown arm"),
+        ("LoRA q,v", "tiny-gpt2", {}, "q_proj"),
+        ("same layer", "tiny-llama", {"source_layer": (1, 2)}, "one source layer"),
+        ("bias", "tiny-llama", {"memory_layers": (3,)}, "no memory"),
+    ],
+)
+def test_what_an_arm_cannot_have_is_refused(arm, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_arm(arm, load_model(model)[0], **{"source_layer": 1, "dim": 8, **options})
+
+
+def test_the_loop_reads_its_own_position_only():
+    wrapped, seen = make_arm("loop LoRA", load_model("tiny-llama")[0], 1, 4), []
+    update, ids = wrapped.updates["1"], torch.tensor([[5, 6, 7, 8]])
+    torch.nn.init.normal_(update.up.weight)
+    update.up.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        wrapped(ids, use_cache=False)
+        places = torch.arange(4)[None]
+        final = wrapped.first_pass_states(ids, torch.ones_like(ids), places)[-1]  # h_L [B, T, D]
+    expected = update.up(update.down(final / (final.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()))
+    assert torch.allclose(seen[0], expected, atol=1e-5)

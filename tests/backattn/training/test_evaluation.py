@@ -1,0 +1,102 @@
+"""Which questions a model answers right."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backattn import load_model
+from backattn.adapters.arms import make_arm
+from backattn.training.batches import collate, first_tokens, numbers
+from backattn.training.evaluation import (
+    NUMBER,
+    FirstPasses,
+    by_length,
+    evaluate,
+    perplexity,
+    right_answers,
+    written,
+)
+
+
+def test_right_means_what_greedy_generation_writes(tiny, sums):
+    """`right_answers` against actual generation, with the model's own words as answers."""
+    model, tok = tiny
+    items = replace(numbers(tok, sums), number_continuations=frozenset())
+    for row, prompt in enumerate(items.prompts):
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=3, eos_token_id=-1, do_sample=False
+        )[0]
+        items.answers[row] = made[len(prompt) :].tolist()
+    assert evaluate(model, items)[0].all()
+    items.answers[1][0] = (items.answers[1][0] + 1) % 100
+    assert evaluate(model, items)[0].tolist() == [True, False, True]
+
+
+def test_an_answer_that_goes_on_as_another_number_is_wrong(llama, sums):
+    items = numbers(llama[1], sums)
+    assert items.number_continuations and all(
+        llama[1].decode([i]).strip()[:1].isdigit() for i in items.number_continuations
+    )
+    batch = collate(items, [0])
+    logits = torch.zeros(1, batch.labels.shape[1], len(llama[1]))
+    for place, token in enumerate(items.answers[0]):
+        logits[0, place, token] = 1
+    assert right_answers(logits, items, [0], batch).item()
+    logits[0, -1, next(iter(items.number_continuations))] = 2
+    assert not right_answers(logits, items, [0], batch).item()
+    logits[0, -1, next(iter(items.number_continuations))] = 0
+    logits[0, -1, llama[1](" red")["input_ids"][0]] = 2  # any other end is fine
+    assert right_answers(logits, items, [0], batch).item()
+
+
+def test_first_tokens_accept_aliases(llama, sums):
+    accepted = [frozenset([5, 6]), frozenset([7]), frozenset([8])]
+    items = first_tokens(llama[1], sums, accepted)
+    batch = collate(items, [0, 1, 2])
+    logits = torch.zeros(3, 1, 20)
+    for row, said in enumerate([6, 5, 8]):
+        logits[row, 0, said] = 1
+    assert right_answers(logits, items, [0, 1, 2], batch).tolist() == [True, False, True]
+
+
+def test_numbers_are_read_from_what_is_written(llama, sums, monkeypatch):
+    items, texts = numbers(llama[1], sums), [" 3 pens", "\n6. And", " 12,5"]
+    monkeypatch.setattr(type(llama[1]), "batch_decode", lambda self, rows: texts)
+    (order,) = by_length(items, 3)
+    expected = [
+        bool(re.match(rf"\s*{items.texts[row].strip()}(?![\d,])", text))
+        for row, text in sorted(zip(order, texts, strict=True))
+    ]
+    assert written(llama[0], llama[1], items).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        *((" 75.", "75"), ("-12", "-12"), ("\n 4 pens", "4"), (" 75.89", "75"), ("1234", "1234")),
+        *(("x 3", None), ("7,5", None)),
+    ],
+)
+def test_numbers_in_a_text(text, number):
+    found = NUMBER.match(text)
+    assert (found and found[1]) == number
+
+
+def test_perplexity_is_that_of_the_words(llama):
+    model, tok = load_model("tiny-llama")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    assert perplexity(model, tok, "one two three four " * 20, window=8) == pytest.approx(len(tok))
+
+
+def test_what_first_passes_take_is_known_before(items):
+    wrapped = make_arm("back attention", load_model("tiny-llama")[0], 1, 4)
+    passes = FirstPasses(wrapped, items, group=5)
+    passes([0, 7], collate(items, [0, 7]))
+    assert 0 < len(passes.kept) <= 10
+    for row in range(len(items)):
+        passes([row], collate(items, [row]))
+    size = sum(states.numel() * 4 for states in passes.kept.values())
+    assert FirstPasses.gigabytes(wrapped, items) == pytest.approx(size / 2**30)

@@ -1,0 +1,128 @@
+"""Prompts, and what each of their tokens is for."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.questions.facts import facts, two_hop_facts
+from companion.questions.prompts import (
+    EXAMPLES,
+    TEMPLATES,
+    label_tokens,
+    last_token_positions,
+    position_groups,
+    single_hop,
+    span,
+    two_hop_prompts,
+)
+
+FACTS = pd.DataFrame(
+    {
+        "pair": "x",
+        "e1": ["Milan", "Lyon", "Munich", "Osaka", "Bergen", "Nice"],
+        "r1": "country",
+        "e2": ["Italy", "France", "Germany", "Japan", "Norway", "France"],
+        "r2": "capital",
+        "e3": ["Rome", "Paris", "Berlin", "Tokyo", "Oslo", "Paris"],
+        "e2_aliases": "",
+        "e3_aliases": "",
+    }
+)
+
+
+def test_prompts_end_with_the_question_and_do_not_show_its_answer():
+    prompts = single_hop(facts(), shots=2, per_relation=20)
+    for row in prompts.itertuples():
+        assert row.prompt.endswith(f"{row.subject}'s {row.relation} is")
+        assert row.prompt[slice(*row.entity)] == row.subject
+        assert row.prompt[slice(*row.relation_span)] == row.relation
+        assert f" {row.answer}. " not in row.prompt  # the worked examples do not give it away
+    assert (prompts.groupby("relation").size() <= 20).all()
+    for _, part in prompts.groupby("relation"):  # worked examples are not asked
+        head = part["prompt"].iloc[0][: part["entity"].iloc[0][0]]
+        shown = {sentence.split("'s ")[0] for sentence in head.split(". ") if sentence}
+        assert len(shown) == 2 and not shown & set(part["subject"])
+    assert len(single_hop(facts(), shots=0)) == len(facts())
+    with pytest.raises(ValueError, match="'continent' has only 5 different answers"):
+        single_hop(facts(), shots=7)
+
+
+def test_position_groups_name_every_token(llama):
+    _, tokenizer = llama
+    prompts = single_hop(facts(), per_relation=3)
+    for labels, row in zip(position_groups(tokenizer, prompts), prompts.itertuples(), strict=True):
+        offsets = tokenizer(row.prompt, return_offsets_mapping=True)["offset_mapping"]
+        assert len(labels) == len(offsets)
+        assert labels[-1] == "last" and list(labels).count("last") == 1
+        for name, (begin, end) in (("entity", row.entity), ("relation", row.relation_span)):
+            pairs = zip(labels, offsets, strict=True)
+            covered = "".join(row.prompt[a:b] for label, (a, b) in pairs if label == name)
+            assert covered.strip() == row.prompt[begin:end]
+
+
+def test_a_place_that_is_not_there_is_named(llama):
+    labels = [np.array(["entity", "relation", "last"]), np.array(["entity", "entity", "last"])]
+    assert last_token_positions(labels, ["entity", "last"]) == [[0, 2], [1, 2]]
+    with pytest.raises(ValueError, match="'relation'"):
+        last_token_positions(labels, ["entity", "relation"])
+    with pytest.raises(ValueError, match=r"'Paris' does not occur in the prompt"):
+        span("France's capital is", "Paris")
+    with pytest.raises(ValueError, match="No token of 'Rome is' belongs to 'e1' alone"):
+        label_tokens(llama[1], ["Rome is"], {"e1": [(5, 7)]})
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_two_hop_prompts_hold_their_spans_and_no_answer(template, examples):
+    written = two_hop_prompts(FACTS, template, examples)
+    assert len(written)
+    for row in written.itertuples():
+        for name in ("e1", "r1", "r2"):
+            begin, end = getattr(row, f"{name}_span")
+            assert row.two_hop[begin:end] == getattr(row, name) and begin >= len(row.head)
+        assert row.e3 not in row.two_hop and row.e2 not in row.two_hop
+        assert row.e2 not in row.first and row.e3 not in row.second + row.shortcut_prompt
+
+
+def test_no_real_prompt_shows_its_answer_in_the_examples():
+    """Over many facts: no name or alias of e1, e2 or e3 stands in front of the question."""
+    for row in two_hop_prompts(two_hop_facts(), per_pair=200).itertuples():
+        names = [row.e1, row.e2, row.e3, *f"{row.e2_aliases}|{row.e3_aliases}".split("|")]
+        hops = (text.rpartition(". ")[0] for text in (row.first, row.second))
+        front = ".".join([row.head, *hops, ""])
+        shown = [n for n in names if n and re.search(rf"\b{re.escape(n)}\b", front)]
+        assert not shown, (shown, front)
+
+
+def test_the_head_of_a_pair_keeps_the_files_order():
+    kin = two_hop_facts().query("pair == 'person-kin-kin'")
+    rows = kin[["e1", "r1", "r2"]].agg("|".join, axis=1).tolist()
+    asked = two_hop_prompts(kin, per_pair=20)[["e1", "r1", "r2"]].agg("|".join, axis=1)
+    places = [rows.index(row) for row in asked]
+    assert len(places) == 20 and places == sorted(places)
+
+
+def test_equal_relation_words_are_told_apart():
+    for template, order in (("possessive", 1), ("of", -1)):
+        row = two_hop_prompts(FACTS.assign(r1="father", r2="father"), template).iloc[0]
+        assert order * (row["r2_span"][0] - row["r1_span"][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "message"),
+    [
+        (FACTS, {"template": "haiku"}, "Unknown template 'haiku'"),
+        (FACTS, {"examples": "many"}, "Unknown examples 'many'"),
+        (FACTS.head(1), {}, "give more facts"),
+        (  # the sentence begins with a capital
+            FACTS.replace({"e1": {"Nice": "iPhone"}}),
+            {"examples": "none"},
+            r"Fact 5 \(.*iPhone\): 'iPhone' does not occur in the prompt",
+        ),
+    ],
+)
+def test_bad_requests_for_prompts_are_named(frame, options, message):
+    with pytest.raises(ValueError, match=message):
+        two_hop_prompts(frame, **options)

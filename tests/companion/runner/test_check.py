@@ -1,0 +1,88 @@
+"""--check: what changed in committed notebooks and numbers is found and named."""
+
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from companion import paths
+from companion.report import tables
+from companion.runner.check import check
+
+
+@pytest.mark.parametrize("column", ["mean", "layer"])
+def test_a_changed_committed_number_is_named(tmp_path, column):
+    name = "01_flow_map.csv"
+    frame = pd.read_csv(paths.FIGURES / name)
+    row = int(frame["mean"].abs().sort_values().index[int(0.6 * len(frame))])  # not a large one
+    other = {"layer": frame["layer"] + 1, "mean": frame["mean"] * 1.2}[column]
+    frame.loc[row, column] = other[row]
+    shutil.copytree(paths.FIGURES, tmp_path / "figures")
+    assert tables.compare(paths.FIGURES, tmp_path / "figures") == []
+    frame.to_csv(tmp_path / "figures" / name, index=False)
+    (problem,) = tables.compare(paths.FIGURES, tmp_path / "figures")
+    assert all(part in problem for part in (name, f"column {column}", f"row {row + 2}"))
+
+
+def test_small_differences_between_machines_pass_and_words_do_not(tmp_path):
+    for name, value, word in ("a", 1.0, "partly"), ("b", 1.01, "partly"), ("c", 1, "reproduced"):
+        (tmp_path / name).mkdir()
+        frame = pd.DataFrame({"x": [value, 3.0], "verdict": [word, "partly"]})
+        frame.to_csv(tmp_path / name / "t.csv", index=False)
+    assert tables.compare(tmp_path / "b", tmp_path / "a") == []
+    assert "reproduced in row 2" in tables.compare(tmp_path / "c", tmp_path / "a")[0]
+    assert "was not made" in tables.compare(tmp_path / "empty", tmp_path / "a")[0]
+
+
+@pytest.mark.parametrize(
+    "cell, output, status",
+    [
+        ("print(f'{n / 8:.2f}')", "0.38", 0),
+        ("print(f'{n / 8:.2f}')", "0.83", 1),
+        ("print('fetching a model', file=sys.stderr)\nprint(n)", "3", 0),
+    ],
+)
+def test_a_changed_number_in_a_committed_notebook_turns_the_check_red(
+    tmp_path, cell, output, status
+):
+    checked = nbformat.v4.new_code_cell(cell, metadata={"tags": ["nbval-check-output"]})
+    checked.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{output}\n")]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import sys\nn = 3"), checked]
+    )
+    for count, each in enumerate(notebook.cells, 1):
+        each.execution_count = count
+    nbformat.write(notebook, tmp_path / "09_numbers.ipynb")
+    shutil.copy(paths.ROOT / "conftest.py", tmp_path)  # says what is not compared
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax"]
+    command += [str(tmp_path / "09_numbers.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=paths.ROOT)
+    assert done.returncode == status, done.stdout
+    assert not status or ("0.83" in done.stdout and "0.38" in done.stdout)
+
+
+def test_check_reports_each_step_and_fails_when_one_does(monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def pretend(command, **_):
+        commands.append(" ".join(command))
+        return subprocess.CompletedProcess(command, 1 if "--nbval-lax" in command else 0)
+
+    problem = "t.csv, column x: 1 in row 2, the committed file says 2"
+    monkeypatch.setattr(paths, "BUILD", tmp_path)
+    monkeypatch.setattr("companion.runner.check.subprocess.run", pretend)
+    monkeypatch.setattr("companion.runner.check.tables.compare", lambda *_: [problem])
+    assert check() == 1
+    shown = capsys.readouterr().out
+    for part in (
+        "passed  unit tests",
+        "FAILED  committed notebooks",
+        "FAILED  numbers",
+        f"changed: {problem}",
+    ):
+        assert part in shown
+    for part in ("ruff check", "ruff format", "--doctest-modules"):
+        assert any(part in command for command in commands)

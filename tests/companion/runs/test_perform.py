@@ -1,0 +1,103 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from backattn import load_model
+from backattn.adapters.arms import make_arm
+from backattn.training.evaluation import evaluate
+from companion.runs.as_asked import questions
+from companion.runs.perform import (
+    before_and_after,
+    forward_flops,
+    put_weights,
+    recheck,
+    train_and_test,
+    with_adapter,
+)
+from companion.runs.plans import sweep
+
+
+def test_a_run_is_kept_and_not_made_twice(tiny_run, store, monkeypatch):
+    runs = [tiny_run, replace(tiny_run, arm="zero-shot", steps=0)]
+    sweep(runs, store)
+    results = [store.result(run) for run in runs]
+    assert [result["run"]["arm"] for result in results] == ["back attention", "zero-shot"]
+    assert [result["trained"] for result in results] == [4 * 32 * 4, 0]
+    assert set(store.weights(tiny_run)) == {f"updates.1.{n}_proj.weight" for n in "qkvo"}
+    monkeypatch.setattr("companion.runs.perform.with_adapter", lambda *a: pytest.fail("made twice"))
+    assert train_and_test(tiny_run, store)["right"] == results[0]["right"]
+
+
+def test_kept_weights_give_the_kept_answers(mixed_run, store):
+    result = train_and_test(mixed_run, store)
+    assert set(result["right"]) == {"0", "1"}
+    again = recheck([mixed_run], store, 12).iloc[0]
+    assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"])
+    assert 0 < again["kept"] < 1
+    with with_adapter(mixed_run, "float32") as (model, tok):
+        test = questions(mixed_run, tok, "test")
+        assert not evaluate(model, test)[0].any()  # untrained it has none right
+        put_weights(model, store.weights(mixed_run))
+        right = evaluate(model, test)[0]
+    assert "".join(map(str, right.astype(int))) == result["right"]
+    narrow = replace(mixed_run, dim=2)
+    with with_adapter(narrow, "float32") as (model, _), pytest.raises(ValueError, match="another"):
+        put_weights(model, store.weights(mixed_run))
+    examples = before_and_after(mixed_run, store, 2)
+    assert list(examples.columns) == ["question", "before", "after", "answer"]
+    assert len(examples) == 2
+
+
+def test_a_run_that_diverges_is_a_result(tiny_run, store, monkeypatch):
+    def diverging(*_):
+        raise FloatingPointError("lower the learning rate")
+
+    monkeypatch.setattr("companion.runs.perform.train", diverging)
+    assert train_and_test(tiny_run, store)["diverged"] == "lower the learning rate"
+    assert set(store.result(tiny_run)) == {"run", "diverged"}
+
+
+def test_a_run_that_tries_a_learning_rate_never_sees_the_test(tiny_run, store, monkeypatch):
+    monkeypatch.setattr("companion.runs.perform.answer_test", lambda *a: pytest.fail("tested"))
+    result = train_and_test(replace(tiny_run, test_items=0), store)
+    assert "right" not in result and 0 <= result["validation"] <= 1
+    assert result["validation_loss"] > 0
+
+
+def test_a_run_is_tested_in_its_dtype(tiny_run, store, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "companion.runs.perform.answer_test",
+        lambda run, model, *_: seen.append(model.dtype) or np.array([True]),
+    )
+    train_and_test(replace(tiny_run, tested_in="bfloat16"), store)
+    assert seen == [torch.bfloat16] and store.result(tiny_run) is None
+
+
+def test_memory_layers_of_a_run_are_read(tiny_run):
+    run = replace(tiny_run, memory_layers=(3, 4))
+    assert run.key != tiny_run.key
+    with with_adapter(run, "float32") as (model, _):
+        assert model.memory_layers == (3, 4)
+    bias = with_adapter(replace(run, arm="bias"), "float32")
+    with pytest.raises(ValueError, match="no memory"), bias:
+        pass
+
+
+def test_operations_are_counted_by_hand(llama):
+    """Of a layer of the tiny Llama, attention's scores and sums included."""
+    model, _ = load_model("tiny-llama")
+    time, width, heads, kv, head, ffn = 7, 32, 4, 2, 8, 48
+    linear = width * heads * head * 2 + 2 * width * kv * head + 3 * width * ffn
+    layer = 2 * time * linear + 2 * 2 * heads * time * time * head
+    total = 4 * layer + 2 * width * model.config.vocab_size
+    ids = torch.arange(5, 5 + time)[None]
+    counted = forward_flops(model, ids)
+    turns = time * head  # older transformers make rotary angles by a matrix product
+    assert counted in (total, total + turns)
+    wrapped = make_arm("back attention", model, 1, 4)
+    states, dim = 4, 4
+    update = 2 * time * width * dim * (2 + 2 * states) + 2 * 2 * time * time * states * dim
+    assert forward_flops(wrapped, ids) == counted + 3 * layer + update

@@ -1,0 +1,235 @@
+import ast
+import hashlib
+import json
+from dataclasses import replace
+
+import nbformat
+import numpy as np
+import pytest
+
+from backattn import runtime
+from companion.paths import NOTEBOOKS
+from companion.questions.datasets import OTHER_PROMPTS
+from companion.runs.perform import train_and_test
+from companion.runs.plans import (
+    CORE_ARMS,
+    MOST_RATES,
+    SEEDS,
+    Planned,
+    adapter_runs,
+    best_of,
+    complete,
+    composing_runs,
+    found,
+    main_runs,
+    rates_tried,
+    scratch_runs,
+    ship,
+    sweep,
+    tried,
+    varied_runs,
+)
+from companion.runs.scratch import COMPOSING_ARMS
+from companion.runs.store import CHECKPOINTS, Store
+
+
+def pretend(store, run, validation):
+    store.keep(run, {"run": {}, "validation": validation, "validation_loss": 1.0, "right": "1"}, {})
+
+
+def parameters(notebook: str) -> dict:
+    path = next(NOTEBOOKS.glob(f"{notebook}_*.ipynb"))
+    cells = nbformat.read(path, as_version=4).cells
+    cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    return {
+        node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body
+    }
+
+
+def plans_03():
+    p = parameters("03")
+    yield scratch_runs()
+    yield main_runs(every_arm_on=p["every_arm_on"], core_arms_on=p["core_arms_on"])
+    yield adapter_runs(model="gemma3-270m", arms=CORE_ARMS)
+
+
+def plans_04():
+    p = parameters("04")
+    memories = [tuple(range(first, last + 1)) for first, last in p["memories"]]
+    yield varied_runs("source_layer", range(30))
+    yield varied_runs("memory_layers", [None, *memories], ["back attention"])
+    yield varied_runs("source_layer", p["second_layers"], dataset=p["second_dataset"])
+    anew = [("two-hop", layer) for layer in p["retuned"]]
+    anew += [(p["second_dataset"], layer) for layer in p["second_retuned"]]
+    for name, layer in anew:
+        yield adapter_runs(names=[name], source_layer=layer, arms=CORE_ARMS)
+
+
+def plans_06():
+    p = parameters("06")
+    at = {"model": p["model_name"], "source_layer": p["source_layer"], "steps": p["steps"]}
+    for dim in p["dims"]:
+        yield adapter_runs(names=[p["dataset"]], arms=CORE_ARMS, dim=dim, **at)
+    yield adapter_runs(names=[p["dataset"]], arms=["bias"], **at)
+    yield varied_runs("dim", p["dims"], dataset=p["dataset"], **at)
+    yield scratch_runs(SEEDS, p["scratch_widths"], p["scratch_dims"], tried_for=750)
+
+
+def plans_07():
+    for layers, dim in parameters("07")["several"]:
+        arms = ["back attention", "residual LoRA"]
+        yield adapter_runs(source_layer=tuple(layers), dim=dim, arms=arms)
+
+
+def plans_08():
+    p = parameters("08")
+    yield adapter_runs(names=OTHER_PROMPTS, arms=CORE_ARMS, batch_size=16)
+    yield composing_runs()
+    plan = scratch_runs([p["scratch_seed"]], [p["scratch_width"]], tried_for=750)
+    yield [one for one in plan if one.run.arm == "2 layers"]
+
+
+@pytest.mark.parametrize("plans", [plans_03, plans_04, plans_06, plans_07, plans_08])
+def test_shipped_runs_are_all_that_a_notebook_asks_for(plans, tmp_path):
+    """A renamed field or another default would orphan them, and notebooks would train for hours."""
+    store = Store(tmp_path)
+    for plan in plans():
+        assert all(store.result(run) for run in tried(plan, store) + found(plan, store))
+
+
+def test_shipped_weights_are_those_of_the_results(tmp_path):
+    store, files = Store(tmp_path), sorted(CHECKPOINTS.iterdir())
+    assert sum(path.stat().st_size for path in files) < 40e6
+    for path in files:
+        assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    [run] = found([*plans_08()][-1], store)
+    assert store.weights(run)  # notebook 08 reads it
+    runs = found(next(plans_04()), store)
+    assert all("losses" in row for run in runs for row in store.result(run)["curve"])
+
+
+def test_a_plan_is_completed_and_shipped(tiny_run, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.runs.plans.MOST_RATES", 3)
+    sizes = dict(source_layer=1, dim=4, batch_size=4, train_items=8, steps=2)
+    sizes |= dict(validation_items=4, test_items=4, dtype="float32")
+    plan = adapter_runs("tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
+    plan = [
+        replace(one, trials=tuple(replace(trial, dataset="tiny", steps=1) for trial in one.trials))
+        for one in plan
+    ]
+    runs = complete(plan, store)
+    assert [run.arm for run in runs[:4]] == ["zero-shot", "few-shot", "back attention", "bias"]
+    assert {run.fold for run in runs} == {0, 1, 2} and all(store.result(run) for run in runs)
+    assert runs[0].dim != runs[2].dim  # the untrained are the same for every size of a trained arm
+    data = tmp_path / "data"
+    assert ship([plan], store, data) == 6 + 12  # 2 arms × 3 rates, 4 arms × 3 seeds
+    assert len(list((data / "checkpoints").iterdir())) == 3 + 1
+    shipped = Store(tmp_path / "empty", data / "runs.jsonl")
+    assert ship([plan], shipped, tmp_path / "none") == 0 and not (tmp_path / "none").exists()
+
+    monkeypatch.setattr("companion.runs.plans.CHECKPOINTS", data / "checkpoints")
+    monkeypatch.setattr("companion.runs.store.CHECKPOINTS", data / "checkpoints")
+    assert ship([plan], store, tmp_path / "later", weights=False) == 18 - 4
+    lines = (tmp_path / "later" / "runs.jsonl").read_text().splitlines()
+    keys = {json.loads(line)["key"] for line in lines}
+    assert len(lines) == 18 - 4 and not (tmp_path / "later" / "checkpoints").exists()
+    assert keys.isdisjoint(path.stem for path in (data / "checkpoints").iterdir())
+
+
+def test_what_a_dataset_is_tuned_on():
+    plan = adapter_runs(names=["two-hop", "2-digit", "SVAMP"], arms=["bias"], steps=10)
+    trained = [one for one in plan if one.trials and one.run.seed == 0]
+    assert [(one.run.dataset, one.run.steps) for one in trained] == [
+        ("two-hop", 10),
+        ("2-digit", 30),
+        ("SVAMP", 10),
+    ]
+    trials = [trial for one in trained for trial in one.trials]
+    assert [(trial.dataset, trial.steps, trial.test_items) for trial in trials] == [
+        ("two-hop", 5, 0),
+        ("1DC", 15, 0),
+        ("1DC", 15, 0),
+    ]
+
+
+def test_a_plan_without_core_arms():
+    every, none = main_runs(core_arms_on=["1DC"]), main_runs(core_arms_on=[])
+    assert {one.run.dataset for one in none} == {"two-hop"} and len(none) < len(every)
+
+
+def test_another_model_is_tested_in_the_dtype_that_is_asked_for(monkeypatch):
+    def dtypes(model, **sizes):
+        return {one.run.tested_in for one in adapter_runs(model, **sizes)}
+
+    assert dtypes("tiny-llama") == dtypes("smollm2") == {"float32"}
+    monkeypatch.setenv(runtime.DTYPE, "bfloat16")
+    assert dtypes("tiny-llama") == {"bfloat16"}
+    assert dtypes("tiny-llama", tested_in="float16") == {"float16"}
+    assert dtypes("smollm2") == {"float32"}  # whose results are shipped
+
+
+def test_a_setting_is_varied_at_the_rate_that_was_found():
+    plan = varied_runs("source_layer", [1, 3], arms=["bias"], seed=0)
+    assert [one.run.source_layer for one in plan] == [1] * 3 + [3] * 3
+    assert {trial.source_layer for one in plan for trial in one.trials} == {6}
+
+
+def test_compositions_are_tuned_alike(store):
+    """Each arm tries the same decays and rates, and is trained at what does best on ID/ID."""
+    plan = composing_runs()
+    trials = tried(plan, store)
+    assert {run.arm for run in trials} == set(COMPOSING_ARMS) and len(trials) == 7 * 3 * 3
+    for run in trials:
+        pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
+    assert tried(plan, store) == trials
+    runs = found(plan, store)
+    assert len(runs) == 7 * 3
+    assert {(run.weight_decay, run.learning_rate) for run in runs} == {(1.0, 1e-3)}
+    assert {(run.steps, run.test_items) for run in runs} == {(1600, None)}
+    assert {run.recipe.weight_decay for run in runs} == {1.0}
+
+
+def test_rates_go_on_while_the_best_is_at_an_end(tiny_run, store):
+    plan, best = [Planned(tiny_run, (replace(tiny_run, steps=3, test_items=0),))], 6e-5
+    while waiting := [run for run in tried(plan, store) if store.result(run) is None]:
+        assert found(plan, store)[0].learning_rate == tiny_run.learning_rate  # not known yet
+        for run in waiting:
+            pretend(store, run, 1 - abs(np.log(run.learning_rate / best)))
+    runs = tried(plan, store)
+    rates = sorted(run.learning_rate for run in runs)
+    assert rates == pytest.approx([6.25e-5, 2.5e-4, 1e-3, 4e-3]) and len(rates) == MOST_RATES
+    assert found(plan, store) == [replace(tiny_run, learning_rate=rates[0])]
+    assert {(run.steps, run.test_items) for run in runs} == {(3, 0)}
+
+
+def test_a_diverged_run_is_never_the_best(tiny_run, store):
+    low, middle, high = rates_tried(tiny_run, store)
+    pretend(store, low, 0.2)
+    pretend(store, middle, 0.5)
+    store.keep(high, {"run": {}, "diverged": "the loss is nan"}, {})
+    assert found([Planned(tiny_run, (tiny_run,))], store) == [middle]
+    with pytest.raises(ValueError, match="None of 1 runs"):
+        best_of([high], store)
+
+
+def test_runs_are_made_on_a_cluster(tiny_run, store, tmp_path, monkeypatch):
+    from distributed import LocalCluster
+
+    run = replace(tiny_run, dataset="1DC")
+    with monkeypatch.context() as here:
+        here.setattr("companion.runs.plans.train_and_test", lambda *a: pytest.fail("made here"))
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+            here.setenv(runtime.CLUSTER, cluster.scheduler_address)
+            sweep([run, replace(run, seed=1)], store)
+            assert store.result(run) and store.result(replace(run, seed=1))
+        for threads in (2, 1):
+            sizes = {"n_workers": 1, "threads_per_worker": threads, "processes": False}
+            with LocalCluster(**sizes, dashboard_address=None) as cluster:
+                here.setenv(runtime.CLUSTER, cluster.scheduler_address)
+                with pytest.raises(OSError, match="two workers or more"):
+                    sweep([replace(run, seed=2)], store)
+    again = train_and_test(run, Store(tmp_path / "again", shipped=None))
+    assert again["right"] == store.result(run)["right"]
+    monkeypatch.setenv(runtime.CLUSTER, "nowhere")
+    with pytest.raises(OSError, match="No dask scheduler"):
+        sweep([replace(tiny_run, seed=2)], store)

@@ -1,0 +1,147 @@
+"""The ledger: whole, named by what is there, and every verdict asked again from the tables."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from companion import paths
+from companion.report import tables
+from companion.report.verdicts import CLAIMS, VERDICTS
+from companion.studies import back_attention_training as training
+from companion.studies import capacity, composition, layer_ablation, stage_discovery, what_it_reads
+from companion.studies.claims import IDS, whole_ledger
+from companion.studies.controls import memory, transitions
+from companion.studies.failure_analysis import census, conflict, patching_grid
+from companion.studies.other_reasoning_and_cost import costs, prompts, sums
+
+TABLES = paths.FIGURES / "tables"
+
+
+def read(name: str) -> pd.DataFrame:
+    return pd.read_csv(TABLES / f"{name}.csv")
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return read("claims")
+
+
+def test_no_row_is_missing(ledger):
+    assert list(dict.fromkeys(ledger["id"])) == list(IDS) and len(ledger) == len(CLAIMS)
+    assert set(ledger["verdict"]) <= set(VERDICTS)
+    assert not ledger[["claim", "paper", "ours", "kind", "notebook", "figure"]].isna().any().any()
+
+
+def test_it_is_what_the_notebooks_say(ledger, tmp_path):
+    made = whole_ledger([tmp_path, TABLES])
+    assert made["verdict"].tolist() == ledger["verdict"].tolist()
+    tables.save(made, tmp_path, "claims")
+    assert (tmp_path / "claims.csv").read_text() == (TABLES / "claims.csv").read_text()
+
+
+def test_a_new_table_comes_first_and_a_missing_row_is_named(tmp_path):
+    new = read("03_claims").assign(verdict="contradicted")
+    new.to_csv(tmp_path / "03_claims.csv", index=False)
+    by = whole_ledger([tmp_path, TABLES]).set_index("id")["verdict"]
+    assert by["C7"] == "contradicted" and by["C5"] == "reproduced"
+    new[new["id"] != "C7"].to_csv(tmp_path / "03_claims.csv", index=False)
+    with pytest.raises(ValueError, match="no row C7"):
+        whole_ledger([tmp_path, TABLES])
+
+
+def test_files_that_it_names_are_there(ledger):
+    for row in ledger.itertuples():
+        files = (paths.FIGURES / f"{row.figure}{suffix}" for suffix in (".png", ".csv"))
+        assert any(file.exists() for file in files), row.figure
+        for notebook in row.notebook.split(", "):
+            assert (paths.NOTEBOOKS / f"{notebook}.ipynb").exists()
+
+
+def memory_of(name: str) -> pd.DataFrame:
+    """A committed table of `memory_table` by key again."""
+    table = read(name)
+    labels = {label.partition(", {")[0]: key for key, label in memory.LABELS.items()}
+    whole = {label: key for key, label in memory.LABELS.items()}
+    keys = [whole.get(test) or labels[test.rpartition(", ")[0]] for test in table["test"]]
+    return table.set_index(pd.Index(keys, name="key"))
+
+
+def reading_of(prefix: str, high: tuple[int, int]) -> tuple:
+    tests = read(f"{prefix}tests")
+    keys = tests["hidden"].replace({"r1, high layers": "r1 high"})
+    return read(f"{prefix}high_share"), tests.assign(key=keys), high
+
+
+def rules() -> list[dict]:
+    """Every rule whose inputs are tables, asked again."""
+    shares, order, blocked = read("02_census"), read("01_order"), read("01_knockouts")
+    one_hop = shares[shares["examples"] == "one-hop"]
+    three_way = pd.DataFrame([{"wording": "possessive", "outcome": "e2"}])
+    three_way = three_way.assign(share=0, low=0, high=0)
+    both = {"a": memory_of("07_memory"), "b": memory_of("07_gemma_memory")}
+    sources, less, sizes = read("07_sources"), read("07_sources_differences"), read("06_sizes")
+    back = sources[(sources["arm"] == "back attention") & (sources["sources"].astype(str) != "6")]
+    contest = pd.read_csv(paths.FIGURES / "01_conflict.csv")
+    contest = contest[contest["conflict"] == "other relation"]
+    stage_b = read("01_stages").set_index("stage").loc["B", "middle"]
+    arms = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
+    arithmetic = ("chosen", "against_six", "differences")
+    layers = ("chosen", "against_six", "unrest", "layers", "differences")
+    composed = read("08_composing_differences")
+    return [
+        stage_discovery.stages_in_order(order, blocked, 9),
+        stage_discovery.entity_cannot_tell(contest, stage_b, 9),
+        stage_discovery.one_after_the_other(order, 9),
+        census.failures_say_bridge(one_hop, read("02_leads"), three_way, 9),
+        census.conflict_not_ignorance(shares),
+        conflict.late_influence(read("02_flow_tests")),
+        conflict.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
+        patching_grid.back_patching_helps(read("02_mending"), read("02_against_donor")),
+        training.one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
+        training.raises_accuracy(read("03_differences"), arms),
+        layer_ablation.low_layers_are_best(
+            *(read(f"04_{name}") for name in layers),
+            tuple(read(f"04_arithmetic_{name}") for name in arithmetic),
+        ),
+        what_it_reads.brings_high_states(
+            {"a": reading_of("05_", (25, 28)), "b": reading_of("05_gemma_", (15, 17))}
+        ),
+        training.adapter_size(read("03_sizes")),
+        capacity.small_keeps_its_gain(
+            sizes.loc[(sizes["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
+        ),
+        memory.several_layers_help(
+            back,
+            less[less["less"] == "layer 6 alone"],
+            less[less["less"] == "residual LoRA there"],
+        ),
+        sums.arithmetic_has_stages(
+            {"a": (read("09_order"), 9), "b": (read("09_scratch_order"), 9)}, read("09_knockouts")
+        ),
+        prompts.other_prompts_too(read("09_prompts_differences"), arms[:2]),
+        costs.costs_as_computed(read("09_costs"), read("09_one_pass")),
+        transitions.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
+        memory.high_states_of_r1_matter(both),
+        memory.gain_is_flow(both, memory_of("07_same_layer_memory"), read("03_differences")),
+        memory.r1_is_needed(read("02_against_donor"), both),
+        transitions.no_knowledge_no_gain(read("07_knowledge")),
+        composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
+    ]
+
+
+def test_verdicts_follow_from_the_tables(ledger):
+    shown = ledger.groupby("id", sort=False)["verdict"].agg(list).to_dict()
+    again: dict[str, list[str]] = {}
+    for row in rules():
+        again.setdefault(row["id"], []).append(row["verdict"])
+    assert again == shown
+
+
+def test_readme_shows_it(ledger):
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| ([CQNB]\d+) \| (.+?) \| (.+?) \| (.+?) \|$", readme, re.MULTILINE)
+    notebooks = [re.findall(r"notebooks/(\w+)\.ipynb", links) or ["none"] for *_, links in shown]
+    expected = ledger[["id", "claim", "verdict"]].itertuples(index=False, name=None)
+    assert [row[:3] for row in shown] == list(expected)
+    assert [", ".join(names) for names in notebooks] == ledger["notebook"].tolist()
