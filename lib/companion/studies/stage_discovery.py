@@ -15,7 +15,6 @@ from backattn.models.activations import Stream, capture
 from backattn.models.lens import read_states
 from backattn.models.tokens import encode
 from companion.measures.layers import mean_by_layer
-from companion.measures.stages import stage_table
 from companion.questions.prompts import last_token_positions
 from companion.report.verdicts import claim, with_interval
 
@@ -167,22 +166,6 @@ def other_entity(known: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             "Every relation has a single answer here, so nothing conflicts: ask more facts."
         )
     return pd.concat(parts).reset_index(drop=True)
-
-
-def table_by(
-    labels: Sequence, profiles: dict[str, np.ndarray], clusters: Sequence, least: int = 8
-) -> pd.DataFrame:
-    """`stage_table` for all prompts ("all") and for each label that at least `least` carry, with a
-    column label."""
-    labels, clusters = np.asarray(labels), np.asarray(clusters)
-    groups = {
-        label: rows for label in np.unique(labels) if (rows := labels == label).sum() >= least
-    }
-    tables = []
-    for label, rows in {"all": np.full(len(labels), True), **groups}.items():
-        part = {name: profile[rows] for name, profile in profiles.items()}
-        tables.append(stage_table(part, clusters[rows]).assign(label=label))
-    return pd.concat(tables, ignore_index=True)
 
 
 def _gaps(steps: pd.DataFrame) -> str:

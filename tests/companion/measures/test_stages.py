@@ -20,7 +20,7 @@ from companion.measures.stages import (
 )
 from companion.questions.facts import facts
 from companion.questions.prompts import GROUPS, position_groups, single_hop
-from companion.studies.stage_discovery import table_by, trend_test
+from companion.studies.stage_discovery import trend_test
 
 ALONE = range(60)  # sixty prompts, each its own cluster
 
@@ -82,12 +82,8 @@ def test_boundaries_lie_where_the_flow_is():
     assert boundaries(np.stack([one, np.ones(10)])).shape == (2, 4)
 
 
-def test_tables_by_label_hold_all_and_each_label():
-    profiles = synthetic((10, 10))
-    table = table_by(["x"] * 30 + ["y"] * 25 + ["z"] * 5, profiles, ALONE, least=8)
-    assert list(table["label"].unique()) == ["all", "x", "y"]
-    assert table["middle"].between(9, 11).all()
-    bands = profile_bands(profiles, ALONE)
+def test_bands_are_shares_of_a_stages_flow():
+    bands = profile_bands(synthetic((10, 10)), ALONE)
     assert (bands["low"] <= bands["high"]).all()
     assert bands.loc[bands["layer"] == 10, "share"].min() > 0.1
 

@@ -134,20 +134,26 @@ def test_readings_and_flows_have_their_shapes(smollm2):
     reading = read_conflict(model, tokenizer, asked)
     assert reading.difference.shape == (n, len(PLACES), states)
     assert set(reading.wins) == {"e3", "e2"} and reading.readable["e2"].dtype == bool
-    right = np.arange(n) % 2 == 0
-    table = conflict.conflict_table(reading, right, asked["pair"], asked["e2"])
+    asked["outcome"] = ["e3", "e2"] * (n // 2)
+    table = conflict.conflict_table(reading, asked)
     assert len(table) == 2 * len(PLACES) * states and table["p"].between(0, 1).all()
     assert len(conflict.readable_table(reading)) == 2 * len(PLACES) * states
-    assert len(conflict.first_readable(reading, asked["e2"])) == 2 * len(PLACES)
+    assert len(conflict.first_readable(reading, asked)) == 2 * len(PLACES)
     flow = conflict.flows(model, tokenizer, asked)
-    tests = conflict.flow_tests(flow, right, asked["pair"], asked["e2"], permutations=20)
+    tests = conflict.flow_tests(flow, asked, permutations=20)
     assert tests["holds"].dtype == bool and len(tests) == 3
-    assert len(conflict.flow_bands(flow, right, asked["e2"])) == 2 * 2 * 2 * (states - 1)
-    windows = conflict.hide_windows(model, tokenizer, asked, right, width=15)
+    assert len(conflict.flow_bands(flow, asked)) == 2 * 2 * 2 * (states - 1)
+    windows = conflict.hide_windows(model, tokenizer, asked, width=15)
     assert len(windows) == 2 * 2 * 2 * 2
 
 
 # ---------------------------------------------------------------- back-patching
+
+
+def answered(right) -> pd.DataFrame:
+    """Prompts of a bridge entity each, answered right or not."""
+    outcomes = np.where(right, "e3", "e2")
+    return pd.DataFrame({"outcome": outcomes, "e2": [f"e{i}" for i in range(len(outcomes))]})
 
 
 def test_the_honest_pair_is_chosen_on_the_other_half():
@@ -159,9 +165,8 @@ def test_the_honest_pair_is_chosen_on_the_other_half():
     assert not chosen.any()  # neither pair helps the half on which it was not chosen
     nothing = patching_grid.cross_fitted_choice(np.zeros_like(success), first)[1]
     assert all(target < source for target, source in nothing)
-    bridges = [f"e{i}" for i in range(8)]
     none, most = (
-        patching_grid.repair_table({"r1": success}, right, bridges).iloc[0]
+        patching_grid.repair_table({"r1": success}, answered(right)).iloc[0]
         for right in (np.arange(8) < 0, np.arange(8) > 0)
     )
     assert none["oracle"] == 6 / 8
@@ -178,7 +183,7 @@ def test_a_donor_is_compared_on_wrong_cases_only():
     same, none = np.zeros((8, 2, 3), dtype=bool), np.zeros((8, 2, 3), dtype=bool)
     same[:, 0, 1] = True
     success = dict(zip(patching_grid.PATCHES, (same, none, none, none), strict=True))
-    table = patching_grid.against_donor(success, np.arange(8) < 2, [f"e{i}" for i in range(8)])
+    table = patching_grid.against_donor(success, answered(np.arange(8) < 2))
     table = table.set_index(["place", "how"])
     assert table.loc[("r1", "oracle"), ["mean", "n"]].tolist() == [1, 6]
     assert table.loc[("last", "honest"), "mean"] == 0

@@ -1,7 +1,8 @@
 """Why two-hop questions fail: the conflict of e2 and e3 inside the model (claims C4, C5).
 
-Notation as in `census`, places as in `two_hop`. Right and wrong cases are prompts answered e3 or
-not; intervals are over bridge entities.
+Notation as in `census`, places as in `two_hop`. Tables take the prompts as a frame `asked`, in the
+order of the arrays: outcome (prompts answered e3 are right cases, all others wrong ones), pair (of
+relations) and e2. Intervals are 95 %, over bridge entities.
 """
 
 import itertools
@@ -26,28 +27,29 @@ from companion.report.intervals import bootstrap, mean_summary
 from companion.report.verdicts import claim
 
 
-def _cases(right: Sequence[bool]) -> dict[str, np.ndarray]:
+def cases(asked: pd.DataFrame) -> dict[str, np.ndarray]:
     """Which rows are right and which are wrong cases."""
-    right = np.asarray(right, dtype=bool)
+    right = (asked["outcome"] == "e3").to_numpy()
     return {"right": right, "wrong": ~right}
 
 
-def conflict_table(
-    reading: Reading,
-    right: Sequence[bool],
-    strata: Sequence,
-    clusters: Sequence,
-    permutations: int = 2000,
-) -> pd.DataFrame:
+def right_less_wrong(
+    values: np.ndarray, asked: pd.DataFrame, permutations: int = 2000
+) -> dict[str, np.ndarray]:
+    """`two_hop.contrast` of [n, ...] between right and wrong cases, within pairs of relations."""
+    return contrast(values, cases(asked)["right"], asked["pair"], asked["e2"], permutations)
+
+
+def conflict_table(reading: Reading, asked: pd.DataFrame, permutations: int = 2000) -> pd.DataFrame:
     """Logit e3 − e2 by place and layer for right and wrong cases.
 
-    Returns: layer, mean, low, high (95 %), contrast (right less wrong within pairs of relations)
-    and p (of it, see `contrast`), both for either case alike, place, case ("right", "wrong"), n.
+    Returns: layer, mean, low, high, contrast and p (of `right_less_wrong`, for either case alike),
+    place, case ("right", "wrong"), n.
     """
-    clusters, tables = np.asarray(clusters), []
-    test = contrast(reading.difference, right, strata, clusters, permutations)
+    clusters, tables = asked["e2"].to_numpy(), []
+    test = right_less_wrong(reading.difference, asked, permutations)
     found = {"contrast": test["difference"].ravel(), "p": test["p"].ravel()}
-    for case, rows in _cases(right).items():
+    for case, rows in cases(asked).items():
         table = mean_by_layer(reading.difference[rows], clusters[rows], reading.places, "place")
         tables.append(table.assign(**found, case=case, n=int(rows.sum())))
     columns = ["layer", "mean", "low", "high", "contrast", "p", "place", "case", "n"]
@@ -67,16 +69,16 @@ def readable_table(reading: Reading) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns]
 
 
-def first_readable(reading: Reading, clusters: Sequence, resamples: int = 1000) -> pd.DataFrame:
+def first_readable(reading: Reading, asked: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
     """From which state on an entity can be told from another prompt's, by place.
 
     Returns per place and entity: ever (share of prompts in which it is among the READABLE highest
     in some layer), ever_shuffled (for shuffled labels), told: the first state from which on, up to
     the last but one, its logit beats the shuffled entity's in more than half of the prompts, with
-    the whole 95 % interval; missing where there is none; wins: the share in which it does in the
+    the whole interval; missing where there is none; wins: the share in which it does in the
     state that enters the last layer; n.
     """
-    rows, weights = [], bootstrap(clusters, resamples)
+    rows, weights = [], bootstrap(asked["e2"], resamples)
     for place, name in enumerate(reading.places):
         for entity in ("e2", "e3"):
             wins = reading.wins[entity][:, place, :-1]  # [n, L]
@@ -135,34 +137,28 @@ def direct_flow(flow: pd.DataFrame, place: str, entity: str) -> np.ndarray:
     return flow_grid(flow[flow["entity"] == entity], "attention", place, "direct")
 
 
-def flow_bands(flow: pd.DataFrame, right: Sequence[bool], clusters: Sequence) -> pd.DataFrame:
-    """`direct_flow` from e1 and from r1, of right and wrong cases: layer, mean, low, high (95 %),
-    place, entity, case."""
-    clusters, tables = np.asarray(clusters), []
+def flow_bands(flow: pd.DataFrame, asked: pd.DataFrame) -> pd.DataFrame:
+    """`direct_flow` from e1 and from r1, of right and wrong cases: layer, mean, low, high, place,
+    entity, case."""
+    clusters, tables = asked["e2"].to_numpy(), []
     for place, entity in itertools.product(("e1", "r1"), ("e3", "e2")):
         values = direct_flow(flow, place, entity)[:, None]
-        for case, rows in _cases(right).items():
+        for case, rows in cases(asked).items():
             table = mean_by_layer(values[rows], clusters[rows], [place], "place")
             tables.append(table.assign(entity=entity, case=case))
     columns = ["layer", "mean", "low", "high", "place", "entity", "case"]
     return pd.concat(tables, ignore_index=True)[columns]
 
 
-def flow_tests(
-    flow: pd.DataFrame,
-    right: Sequence[bool],
-    strata: Sequence,
-    clusters: Sequence,
-    permutations: int = 2000,
-) -> pd.DataFrame:
+def flow_tests(flow: pd.DataFrame, asked: pd.DataFrame, permutations: int = 2000) -> pd.DataFrame:
     """What C4 says of r1's high layers (the upper third): question, mean, low, high, p, n, holds.
 
-    The first two rows compare wrong with right cases within pairs of relations (`contrast`, no
-    interval); the third is about wrong cases alone (interval and p by bootstrap over clusters).
+    The first two rows are of `right_less_wrong`, the other way round (no interval); the third is
+    about wrong cases alone (interval and p by bootstrap).
     holds: above zero with p < 0.05 / 3.
     """
     e3, e2 = (direct_flow(flow, "r1", entity) for entity in ("e3", "e2"))  # [n, layers]
-    layers, wrong = np.arange(e2.shape[1]), _cases(right)["wrong"]
+    layers, wrong = np.arange(e2.shape[1]), cases(asked)["wrong"]
     late, positive = layers >= -(-2 * len(layers) // 3), np.clip(e2, 0, None)
     centre = positive @ layers / (positive.sum(1) + 1e-12)
     compared = {
@@ -171,10 +167,10 @@ def flow_tests(
     }
     rows = []
     for question, values in compared.items():
-        test = contrast(values[:, None], right, strata, clusters, permutations)
+        test = right_less_wrong(values[:, None], asked, permutations)
         row = {"question": question, "mean": -test["difference"][0], "low": np.nan, "high": np.nan}
         rows.append({**row, "p": test["p"][0], "n": len(values)})
-    ahead, clusters = (e2 - e3)[wrong][:, late].sum(1), np.asarray(clusters)[wrong]
+    ahead, clusters = (e2 - e3)[wrong][:, late].sum(1), asked["e2"][wrong]
     draws = bootstrap(clusters, permutations) @ ahead
     p = 2 * min((draws <= 0).mean(), (draws >= 0).mean()) + 1 / permutations
     question = "late flow from r1 in wrong cases, into e2 less into e3 (logits)"
@@ -184,33 +180,32 @@ def flow_tests(
 
 
 def hide_windows(
-    model, tokenizer, frame: pd.DataFrame, right: Sequence[bool], width: int = 5, seed: int = 0
+    model, tokenizer, asked: pd.DataFrame, width: int = 5, seed: int = 0
 ) -> pd.DataFrame:
     """Hide r1 from the last position in windows of layers; as control, as many random tokens of the
     worked examples in front.
 
     Returns: window (its first layer), hidden ("r1", "examples"), entity ("e3", "e2"), case, mean
-    (change of the entity's log-probability), low, high (95 %), n.
+    (change of the entity's log-probability), low, high, n.
     """
-    labels, bridges = place_labels(tokenizer, frame), frame["e2"].to_numpy()
-    draw = np.random.default_rng(seed)
-    ids = torch.tensor(first_token_pairs(tokenizer, frame))
+    labels, draw = place_labels(tokenizer, asked), np.random.default_rng(seed)
+    ids = torch.tensor(first_token_pairs(tokenizer, asked))
     hidden = {"r1": [np.flatnonzero(row == "r1") for row in labels], "examples": []}
     for row, tokens in zip(labels, hidden["r1"], strict=True):
         examples = np.arange(1, np.flatnonzero(row == "e1")[0])
         hidden["examples"].append(draw.choice(examples, size=len(tokens), replace=False))
-    prompts = CachedPrompts(model, tokenizer, frame["two_hop"].tolist())
+    prompts = CachedPrompts(model, tokenizer, asked["two_hop"].tolist())
 
     def log_probs(sources: Sequence, layers: Sequence[int]) -> np.ndarray:
         return blocked_log_probs(prompts, sources, layers).gather(1, ids).numpy()  # [n, (e3, e2)]
 
-    base, layers, rows = log_probs([[]] * len(frame), []), len(describe(model).blocks), []
+    base, layers, rows = log_probs([[]] * len(asked), []), len(describe(model).blocks), []
     for first in progress(range(0, layers, width), "hiding r1", unit="window"):
         for name, sources in hidden.items():
             change = log_probs(sources, range(first, min(first + width, layers))) - base
-            for (case, mask), k in itertools.product(_cases(right).items(), (0, 1)):
+            for (case, mask), k in itertools.product(cases(asked).items(), (0, 1)):
                 row = {"window": first, "hidden": name, "entity": ("e3", "e2")[k], "case": case}
-                rows.append({**row, **mean_summary(change[mask, k], bridges[mask])})
+                rows.append({**row, **mean_summary(change[mask, k], asked["e2"][mask])})
     return pd.DataFrame(rows)
 
 

@@ -20,6 +20,7 @@ from companion.measures.two_hop import donors, first_token_pairs, place_labels
 from companion.questions.prompts import last_token_positions
 from companion.report.intervals import mean_summary, wilson
 from companion.report.verdicts import claim, percent
+from companion.studies.failure_analysis.conflict import cases
 
 
 class Patch(NamedTuple):
@@ -121,19 +122,18 @@ def cross_fitted_choice(
     return result, pairs
 
 
-def repair_table(
-    success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence
-) -> pd.DataFrame:
+def repair_table(success: dict[str, np.ndarray], asked: pd.DataFrame) -> pd.DataFrame:
     """How many wrong cases back-patching repairs, and how many right ones it breaks, by patch.
 
-    success: from `repaired`; right: without a patch. Returns: arm (the patch), wrong (cases),
-    honest (share of them repaired by the pair chosen on the other half), oracle (by any pair, as
-    published), any_pair (the mean over pairs), right (cases), broken (share of them that the honest
-    pair breaks), net (change of the share of all prompts that are right, with the honest pair),
-    pairs ("target ← source", chosen on the first and on the second half). Intervals in _low and
+    success: from `repaired`; asked: its prompts, with outcome and e2. Returns: arm (the patch),
+    wrong (cases), honest (share of them repaired by the pair chosen on the other half), oracle (by
+    any pair, as published), any_pair (the mean over pairs), right (cases), broken (share of them
+    that the honest pair breaks), net (change of the share of all prompts that are right, with the
+    honest pair), pairs ("target ← source", chosen on the first and on the second half). Intervals
+    in _low and
     _high: of net over bridge entities, else Wilson's.
     """
-    rows, first, wrong = [], halves(bridges), ~right
+    rows, first, (right, wrong) = [], halves(asked["e2"]), cases(asked).values()
     for arm, table in success.items():
         chosen, pairs = cross_fitted_choice(table, first)
         row = {"arm": arm, "wrong": int(wrong.sum())}
@@ -143,18 +143,16 @@ def repair_table(
         target, source = np.triu_indices(table.shape[1], 1, table.shape[2])
         row |= {"any_pair": table[wrong][:, target, source].mean(), "right": int(right.sum())}
         row |= {"broken": 1 - chosen[right].mean() if right.any() else np.nan}
-        net = mean_summary(chosen.astype(float) - right, bridges)
+        net = mean_summary(chosen.astype(float) - right, asked["e2"])
         row |= {"net": net["mean"], "net_low": net["low"], "net_high": net["high"]}
         rows.append({**row, "pairs": ", ".join(f"{t} ← {s}" for t, s in pairs)})
     return pd.DataFrame(rows)
 
 
-def against_donor(
-    success: dict[str, np.ndarray], right: np.ndarray, bridges: Sequence
-) -> pd.DataFrame:
+def against_donor(success: dict[str, np.ndarray], asked: pd.DataFrame) -> pd.DataFrame:
     """Share of wrong cases repaired with a prompt's states less with a donor's: place, how, mean,
     low, high (over bridge entities), n."""
-    rows, first, wrong, bridges = [], halves(bridges), ~right, np.asarray(bridges)
+    rows, first, wrong = [], halves(asked["e2"]), cases(asked)["wrong"]
     ways = {
         "honest": lambda table: cross_fitted_choice(table, first)[0],
         "oracle": lambda table: table.any((1, 2)),
@@ -163,16 +161,16 @@ def against_donor(
         for how, repairs in ways.items():
             same, donor = (repairs(success[arm]) for arm in (place, f"{place} donor"))
             less = same[wrong].astype(float) - donor[wrong]
-            rows.append({"place": place, "how": how, **mean_summary(less, bridges[wrong])})
+            rows.append({"place": place, "how": how, **mean_summary(less, asked["e2"][wrong])})
     return pd.DataFrame(rows)
 
 
-def pair_maps(success: dict[str, np.ndarray], right: np.ndarray) -> pd.DataFrame:
+def pair_maps(success: dict[str, np.ndarray], asked: pd.DataFrame) -> pd.DataFrame:
     """Share of wrong cases that each pair repairs: arm, target, source, share."""
     rows = []
     for arm, table in success.items():
         target, source = np.triu_indices(table.shape[1], 1, table.shape[2])
-        share = table[~right].mean(0)[target, source]
+        share = table[cases(asked)["wrong"]].mean(0)[target, source]
         rows.append(pd.DataFrame({"arm": arm, "target": target, "source": source, "share": share}))
     return pd.concat(rows, ignore_index=True)
 
