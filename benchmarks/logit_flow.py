@@ -104,11 +104,19 @@ def main() -> int:
     batch = slice(0, chosen.prompts)
 
     begin = time.perf_counter()
-    screen = logit_flow(model, tokenizer, prompts[batch], answers[batch], batch_size=16)
+    screen = logit_flow(
+        model, tokenizer, prompts[batch], answers[batch], batch_size=16, keep_bytes=0
+    )
     screen_seconds = (time.perf_counter() - begin) / chosen.prompts
     begin = time.perf_counter()
     exact = logit_flow(
-        model, tokenizer, prompts[batch], answers[batch], method="exact", batch_size=16
+        model,
+        tokenizer,
+        prompts[batch],
+        answers[batch],
+        method="exact",
+        batch_size=16,
+        keep_bytes=0,
     )
     exact_seconds = (time.perf_counter() - begin) / chosen.prompts
     screen.check()

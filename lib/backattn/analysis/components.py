@@ -54,10 +54,13 @@ def rows(increase: Tensor, kind: str, head=-1, neuron=-1, **columns) -> dict[str
 
 def frame(parts: Sequence[dict[str, np.ndarray]], tokens: Sequence[Sequence[str]]) -> pd.DataFrame:
     """All rows in the order of the residual sum. tokens: per prompt the text of each position."""
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    keys = [joined[name] for name in ("position", "neuron", "head", "kind", "layer", "prompt")]
-    order = np.lexsort(keys)
-    joined = {name: values[order] for name, values in joined.items()}
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([part[name] for part in parts])
+
+    keys = ("position", "neuron", "head", "kind", "layer", "prompt")
+    order = np.lexsort([column(name) for name in keys])
+    joined = {name: column(name)[order] for name in COLUMNS}  # one at a time: they are long
     first = np.cumsum([0, *map(len, tokens[:-1])])  # each prompt's first token among all
     token = pd.Categorical([text for row in tokens for text in row])
     return pd.DataFrame(
