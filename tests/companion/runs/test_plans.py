@@ -82,14 +82,17 @@ def plans_07():
 
 
 def plans_08():
-    p = parameters("08")
-    yield adapter_runs(names=OTHER_PROMPTS, arms=CORE_ARMS, batch_size=16)
     yield composing_runs()
+
+
+def plans_09():
+    p = parameters("09")
+    yield adapter_runs(names=OTHER_PROMPTS, arms=CORE_ARMS, batch_size=16)
     plan = scratch_runs([p["scratch_seed"]], [p["scratch_width"]], tried_for=750)
     yield [one for one in plan if one.run.arm == "2 layers"]
 
 
-@pytest.mark.parametrize("plans", [plans_03, plans_04, plans_06, plans_07, plans_08])
+@pytest.mark.parametrize("plans", [plans_03, plans_04, plans_06, plans_07, plans_08, plans_09])
 def test_shipped_runs_are_all_that_a_notebook_asks_for(plans, tmp_path):
     """A renamed field or another default would orphan them, and notebooks would train for hours."""
     store = Store(tmp_path)
@@ -102,7 +105,7 @@ def test_shipped_weights_are_those_of_the_results(tmp_path):
     assert sum(path.stat().st_size for path in files) < 40e6
     for path in files:
         assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    [run] = found([*plans_08()][-1], store)
+    [run] = found([*plans_09()][-1], store)
     assert store.weights(run)  # notebook 08 reads it
     runs = found(next(plans_04()), store)
     assert all("losses" in row for run in runs for row in store.result(run)["curve"])

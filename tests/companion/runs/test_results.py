@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from companion.questions.datasets import DATASETS, one_digit_composite, two_digit
+from companion.questions.datasets import DATASETS, Dataset, one_digit_composite, two_digit
 from companion.runs import results
 from companion.runs.run import Run
 from companion.runs.store import Store
@@ -24,7 +24,7 @@ def rows(answers_of):
 
 def test_runs_become_rows(tmp_path, monkeypatch):
     frame = one_digit_composite().assign(group=lambda t: [f"g{i % 300}" for i in range(len(t))])
-    monkeypatch.setitem(DATASETS, "made up", lambda: frame)
+    monkeypatch.setitem(DATASETS, "made up", Dataset("made up", lambda: frame))
     store, runs = Store(tmp_path, shipped=None), []
     curve = [{"step": 5, "loss": 1.0, "train": 0.1, "validation": 0.5}]
     result = {"run": {}, "right": "01" * 50, "curve": curve, "trained": 4, "seconds": 2.0}
@@ -49,7 +49,7 @@ def test_runs_become_rows(tmp_path, monkeypatch):
 
 def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
     frame = two_digit()
-    monkeypatch.setitem(DATASETS, "sums", lambda: frame)
+    monkeypatch.setitem(DATASETS, "sums", Dataset("sums", lambda: frame))
     store, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
     difficulty, runs = draw.random(500), []
     for arm, level in (("1 layer", 0.5), ("2 layers", 0.6)):

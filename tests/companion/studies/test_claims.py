@@ -86,8 +86,8 @@ def rules() -> list[dict]:
     contest = contest[contest["conflict"] == "other relation"]
     stage_b = read("01_stages").set_index("stage").loc["B", "middle"]
     arms = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
-    arithmetic = ("chosen", "against_six", "differences")
-    layers = ("chosen", "against_six", "unrest", "layers", "differences")
+    sweep = {"chosen": "chosen", "against six": "against_six", "differences": "differences"}
+    hops = {**sweep, "instability": "unrest", "accuracy": "layers"}
     composed = read("08_composing_differences")
     return [
         stage_discovery.stages_in_order(order, blocked, 9),
@@ -101,13 +101,13 @@ def rules() -> list[dict]:
         training.one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
         training.raises_accuracy(read("03_differences"), arms),
         layer_ablation.low_layers_are_best(
-            *(read(f"04_{name}") for name in layers),
-            tuple(read(f"04_arithmetic_{name}") for name in arithmetic),
+            {key: read(f"04_{name}") for key, name in hops.items()},
+            {key: read(f"04_arithmetic_{name}") for key, name in sweep.items()},
         ),
         what_it_reads.brings_high_states(
             {"a": reading_of("05_", (25, 28)), "b": reading_of("05_gemma_", (15, 17))}
         ),
-        training.adapter_size(read("03_sizes")),
+        training.is_small(read("03_sizes")),
         capacity.small_keeps_its_gain(
             sizes.loc[(sizes["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
         ),

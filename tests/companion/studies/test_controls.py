@@ -142,7 +142,8 @@ def test_every_edit_is_what_it_says(kept, made):
 def test_edits_leave_to_be_read_what_they_name(kept):
     """What the first question's queries may read, by the name of the edit: cells [T, M, T]."""
     run, store = kept
-    probe = next(memory_probes([run], store))
+    probes = memory_probes([run], store)  # kept: at its end the adapter comes off
+    probe = next(probes)
     labels, layers = probe.labels[0], np.array(probe.memory_layers)  # 1 … 4
     visible = {}
     for key, _, edit in memory_edits(probe):
