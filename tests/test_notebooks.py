@@ -192,8 +192,8 @@ def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
         folder = paths.ROOT / ("notebooks" if place == "notebooks" else "")
     program = f"""
 import sys
-ours = ("__editable__", {str(paths.ROOT)!r})
-sys.path = [p for p in sys.path if not any(word in p for word in ours)]
+ours = ({str(paths.ROOT)!r}, {str(paths.ROOT / "lib")!r})
+sys.path = [p for p in sys.path if p not in ours and "__editable__" not in p]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell()
