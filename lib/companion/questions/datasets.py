@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
 from companion.paths import DATA
+from companion.questions.chains import chains
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
@@ -218,6 +219,14 @@ _RECORDS = (
     _two_hop("question", _question, tuned_on="question"),
     _two_hop("code", partial(two_hop, say="{2}({1}({0})) =".format), tuned_on="code"),
     _two_hop("in context", in_context, tuned_on="in context"),
+    # Both hops invented and told: flow is needed, knowledge is not.
+    Dataset(
+        "chains",
+        partial(chains, NAMES),
+        judge="first token",
+        tuned_on="chains",
+        columns=(*Dataset.columns, "e3_aliases", "split"),
+    ),
     Dataset(
         "compositions",
         compositions,

@@ -136,7 +136,7 @@ def _evaluate(run: Run, weights: dict[str, Tensor], device: str) -> dict:
         items = questions(run, tokenizer, "validation")
         right, loss = evaluate(model, items)
         if items.kinds:  # what a rate is chosen on must be like what is trained on
-            right = right[np.array(items.kinds) == "ID/ID"]
+            right = right[np.isin(items.kinds, questions(run, tokenizer, "train").kinds)]
         return {"validation": float(right.mean()), "validation_loss": loss}
 
 

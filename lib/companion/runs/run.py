@@ -59,7 +59,7 @@ class Run:
             batch_size=self.batch_size,
             weight_decay=decay if decay is not None else 0.01 if scratch else 0.0,
             seed=self.seed,
-            evaluations=12 if scratch else 3,
+            evaluations=12 if scratch or self.steps >= 1000 else 3,  # curves of long runs
             autocast=scratch and self.dtype == "bfloat16",
         )
 
