@@ -4,7 +4,7 @@
 their columns.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -35,9 +35,7 @@ def compare(answered: pd.DataFrame, arm: str, others: Sequence[str]) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def setting_differences(
-    answered: pd.DataFrame, arm: str, setting: str, base: Hashable
-) -> pd.DataFrame:
+def setting_differences(answered: pd.DataFrame, arm: str, setting: str, base) -> pd.DataFrame:
     """How far one arm is ahead, with each value of a setting, of itself with the value `base`: the
     setting, the columns of `results.paired`, seeds."""
     part, rows = rows_with(answered, "arm", arm), []
@@ -47,9 +45,7 @@ def setting_differences(
     return pd.DataFrame(rows)
 
 
-def sum_over(
-    answered: pd.DataFrame, setting: str, weights: Mapping[Hashable, float]
-) -> pd.DataFrame:
+def sum_over(answered: pd.DataFrame, setting: str, weights: Mapping) -> pd.DataFrame:
     """`right` of every arm, seed and question, summed over the values of a setting, each weighted.
 
     Raises ValueError where a question was not asked at every value.

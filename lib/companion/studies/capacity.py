@@ -30,8 +30,8 @@ def small_keeps_its_gain(share: pd.Series, kept: pd.DataFrame, gain: pd.DataFram
     the weights; of that width, kept: `kept_share` by arm; gain: `results.difference_table`.
 
     Four checks, each with the whole interval: back attention keeps more than half (our choice) of
-    the best width's gain; and it is ahead of each arm that costs as few weights or fewer: the same
-    module on its own layer, residual LoRA, a bias. What these keep of the gain is reported.
+    the best width's gain; and it is ahead of each arm of as few weights or fewer. What these keep
+    is reported.
     """
     less, kept = gain.set_index("other"), kept.set_index("arm")
     small, rivals = kept.loc["back attention"], less.loc[["same layer", "residual LoRA", "bias"]]

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import html
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -119,19 +118,16 @@ def load(name: str, device: str = "cpu") -> tuple:
     store = Store()
     runs = found(adapter_runs(model=name, arms=["back attention"]), store)
     run = next(run for run in runs if run.arm == "back attention" and run.seed == 0)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         weights = store.weights(run)
-    except FileNotFoundError:
-        return model, tokenizer, None
-    adapter = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
-    put_weights(adapter, weights)
-    return model, tokenizer, adapter.eval()
+        adapter = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
+        put_weights(adapter, weights)
+        return model, tokenizer, adapter.eval()
+    return model, tokenizer, None
 
 
-def look(
-    name: str, prompt: str, answer: str = "", device: str = "cpu"
-) -> tuple[str, PromptReport | None]:
-    """Words, and the report; bad input, and a model that cannot be had, are answered in words."""
+def look(name: str, prompt: str, answer: str = "", device: str = "cpu") -> tuple:
+    """Words, and a report or None: bad input and a model that cannot be had are put into words."""
     try:
         model, tokenizer, adapter = load(name.strip(), device)
         with warnings.catch_warnings(record=True, action="always") as caught:
@@ -143,9 +139,7 @@ def look(
     return " ".join([*says, *(str(w.message) for w in caught if w.category is UserWarning)]), report
 
 
-def explorer(
-    names: Sequence[str] = tuple(EMBEDDED), prompt: str = "", answer: str = "", device: str = "cpu"
-):
+def explorer(prompt: str = "", answer: str = "", device: str = "cpu"):
     """Widgets to choose a model, a prompt and an answer; a button shows what `look` finds."""
     import ipywidgets as widgets
     from IPython.display import HTML, display
@@ -162,7 +156,7 @@ def explorer(
     return widgets.interactive(
         show,
         {"manual": True, "manual_name": "Show"},
-        model=widgets.Combobox(value=names[0], options=list(names), ensure_option=False),
+        model=widgets.Combobox(value="smollm2", options=list(EMBEDDED), ensure_option=False),
         prompt=widgets.Textarea(value=prompt, rows=3, layout=widgets.Layout(width="95%")),
         answer=widgets.Text(value=answer, placeholder="the model's own"),
     )

@@ -24,13 +24,15 @@ from backattn.models.devices import input_device
 from backattn.runtime import progress
 from companion.measures.gains import gain_claim
 from companion.questions.prompts import label_tokens, span
-from companion.report.verdicts import claim, points
+from companion.report.verdicts import claim, points, with_interval
 from companion.runs.perform import operations_of
 
 PLAIN, TWO_PASSES = "plain", "back attention"
 ONE_PASS = "back attention, new tokens in one pass"
+# What the model with the adapter is switched to: enabled, one_pass.
 WAYS = {PLAIN: (False, False), TWO_PASSES: (True, False), ONE_PASS: (True, True)}
 PARTS = ("first", "each")  # until the first token, and each further one
+NEW_TOKENS = 8
 
 
 def sum_labels(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
@@ -47,31 +49,23 @@ def sum_labels(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
 
 
 def cost_table(
-    model: nn.Module,
-    source_layers: Sequence[int],
-    contexts: Sequence[int],
-    dim: int = 64,
-    new_tokens: int = 8,
-    repeats: int = 3,
+    model: nn.Module, source_layers: Sequence[int], contexts: Sequence[int], dim: int, repeats: int
 ) -> pd.DataFrame:
-    """Time, memory and operations of writing on after a prompt, one text at a time.
-
-    The WAYS alternate, token by token, so that what else the machine does falls on all alike. An
-    untrained module costs what a trained one does.
+    """Time, memory and operations of writing on after a prompt, one text at a time, with an
+    untrained module, which costs what a trained one does.
 
     Returns one row per way, source layer and context (tokens of the prompt), with what the first
     new token takes and what each further one does: timed_… (seconds, medians), …_flops
     (operations), …_ratio (of either, over the plain model's), …_layers (operations over the plain
     model's without the unembedding, which runs once in any case); cache (MiB, after all tokens) and
-    bound (layers that run for a token of the prompt, over all: 1 + (L − s) / L). Raises ValueError
-    for a layer that the model does not have.
+    bound (layers that run for a token of the prompt, over all: 1 + (L − s) / L).
     """
     layers, rows = model.config.num_hidden_layers, []
     settings = [(layer, context) for layer in source_layers for context in contexts]
     for layer, context in progress(settings, "costs", unit="setting"):
         wrapped = get_back_attention_model(model, BackAttentionConfig(layer, dim))
         try:
-            for row in _ways(wrapped, context, new_tokens, repeats):
+            for row in _ways(wrapped, context, repeats):
                 bound = 1.0 if row["way"] == PLAIN else 1 + (layers - layer) / layers
                 rows.append({**row, "source_layer": layer, "context": context, "bound": bound})
         finally:
@@ -89,12 +83,19 @@ def cost_table(
     return table[["way", "source_layer", "context", *columns, "bound"]]
 
 
-def _ways(wrapped: BackAttentionModel, context: int, new_tokens: int, repeats: int) -> list[dict]:
-    """Each of WAYS, the plain model first: timed_…, cache and …_flops of `cost_table`."""
+def _ways(wrapped: BackAttentionModel, context: int, repeats: int) -> list[dict]:
+    """Each of WAYS, the plain model first: timed_…, cache and …_flops of `cost_table`. They take
+    turns, token by token, so that what else the machine does falls on all alike."""
     model, draw = wrapped.base_model, torch.Generator().manual_seed(0)
-    shape = (1, context + new_tokens)  # what the tokens say does not matter for the cost
+    shape = (1, context + NEW_TOKENS)  # what the tokens say does not matter for the cost
     ids = torch.randint(10, model.config.get_text_config().vocab_size, shape, generator=draw)
     ids = ids.to(input_device(model))
+
+    @torch.no_grad()
+    def step(way: str, ids: Tensor, cache: DynamicCache) -> None:
+        wrapped.enabled, wrapped.one_pass = WAYS[way]
+        wrapped(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
     seconds = {(way, part): [] for way in WAYS for part in PARTS}
     for _ in range(repeats):
         caches = {way: DynamicCache(config=model.config) for way in WAYS}
@@ -102,7 +103,7 @@ def _ways(wrapped: BackAttentionModel, context: int, new_tokens: int, repeats: i
             part, begin = ("first", 0) if end == context else ("each", end - 1)
             for way in WAYS:
                 start = time.perf_counter()
-                _step(wrapped, way, ids[:, begin:end], caches[way])
+                step(way, ids[:, begin:end], caches[way])
                 if ids.is_cuda:
                     torch.cuda.synchronize(ids.device)
                 seconds[way, part].append(time.perf_counter() - start)
@@ -112,21 +113,12 @@ def _ways(wrapped: BackAttentionModel, context: int, new_tokens: int, repeats: i
         row |= {"cache": sum(x.keys.nbytes + x.values.nbytes for x in caches[way].layers) / 2**20}
         cache = DynamicCache(config=model.config)
         for part, own in zip(PARTS, ids[:, : context + 1].split([context, 1], dim=1), strict=True):
-            call = functools.partial(_step, wrapped, way, own, cache)
-            row[f"{part}_flops"] = operations_of(call)
+            row[f"{part}_flops"] = operations_of(functools.partial(step, way, own, cache))
         rows.append({"way": way, **row})
     return rows
 
 
-@torch.no_grad()
-def _step(wrapped: BackAttentionModel, way: str, ids: Tensor, cache: DynamicCache) -> None:
-    wrapped.enabled, wrapped.one_pass = WAYS[way]
-    wrapped(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-
-def arithmetic_has_stages(
-    models: dict[str, tuple[pd.DataFrame, int]], knockouts: pd.DataFrame
-) -> dict:
+def arithmetic_has_stages(models: dict[str, tuple], knockouts: pd.DataFrame) -> dict:
     """Q2. models: name -> (`stages.order_table` of `sum_labels`, n); knockouts:
     `stages.knockout_table` of the first model, of stages A to D, layer 0 left out.
 
@@ -135,19 +127,16 @@ def arithmetic_has_stages(
     layers has much of. Four of the first model: each stage's own layers are `needed` (against: they
     surely cost less than others). Raises ValueError for other stages.
     """
-    stages = list(knockouts["stage"])
+    stages, gaps = list(knockouts["stage"]), []
     if stages != list("ABCD"):
         raise ValueError(f"Knock-outs of stages A to D are needed, one row each, not of {stages}.")
     passed, against = list(knockouts["needed"]), list(knockouts["difference_high"] < 0)
-    gaps = []
     for name, (order, n) in models.items():
         steps = order[order["step"]]
         passed += list(steps["low"] > 0.5)
         against += list(steps["high"] < -0.5)
-        each = (
-            f"{r.earlier}→{r.later} {r.gap:+.1f} [{r.low:.1f}, {r.high:.1f}]"
-            for r in steps.itertuples()
-        )
+        each = steps["earlier"] + "→" + steps["later"] + " "
+        each += [with_interval(row, "gap", "+.1f", ".1f") for _, row in steps.iterrows()]
         gaps.append(f"{name}: {', '.join(each)}, n = {n}")
     needed = ", ".join(knockouts.loc[knockouts["needed"], "stage"]) or "none"
     first = knockouts.iloc[0]

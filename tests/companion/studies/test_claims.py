@@ -6,14 +6,15 @@ import pandas as pd
 import pytest
 
 from companion import paths
+from companion.measures.gains import gain_claim
 from companion.report import tables
 from companion.report.verdicts import CLAIMS, VERDICTS
 from companion.studies import back_attention_training as training
 from companion.studies import capacity, composition, layer_ablation, stage_discovery, what_it_reads
+from companion.studies import other_reasoning_and_cost as reasoning
 from companion.studies.claims import IDS, whole_ledger
 from companion.studies.controls import memory, transitions
 from companion.studies.failure_analysis import census, conflict, patching_grid
-from companion.studies.other_reasoning_and_cost import costs, prompts, sums
 
 TABLES = paths.FIGURES / "tables"
 
@@ -99,7 +100,7 @@ def rules() -> list[dict]:
         conflict.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
         patching_grid.back_patching_helps(read("02_mending"), read("02_against_donor")),
         training.one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
-        training.raises_accuracy(read("03_differences"), arms),
+        gain_claim("C8", read("03_differences"), arms),
         layer_ablation.low_layers_are_best(
             {key: read(f"04_{name}") for key, name in hops.items()},
             {key: read(f"04_arithmetic_{name}") for key, name in sweep.items()},
@@ -116,11 +117,11 @@ def rules() -> list[dict]:
             less[less["less"] == "layer 6 alone"],
             less[less["less"] == "residual LoRA there"],
         ),
-        sums.arithmetic_has_stages(
+        reasoning.arithmetic_has_stages(
             {"a": (read("09_order"), 9), "b": (read("09_scratch_order"), 9)}, read("09_knockouts")
         ),
-        prompts.other_prompts_too(read("09_prompts_differences"), arms[:2]),
-        costs.costs_as_computed(read("09_costs"), read("09_one_pass")),
+        reasoning.other_prompts_too(read("09_prompts_differences"), arms[:2]),
+        reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
         transitions.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
         memory.high_states_of_r1_matter(both),
         memory.gain_is_flow(both, memory_of("07_same_layer_memory"), read("03_differences")),
