@@ -156,7 +156,7 @@ def other_prompts_too(difference: pd.DataFrame, controls: Sequence[str]) -> dict
 
 
 def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
-    """Q3. costs: `cost_table`; answered: `one_pass_answers` by dataset, with intervals.
+    """Q3. costs: `cost_table`; answered: by dataset, what one pass changes.
 
     Two checks, of the operations of back attention in two passes at every source layer and length,
     the unembedding, which runs once, left out: the prompt's are within 5 % of 1 + (L − s) / L times

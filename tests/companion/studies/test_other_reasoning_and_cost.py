@@ -71,10 +71,9 @@ def test_one_pass_saves_the_second_run_of_the_layers(by, layer):
 
 def test_measured_times_are_not_compared(tmp_path, costs):
     tables.save(costs, tmp_path / "one", "t")
-    tables.save(costs.assign(timed_first=9.0), tmp_path / "two", "t")
-    tables.save(costs.assign(first_flops=1), tmp_path / "three", "t")
-    assert tables.compare(tmp_path / "two", tmp_path / "one") == []
-    assert len(tables.compare(tmp_path / "three", tmp_path / "one")) == 1
+    for column, differences in (("timed_first", 0), ("first_flops", 1)):
+        tables.save(costs.assign(**{column: 9.0}), tmp_path / column, "t")
+        assert len(tables.compare(tmp_path / column, tmp_path / "one")) == differences
 
 
 @pytest.mark.parametrize(
