@@ -4,18 +4,16 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from companion.report.verdicts import points
+from companion.report.verdicts import claim, points
 
 
-def gain_checks(table: pd.DataFrame, controls: Sequence[str]) -> tuple[list[bool], list[bool], str]:
-    """What `results.difference_table` of back attention says for a gain, against it, and in words.
+def gain_claim(key: str, table: pd.DataFrame, controls: Sequence[str], note: str = "") -> dict:
+    """A claim that back attention gains; table: `results.difference_table` of it; note: more words.
 
     One check per dataset: ahead of zero-shot, the paper's comparison. One for few-shot and one per
     control, over all datasets: ahead of worked examples, and of an arm trained on the same
     questions. Each with its whole interval. A control that was not tried on all datasets is
-    reported and not checked.
-
-    Raises ValueError when the table has no row for one of them.
+    reported and not checked. Raises ValueError when the table has no row for one of them.
     """
     missing = sorted({"zero-shot", "few-shot", *controls} - set(table["other"]))
     if missing:
@@ -23,13 +21,12 @@ def gain_checks(table: pd.DataFrame, controls: Sequence[str]) -> tuple[list[bool
     untrained = table[(table["other"] == "zero-shot") & (table["dataset"] != "all")]
     over = "all" if (table["dataset"] == "all").any() else untrained["dataset"].iloc[0]
     trained = table[(table["dataset"] == over) & table["other"].isin(["few-shot", *controls])]
-    partial = table[table["other"].isin(set(controls) - set(trained["other"]))]
-    partial = partial.groupby("other").tail(1)
-    checked = pd.concat([untrained, trained])
+    partial = table[table["other"].isin({*controls} - {*trained["other"]})]
+    partial, checked = partial.groupby("other").tail(1), pd.concat([untrained, trained])
     gains = ", ".join(f"{row['dataset']} {points(row)}" for _, row in untrained.iterrows())
     ahead = ", ".join(f"{row['other']} {points(row)}" for _, row in trained.iterrows())
     some = "".join(
         f"; on {row['dataset']} less {row['other']} {points(row)}" for _, row in partial.iterrows()
     )
-    words = f"less zero-shot, points: {gains}; over all datasets less {ahead}{some}"
-    return list(checked["low"] > 0), list(checked["high"] < 0), words
+    words = f"less zero-shot, points: {gains}; over all datasets less {ahead}{some}{note}"
+    return claim(key, words, checked["low"] > 0, checked["high"] < 0)

@@ -4,20 +4,19 @@ import pandas as pd
 
 from companion.report.intervals import interval
 from companion.report.verdicts import claim, percent, points
-from companion.runs.results import matrix, resampled, same_questions
+from companion.runs.results import resampled, same_questions
 
 
 def kept_share(narrow: pd.DataFrame, best: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
-    """Which share of what `best` gains over `base` is kept by `narrow`: rows of `results.answers`
-    of three arms, on the same questions.
+    """Which share of what `best` gains over `base` is kept by `narrow`, from the `results.answers`
+    of three arms: kept, low, high (95 %, samples of names), n.
 
-    Returns: kept, low, high (95 %, samples of names), n. Raises ValueError when the tests differ,
-    or when `best` is not ahead of `base` in every sample.
+    Raises ValueError when the tests differ, or `best` is not ahead of `base` in every sample.
     """
-    three = [narrow, best, base]
-    same_questions(three, "The three arms")
-    small, whole, floor = (matrix(part).mean() for part in three)
-    one, two, zero = map(resampled, three)
+    arms = [narrow, best, base]
+    same_questions(arms, "The three arms")
+    small, whole, floor = (part["right"].mean() for part in arms)
+    one, two, zero = map(resampled, arms)
     if (two <= zero).any():
         raise ValueError(
             f"A gain from {floor:.3f} to {whole:.3f} is too small: its share has no interval."
@@ -28,12 +27,11 @@ def kept_share(narrow: pd.DataFrame, best: pd.DataFrame, base: pd.DataFrame) -> 
 
 def small_keeps_its_gain(share: pd.Series, kept: pd.DataFrame, gain: pd.DataFrame) -> dict:
     """C11 as a question of use. share: dim and share of the width nearest to the paper's share of
-    the weights; kept: arm and `kept_share` of that width's arms, against the best width of back
-    attention and zero-shot; gain: `results.difference_table` of back attention with that width.
+    the weights; of that width, kept: `kept_share` by arm; gain: `results.difference_table`.
 
-    Four checks, each with the whole interval: more than half (our choice) of the best width's gain
-    is kept; and it is ahead of each arm that costs as few weights or fewer: the same module on its
-    own layer, residual LoRA, a bias. What these keep of the gain is reported.
+    Four checks, each with the whole interval: back attention keeps more than half (our choice) of
+    the best width's gain; and it is ahead of each arm of as few weights or fewer. What these keep
+    is reported.
     """
     less, kept = gain.set_index("other"), kept.set_index("arm")
     small, rivals = kept.loc["back attention"], less.loc[["same layer", "residual LoRA", "bias"]]

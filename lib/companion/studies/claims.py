@@ -13,18 +13,13 @@ IDS = tuple(dict.fromkeys(about.get("id", key) for key, about in CLAIMS.items())
 def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
     """The rows that all notebooks wrote (`NN_claims.csv`), in the order of data/claims.yml.
 
-    folders: where tables are looked for, the first that has one counts. Raises ValueError when a
-    row of the ledger is missing.
+    A table in an earlier folder counts. Raises ValueError when a row of the ledger is missing.
     """
-    found = {}
-    for folder in folders:
-        for path in sorted(folder.glob("[0-9][0-9]_claims.csv")):
-            found.setdefault(path.name, path)
+    paths = [path for folder in reversed(folders) for path in folder.glob("[0-9][0-9]_claims.csv")]
+    found = {path.name: path for path in paths}  # of the first folder that has it
     rows = pd.concat([pd.read_csv(found[name]) for name in sorted(found)], ignore_index=True)
-    missing = [name for name in IDS if name not in set(rows["id"])]
+    missing = ", ".join(name for name in IDS if name not in set(rows["id"]))
     if missing:
-        names = ", ".join(missing)
-        raise ValueError(f"The ledger has no row {names}: run the notebooks that write them.")
-    return rows.sort_values(
-        "id", key=lambda ids: ids.map(IDS.index), kind="stable", ignore_index=True
-    )
+        raise ValueError(f"The ledger has no row {missing}: run the notebooks that write them.")
+    order = rows["id"].map(IDS.index).argsort(kind="stable")
+    return rows.iloc[order].reset_index(drop=True)

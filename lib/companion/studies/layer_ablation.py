@@ -16,7 +16,7 @@ LEVEL = 0.05 / 3  # three tests
 
 
 class Check(NamedTuple):
-    """One check of C9: whether it speaks for the claim, whether against it, and in words."""
+    """One check of C9: does it speak for the claim, does it speak against it, and in words."""
 
     passed: bool
     against: bool
@@ -24,83 +24,57 @@ class Check(NamedTuple):
 
 
 def training_instability(curves: pd.DataFrame) -> pd.DataFrame:
-    """How unsteady training is at each source layer, per arm; curves: from `results.curves`.
+    """How unsteady training is: arm, source_layer, spread, jump, seeds; from `results.curves`.
 
-    Returns: arm, source_layer, spread, jump, seeds. spread: standard deviation over seeds of the
-    accuracy on the validation questions (in points; they are the same for all seeds), each seed
-    less its mean over layers. jump: the largest sudden rise of the loss, in nats, mean over seeds.
-    A rise is a step's loss less the mean of the three steps before it, all less their medians over
-    layers: the batches are the same at all layers, and some are hard.
+    spread: standard deviation over seeds of the accuracy on the validation questions (in points;
+    they are the same for all seeds), each seed less its mean over layers. jump: the largest rise of
+    a step's loss over the mean of the three steps before it, in nats, mean over seeds, all less
+    their medians over layers: the batches are the same at all layers, and some are hard.
     """
     tables = []
     for arm, part in curves.groupby("arm", sort=False):
-        share = 100 * at_end(part, "source_layer")
-        jumps = []
-        for _, one_seed in part.groupby("seed"):
-            runs = one_seed.groupby("source_layer")["losses"]
-            losses = np.stack([np.concatenate(list(run)) for _, run in runs])  # [layers, steps]
-            over = losses - np.median(losses, axis=0)
-            before = (over[:, :-3] + over[:, 1:-2] + over[:, 2:-1]) / 3
-            jumps.append((over[:, 3:] - before).max(1))
-        table = {"arm": arm, "source_layer": share.index}
-        table |= {"spread": (share - share.mean()).std(axis=1).values}
-        table |= {"jump": np.mean(jumps, axis=0), "seeds": share.shape[1]}
-        tables.append(pd.DataFrame(table))
-    return pd.concat(tables, ignore_index=True)
+        share = 100 * at_end(part, "source_layer")  # [layers, seeds]
+        runs = part.groupby(["seed", "source_layer"])["losses"]
+        losses = np.stack([np.concatenate(list(run)) for _, run in runs])
+        losses = losses.reshape(*share.T.shape, -1)  # [seeds, layers, steps]
+        over = losses - np.median(losses, axis=1, keepdims=True)
+        before = (over[..., :-3] + over[..., 1:-2] + over[..., 2:-1]) / 3
+        jump = (over[..., 3:] - before).max(-1).mean(0)
+        table = {"arm": arm, "spread": (share - share.mean()).std(axis=1), "jump": jump}
+        tables.append(pd.DataFrame({**table, "seeds": share.shape[1]}).reset_index())
+    return pd.concat(tables, ignore_index=True)[["arm", "source_layer", "spread", "jump", "seeds"]]
 
 
-def chosen_near_six(tables: Tables) -> Check:
-    """The layer chosen on validation questions is 5, 6 or 7, and so is every single seed's.
-    Against: another is chosen, and ahead of layer 6 on the test with its whole interval."""
-    chosen = tables["chosen"].iloc[0]
-    layer = int(chosen["source_layer"])
-    ends = {layer, int(chosen["lowest"]), int(chosen["highest"])}
+def _choice(tables: Tables, arm: str = "back attention") -> tuple[Check, Check]:
+    """First and fifth check: the layer chosen on validation questions is 5, 6 or 7, and so is every
+    single seed's (against: another, that is ahead of layer 6 on the test); and there back attention
+    is ahead of the same module on its own layer. Leads hold with the whole interval."""
+    chosen = tables["chosen"].set_index("arm").loc[arm]
+    layer, *others = chosen[["source_layer", "lowest", "highest"]].astype(int)
     ahead = tables["against six"].set_index("source_layer").loc[layer, "low"] > 0
-    words = f"layer {layer} ({min(ends)} to {max(ends)} by seed)"
-    return Check(ends <= PAPERS, layer not in PAPERS and ahead, words)
+    words = f"layer {layer} ({min(layer, *others)} to {max(layer, *others)} by seed)"
+    near = Check({layer, *others} <= PAPERS, layer not in PAPERS and ahead, words)
+    row = tables["differences"].set_index(["other", "source_layer"]).loc["same layer", layer]
+    return near, Check(row["low"] > 0, row["high"] < 0, points(row))
 
 
-def unsteady_below_six(tables: Tables, measure: str, unit: str) -> Check:
-    """A measure of `training_instability` is larger at layers 0 to 5 than from 6 on
-    (Mann-Whitney)."""
-    low = tables["instability"]["source_layer"] < 6
-    below, above = (tables["instability"].loc[rows, measure] for rows in (low, ~low))
-    higher, lower = (
-        stats.mannwhitneyu(below, above, alternative=side).pvalue for side in ("greater", "less")
-    )
-    words = f"median {measure} {below.median():.2f} {unit} at 0–5, {above.median():.2f} above"
-    return Check(higher < LEVEL, lower < LEVEL, f"{words} (p = {higher:.2g})")
-
-
-def falls_after_six(tables: Tables) -> Check:
-    """Accuracy falls from layer 6 on (Spearman)."""
-    after = tables["accuracy"][tables["accuracy"]["source_layer"] >= 6]
+def _placement(tables: Tables, arm: str) -> list[Check]:
+    """The first four checks: `_choice`; spread and jump of `training_instability` are larger at
+    layers 0 to 5 than above (Mann-Whitney); accuracy falls from layer 6 on (Spearman)."""
+    checks = [_choice(tables, arm)[0]]
+    unsteady = tables["instability"].groupby("arm").get_group(arm)
+    accuracy = tables["accuracy"].groupby("arm").get_group(arm)
+    low = unsteady["source_layer"] < 6
+    for measure, unit in (("spread", "points"), ("jump", "nats")):
+        below, above = unsteady.loc[low, measure], unsteady.loc[~low, measure]
+        higher = stats.mannwhitneyu(below, above, alternative="greater").pvalue
+        lower = stats.mannwhitneyu(below, above, alternative="less").pvalue
+        words = f"median {measure} {below.median():.2f} {unit} at 0–5, {above.median():.2f} above"
+        checks.append(Check(higher < LEVEL, lower < LEVEL, f"{words} (p = {higher:.2g})"))
+    after = accuracy[accuracy["source_layer"] >= 6]
     rank, p = stats.spearmanr(after["source_layer"], after["accuracy"])
     words = f"from layer 6 on Spearman of layer and accuracy {rank:+.2f} (p = {p:.2g})"
-    return Check(rank < 0 and p < LEVEL, rank > 0 and p < LEVEL, words)
-
-
-def ahead_of_same_layer(tables: Tables) -> Check:
-    """At the chosen layer back attention is ahead of the same module on its own layer, with the
-    whole interval: a curve that any trained map has would not be back attention's."""
-    less, layer = tables["differences"], tables["chosen"]["source_layer"].iloc[0]
-    row = less[(less["other"] == "same layer") & (less["source_layer"] == layer)].iloc[0]
-    return Check(row["low"] > 0, row["high"] < 0, points(row))
-
-
-def of_arm(tables: Tables, arm: str) -> Tables:
-    """The tables, those that have a column arm with the rows of one."""
-    return {name: t[t["arm"] == arm] if "arm" in t else t for name, t in tables.items()}
-
-
-def placement(tables: Tables) -> list[Check]:
-    """The first four checks of C9 for one arm."""
-    return [
-        chosen_near_six(tables),
-        unsteady_below_six(tables, "spread", "points"),
-        unsteady_below_six(tables, "jump", "nats"),
-        falls_after_six(tables),
-    ]
+    return [*checks, Check(rank < 0 and p < LEVEL, rank > 0 and p < LEVEL, words)]
 
 
 def low_layers_are_best(two_hop: Tables, arithmetic: Tables) -> dict:
@@ -108,40 +82,33 @@ def low_layers_are_best(two_hop: Tables, arithmetic: Tables) -> dict:
     attention from layer 6), differences (`difference_table` of back attention less the others); of
     two-hop questions also instability (`training_instability`) and accuracy.
 
-    Seven checks: on two-hop questions `placement`, its three tests with p < 0.05 / 3, and
-    `ahead_of_same_layer`; on arithmetic, the paper's task, with fewer layers, the first and the
-    last. Which of the first four the control "same layer" passes too is reported.
+    Seven checks: on two-hop questions `_placement`, its three tests with p < 0.05 / 3, and a lead
+    over the same module on its own layer (without one the curve would be any trained map's); on
+    arithmetic, the paper's task, with fewer layers, the first and the last (`_choice`). Which of
+    the first four the control "same layer" passes too is reported.
     """
-    hops, digits = (of_arm(tables, "back attention") for tables in (two_hop, arithmetic))
-    checks, control = placement(hops), placement(of_arm(two_hop, "same layer"))
-    ahead, choice = ahead_of_same_layer(hops), chosen_near_six(digits)
-    every = [*checks, ahead, choice, ahead_of_same_layer(digits)]
+    checks, control = (_placement(two_hop, arm) for arm in ("back attention", "same layer"))
+    (_, ahead), (choice, digits_ahead) = _choice(two_hop), _choice(arithmetic)
+    every = [*checks, ahead, choice, digits_ahead]
     passed = [sum(check.passed for check in part) for part in (control, checks)]
-    n, digits_n = (int(tables["differences"]["n"].iloc[0]) for tables in (hops, digits))
-    best, seeds = hops["chosen"][["source_layer", "seeds"]].iloc[0].astype(int)
+    n, digits_n = (int(tables["differences"]["n"].iloc[0]) for tables in (two_hop, arithmetic))
+    chosen = two_hop["chosen"].set_index("arm").loc["back attention"]
+    six = two_hop["against six"].set_index("source_layer").loc[chosen["source_layer"]]
     wins = ", ".join(
         f"{other} at {sum(less['low'] > 0)} (behind at {sum(less['high'] < 0)}) of {len(less)}"
-        for other, less in hops["differences"].groupby("other", sort=False)
+        for other, less in two_hop["differences"].groupby("other", sort=False)
     )
+    digits = arithmetic["against six"].query("source_layer != 6").assign(other="layer 6")
+    digits, layers = pd.concat([digits, arithmetic["differences"]]), []
+    for layer, less in digits.groupby("source_layer"):
+        each = (f"{points(row)} against {row['other']}" for _, row in less.iterrows())
+        layers.append(f"layer {layer} {', '.join(each)}")
     words = (
-        f"two-hop, n = {n} questions, {seeds} seeds, rates found at layer 6: chosen on validation "
-        f"is {'; '.join(check.words for check in checks)}; there "
-        f"{points(hops['against six'].set_index('source_layer').loc[best])} points against layer 6 "
-        f"and {ahead.words} against the same module on its own layer, which passes {passed[0]} of "
-        f"the first four checks too (back attention {passed[1]}); ahead with the whole interval of "
-        f"{wins} layers; on 1DC, n = {digits_n}, validation chooses {choice.words}, points: "
-        f"{layer_by_layer(digits)}"
+        f"two-hop, n = {n} questions, {int(chosen['seeds'])} seeds, rates found at layer 6: chosen "
+        f"on validation is {'; '.join(check.words for check in checks)}; there {points(six)} "
+        f"points against layer 6 and {ahead.words} against the same module on its own layer, which "
+        f"passes {passed[0]} of the first four checks too (back attention {passed[1]}); ahead with "
+        f"the whole interval of {wins} layers; on 1DC, n = {digits_n}, validation chooses "
+        f"{choice.words}, points: {'; '.join(layers)}"
     )
     return claim("C9", words, [c.passed for c in every], [c.against for c in every])
-
-
-def layer_by_layer(tables: Tables) -> str:
-    """Back attention at each layer against itself at layer 6, and against the other arms there."""
-    layers = []
-    for row in tables["against six"].sort_values("source_layer").to_dict("records"):
-        layer, less = row["source_layer"], tables["differences"]
-        parts = [f"{points(row)} against layer 6"] if layer != 6 else []
-        others = less[less["source_layer"] == layer].to_dict("records")
-        parts += [f"{points(other)} against {other['other']}" for other in others]
-        layers.append(f"layer {layer} {', '.join(parts)}")
-    return "; ".join(layers)

@@ -1,4 +1,4 @@
-"""One setting of a run varied."""
+"""Arms compared, and one setting of a run varied."""
 
 import numpy as np
 import pandas as pd
@@ -12,37 +12,27 @@ SHARES = {0: (0.4, 0.4), 1: (0.8, 0.8), 2: (0.4, 0.6)}  # by source layer, of tw
 @pytest.fixture
 def rows(answers_of):
     """One arm at three source layers: layer 1 is best, and at layer 2 the seeds differ."""
-    draw = np.random.default_rng(0)
-    parts = []
+    draw, parts = np.random.default_rng(0), []
     for layer, shares in SHARES.items():
         right = [draw.permutation(np.arange(100) < round(100 * share)) for share in shares]
         parts.append(answers_of(right, arm="same layer", source_layer=layer))
     return pd.concat(parts, ignore_index=True)
 
 
-@pytest.fixture
-def points():
-    """Two evaluations of each run, the last with the shares."""
+def test_ends_of_training_and_choices():
     runs = [(layer, seed, share) for layer in SHARES for seed, share in enumerate(SHARES[layer])]
     table = pd.DataFrame(runs, columns=["source_layer", "seed", "validation"])
-    table = table.assign(model="m", dataset="d", arm="same layer", step=2, train=0.25, loss=1.0)
-    return pd.concat([table.assign(step=1, validation=0.1), table], ignore_index=True)
-
-
-def test_ends_of_training_and_choices(points):
-    seen = settings.end_table(points, "source_layer").set_index("source_layer")
+    table = table.assign(arm="same layer", step=2, train=0.25)
+    points = pd.concat([table.assign(step=1, validation=0.1), table], ignore_index=True)
+    points = pd.concat([points, points.assign(arm="bias")])  # arms keep their order
+    seen = settings.end_table(points, "source_layer")
+    assert seen["arm"].tolist() == ["same layer"] * 3 + ["bias"] * 3
     assert seen.loc[2, ["validation", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
     train = settings.end_table(points, "source_layer", "train")
-    assert train["train"].tolist() == [0.25] * 3 and train["seeds"].tolist() == [2] * 3
+    assert train["train"].tolist() == [0.25] * 6 and train["seeds"].tolist() == [2] * 6
     best = settings.choose(points, "source_layer").iloc[0]
     expected = {"source_layer": 1, "validation": 0.8, "lowest": 1, "highest": 1, "settings": 3}
     assert best[list(expected)].to_dict() == expected
-
-
-def test_learning_curves_give_the_range_over_seeds(points):
-    table = settings.learning_curves(points[points["source_layer"] == 2]).set_index("step")
-    assert table.loc[2, ["validation", "low", "high"]].tolist() == pytest.approx([0.5, 0.4, 0.6])
-    assert table.loc[1, "validation"] == pytest.approx(0.1) and (table["loss"] == 1).all()
 
 
 def test_a_setting_is_compared_with_another_question_by_question(rows):
@@ -68,16 +58,27 @@ def test_arms_are_compared_over_all_settings(rows):
     row = settings.over_settings(both, "source_layer", "same layer", ["bias"]).iloc[0]
     assert row["difference"] == pytest.approx(0.1) and row["low"] > 0 and row["settings"] == 3
     assert row["worst"] == pytest.approx(0.1) == row["best"] and row["seeds"] == 2
-    fewer = pd.concat([rows, bias[bias["source_layer"] == 0]])
-    with pytest.raises(ValueError, match="no runs with source_layer 1"):
-        settings.over_settings(fewer, "source_layer", "same layer", ["bias"])
-    with pytest.raises(ValueError, match="same questions"):
-        settings.sum_over(rows[60:], "source_layer", dict.fromkeys(SHARES, 1.0))
+    for fewer in (pd.concat([rows, bias[bias["source_layer"] == 0]]), both[60:]):
+        with pytest.raises(ValueError, match="same questions"):
+            settings.over_settings(fewer, "source_layer", "same layer", ["bias"])
 
 
-def test_what_a_doubling_does(rows):
-    sized = rows.assign(dim=rows["source_layer"].map({0: 1, 1: 2, 2: 8}))
-    row = settings.doubling_table(sized, "dim").iloc[0]
-    slope, *single = (np.polyfit([0, 1, 3], [0.4, 0.8, y], 1)[0] for y in (0.5, 0.4, 0.6))
-    assert row["slope"] == pytest.approx(slope) and row["low"] < slope < row["high"]
-    assert [row["worst"], row["best"]] == pytest.approx(single) and row["settings"] == 3
+def test_the_same_questions_in_other_words_do_not_narrow_the_interval(answers_of):
+    draw, chances = np.random.default_rng(0), {"back attention": 0.7, "bias": 0.5}
+    right = {arm: draw.random((3, 300)) < chance for arm, chance in chances.items()}
+    rows = pd.concat([answers_of(right[arm], arm=arm) for arm in chances])
+    twin = rows.assign(dataset="other", question="other " + rows["question"])
+    alone, both = (
+        settings.compare(part, "back attention", ["bias"]).iloc[0]
+        for part in (rows, pd.concat([rows, twin]))
+    )
+    assert both["n"] == 2 * alone["n"] and both["low"] > 0
+    for name in ("difference", "low", "high", "worst", "best"):
+        assert both[name] == pytest.approx(alone[name])
+
+
+def test_weighted_sums_over_a_setting_and_their_accuracies(rows):
+    weights = {0: -0.5, 1: 0.0, 2: 0.5}  # half the difference of the outer two
+    row = settings.accuracy_by(settings.sum_over(rows, "source_layer", weights), ["arm"]).iloc[0]
+    assert row[["accuracy", "worst", "best"]].tolist() == pytest.approx([0.05, 0, 0.1])
+    assert row["low"] < 0.05 < row["high"] and (row["n"], row["seeds"]) == (200, 2)

@@ -3,73 +3,59 @@
 import pandas as pd
 import pytest
 
-from companion.studies.back_attention_training import (
-    is_small,
-    one_layer_matches_two,
-    raises_accuracy,
-    sizes,
-)
+from companion.measures.gains import gain_claim
+from companion.studies.back_attention_training import is_small, one_layer_matches_two
 
-CONTROLS = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
-
-
-def scratch(ahead, behind, two=0.95):
-    rows = [("1 layer", 0.8), ("1 layer + back attention", 0.9), ("2 layers", two)]
-    accuracy = pd.DataFrame(rows, columns=["arm", "accuracy"]).assign(n=9, seeds=5)
-    accuracy = accuracy.assign(low=accuracy["accuracy"] - 0.01, high=accuracy["accuracy"] + 0.01)
-    rows = [("1 layer", *ahead), ("2 layers", *behind)]
-    return accuracy, pd.DataFrame(rows, columns=["other", "difference", "low", "high"])
+AHEAD, LEVEL, BEHIND = (0.2, 0.1, 0.3), (0.0, -0.05, 0.05), (-0.2, -0.3, -0.1)
+ENDS = ["difference", "low", "high"]
 
 
 @pytest.mark.parametrize(
-    "ahead, behind, two, verdict",
+    "one, two, level, verdict",
     [
-        ((0.2, 0.1, 0.3), (0.0, -0.005, 0.005), 0.95, "reproduced"),
-        ((0.2, 0.1, 0.3), (-0.1, -0.15, -0.05), 0.95, "partly"),
-        ((0.0, -0.1, 0.1), (-0.1, -0.15, -0.05), 0.95, "not at this scale"),
-        ((-0.2, -0.3, -0.1), (-0.1, -0.15, -0.05), 0.95, "contradicted"),
-        ((0.2, 0.1, 0.3), (0.0, -0.005, 0.005), 0.81, "not testable here"),  # no better than one
+        (AHEAD, (0.0, -0.005, 0.005), 0.95, "reproduced"),
+        (AHEAD, BEHIND, 0.95, "partly"),
+        (LEVEL, BEHIND, 0.95, "not at this scale"),
+        (BEHIND, BEHIND, 0.95, "contradicted"),
+        (AHEAD, (0.0, -0.005, 0.005), 0.81, "not testable here"),  # two layers no better than one
     ],
 )
-def test_c7_follows_its_rule(ahead, behind, two, verdict):
-    assert one_layer_matches_two(*scratch(ahead, behind, two))["verdict"] == verdict
+def test_c7_follows_its_rule(one, two, level, verdict):
+    """one, two: back attention less one layer, and less two; level: of two layers."""
+    rows = [("1 layer", 0.8), ("1 layer + back attention", 0.9), ("2 layers", level)]
+    accuracy = pd.DataFrame(rows, columns=["arm", "accuracy"]).assign(n=9, seeds=5)
+    accuracy = accuracy.assign(low=accuracy["accuracy"] - 0.01, high=accuracy["accuracy"] + 0.01)
+    less = pd.DataFrame([("1 layer", *one), ("2 layers", *two)], columns=["other", *ENDS])
+    assert one_layer_matches_two(accuracy, less)["verdict"] == verdict
 
 
 def differences(untrained, trained):
-    rows = []
-    for dataset in ("two-hop", "all"):
-        rows += [("smollm2", dataset, other, *untrained) for other in ("zero-shot", "few-shot")]
-        rows.append(("smollm2", dataset, "bias", *trained))
-    columns = ["model", "dataset", "other", "difference", "low", "high"]
-    return pd.DataFrame(rows, columns=columns).assign(names=2)
-
-
-AHEAD, BEHIND = differences((0.2, 0.1, 0.3), (0.1, 0.05, 0.2)), (-0.2, -0.3, -0.1)
+    others = {"zero-shot": untrained, "few-shot": untrained, "bias": trained}
+    rows = [(data, *row) for data in ("two-hop", "all") for row in others.items()]
+    return pd.DataFrame([(*row[:2], *row[2]) for row in rows], columns=["dataset", "other", *ENDS])
 
 
 @pytest.mark.parametrize(
     "untrained, trained, verdict",
     [
-        ((0.2, 0.1, 0.3), (0.1, 0.05, 0.2), "reproduced"),
-        ((0.2, 0.1, 0.3), (0.0, -0.05, 0.05), "partly"),
-        ((0.0, -0.1, 0.1), (0.0, -0.05, 0.05), "not at this scale"),
-        ((-0.2, -0.3, -0.1), (-0.1, -0.2, -0.05), "contradicted"),
+        (AHEAD, AHEAD, "reproduced"),
+        (AHEAD, LEVEL, "partly"),
+        (LEVEL, LEVEL, "not at this scale"),
+        (BEHIND, BEHIND, "contradicted"),
     ],
 )
 def test_c8_follows_its_rule(untrained, trained, verdict):
-    assert raises_accuracy(differences(untrained, trained), ["bias"])["verdict"] == verdict
+    assert gain_claim("C8", differences(untrained, trained), ["bias"])["verdict"] == verdict
 
 
-def test_c8_does_not_check_what_was_not_tried_on_all_datasets():
-    loop = AHEAD[AHEAD["other"] == "bias"].head(1).assign(other="loop LoRA")
-    loop[["difference", "low", "high"]] = BEHIND
-    row = raises_accuracy(pd.concat([AHEAD, loop]), ["bias", "loop LoRA"])
+def test_c8_needs_every_control_but_checks_only_those_of_all_datasets():
+    table = differences(AHEAD, AHEAD)
+    loop = table[table["other"] == "bias"].head(1).assign(other="loop LoRA")
+    loop[ENDS] = BEHIND
+    row = gain_claim("C8", pd.concat([table, loop]), ["bias", "loop LoRA"])
     assert row["verdict"] == "reproduced" and "on two-hop less loop LoRA -20.0" in row["ours"]
-
-
-def test_c8_needs_every_control():
     with pytest.raises(ValueError, match="same layer"):
-        raises_accuracy(AHEAD, ["bias", "same layer"])
+        gain_claim("C8", table, ["bias", "same layer"])
 
 
 def test_c11_follows_its_rule():
@@ -77,21 +63,3 @@ def test_c11_follows_its_rule():
     assert is_small(table)["verdict"] == "partly"
     assert is_small(table.assign(share=2e-5))["verdict"] == "reproduced"
     assert is_small(table.assign(share=1e-2))["verdict"] == "contradicted"
-
-
-def test_sizes_follow_from_the_widths(llama):
-    model = llama[0]
-    width, total = model.config.hidden_size, sum(p.numel() for p in model.parameters())
-    table = sizes(model, dims=[1, 4], source_layer=1)
-    assert table["weights"].tolist() == [4 * width, 16 * width]
-    assert table["share"].tolist() == [4 * width / total, 16 * width / total]
-
-
-def test_verdicts_are_what_the_tables_say(committed):
-    rows = [
-        one_layer_matches_two(committed("03_scratch"), committed("03_scratch_differences")),
-        raises_accuracy(committed("03_differences"), CONTROLS),
-        is_small(committed("03_sizes")),
-    ]
-    assert [row["verdict"] for row in rows] == committed("03_claims")["verdict"].tolist()
-    assert rows[2]["ours"] == committed("03_claims")["ours"][2]

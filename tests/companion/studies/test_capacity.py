@@ -43,10 +43,3 @@ def test_c11_asks_whether_so_little_is_enough(low, high, less, verdict):
     assert row["verdict"] == verdict and "0.0017 %" in row["ours"]
     assert f"[{low:.0%}, {high:.0%}]" in row["ours"]
     assert row["ours"].count("more than half") == 3 * (low > 0.5)
-
-
-def test_the_verdict_is_what_the_tables_say(committed):
-    share = committed("06_sizes")
-    nearest = share.loc[(share["share"] - 2e-5).abs().idxmin()]
-    row = small_keeps_its_gain(nearest, committed("06_kept"), committed("06_nearest"))
-    assert row["verdict"] == committed("06_claims")["verdict"][0]

@@ -1,1 +1,0 @@
-"""09: other reasoning, other prompts, and what back attention costs."""
