@@ -1,12 +1,11 @@
 """Invented facts and their compositions."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pandas as pd
 
 ENTITIES, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}
-
 WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS)))
 
 
@@ -23,18 +22,17 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
 
     Raises ValueError for a draw_seed with too few questions of a kind.
     """
-    draw, facts = np.random.default_rng(draw_seed), {}
+    draw, facts, by_kind = np.random.default_rng(draw_seed), {}, defaultdict(list)
     for entity in range(ENTITIES):
         for relation in draw.permutation(RELATIONS)[: RELATIONS // 2]:
             facts[entity, int(relation)] = int(draw.integers(ENTITIES))
     domain = {fact: ("ID", "OOD")[int(draw.random() < 0.2)] for fact in facts}
     rows = [(f"e{e} r{r}", f" e{to}", f"e{to}", "fact", "train") for (e, r), to in facts.items()]
-    by_kind: dict[str, list[tuple]] = {}  # of (question, its first fact, its second fact)
     for (e, r1), bridge in facts.items():
         for r2 in (r2 for r2 in range(RELATIONS) if (bridge, r2) in facts):
             question = (f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}")
             kind = f"{domain[e, r1]}/{domain[bridge, r2]}"
-            by_kind.setdefault(kind, []).append((question, (e, r1), (bridge, r2)))
+            by_kind[kind].append((question, (e, r1), (bridge, r2)))  # and its facts
     for kind, held_out in sorted(by_kind.items()):
         held_out = [held_out[i] for i in draw.permutation(len(held_out))]
         if kind == "ID/ID":

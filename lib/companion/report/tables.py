@@ -5,20 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 
 from backattn.files import atomic_file
 
-SYMBOLS = {  # what LaTeX does not take as it is
-    "′": "$'$",
-    "−": "$-$",
-    "≈": r"$\approx$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "→": r"$\to$",
-    "Σ": r"$\Sigma$",
-    "∈": r"$\in$",
-}
+SYMBOLS = dict(zip("′−≤≥", ("$'$", "$-$", r"$\leq$", r"$\geq$"), strict=True)) | dict(
+    zip("≈→Σ∈", (r"$\approx$", r"$\to$", r"$\Sigma$", r"$\in$"), strict=True)
+)  # what LaTeX does not take as it is
+INDEX = """# Figures and tables
+
+Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
+plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
+`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
+[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
+"""
 
 
 def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
@@ -28,11 +29,8 @@ def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """
     rounded = frame.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
     latex = rounded.to_latex(index=False, escape=True).translate(str.maketrans(SYMBOLS))
-    texts = {
-        "csv": rounded.to_csv(index=False, lineterminator="\n"),
-        "md": rounded.to_markdown(index=False) + "\n",
-        "tex": latex,
-    }
+    csv = rounded.to_csv(index=False, lineterminator="\n")
+    texts = {"csv": csv, "md": rounded.to_markdown(index=False) + "\n", "tex": latex}
     for suffix, text in texts.items():
         with atomic_file(folder / f"{name}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
@@ -59,33 +57,16 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
             )
             continue
         for column in [name for name in expected if not name.startswith("timed")]:
-            row = _first_difference(expected[column], found[column], relative)
-            if row is not None:
-                new, old = found[column][row], expected[column][row]
-                where = f"{name}, column {column}: {new} in row {row + 2}"
-                problems.append(f"{where}, the committed file says {old}")
+            both = old, new = expected[column], found[column]
+            if all(pd.api.types.is_numeric_dtype(x) and x.dtype != bool for x in both):
+                same = np.isclose(new, old, relative, 1e-3 * old.abs().max(), equal_nan=True)
+            else:
+                words = [x.astype(object).where(x.notna(), "").astype(str) for x in both]
+                same = (words[0] == words[1]).to_numpy()
+            for row in np.flatnonzero(~same)[:1]:
+                where = f"{name}, column {column}: {new[row]} in row {row + 2}"
+                problems.append(f"{where}, the committed file says {old[row]}")
     return problems
-
-
-def _first_difference(expected: pd.Series, found: pd.Series, relative: float) -> int | None:
-    both = (expected, found)
-    numbers = [pd.api.types.is_numeric_dtype(x) and x.dtype != bool for x in both]
-    if all(numbers):
-        allowed = relative * expected.abs() + 1e-3 * expected.abs().max()
-        same = ((expected - found).abs() <= allowed) | (expected.isna() & found.isna())
-    else:
-        expected, found = (x.astype(object).where(x.notna(), "").astype(str) for x in both)
-        same = expected == found
-    return None if same.all() else int((~same).idxmax())
-
-
-INDEX = """# Figures and tables
-
-Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
-plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
-`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
-[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
-"""
 
 
 def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:

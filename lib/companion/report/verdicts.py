@@ -1,9 +1,5 @@
 """Verdicts on the paper's claims: each by a rule over result tables, so that none can be written by
-hand.
-
-What is claimed stands in data/claims.yml; the rule of each verdict in the study whose tables it
-reads.
-"""
+hand. What is claimed stands in data/claims.yml; each rule in the study whose tables it reads."""
 
 from collections.abc import Iterable, Mapping
 

@@ -36,18 +36,15 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
 
     def matching(word: str) -> list[str]:
         beginning = word.zfill(2) if word.isdigit() else word
-        fits = [name for name in names if name.startswith(beginning)]
-        if not fits:
-            raise SystemExit(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
-        return fits
+        return [name for name in names if name.startswith(beginning)] or unfit(f" {word!r}")
 
-    wanted = {name for word in only.split(",") for name in matching(word)} if only else set(names)
+    def unfit(word: str = "") -> list[str]:
+        raise SystemExit(f"No notebook fits{word}. There are: {', '.join(names)}.")
+
+    wanted = [name for word in only.split(",") for name in matching(word)] if only else names
     first = matching(start)[0] if start else names[0]
     last = matching(stop)[-1] if stop else names[-1]
-    chosen = [path for path in found if path.stem in wanted and first <= path.stem <= last]
-    if not chosen:
-        raise SystemExit(f"No notebook fits. There are: {', '.join(names)}.")
-    return chosen
+    return [p for p in found if p.stem in wanted and first <= p.stem <= last] or unfit()
 
 
 def key_of(path: Path, profile: str, parameters: dict) -> str:
@@ -70,8 +67,8 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen notebooks; returns the exit status. A second run waits for the first."""
     with one_process(paths.run_folder(arguments.profile)):
-        found, began, failed = committed.notebooks(), time.monotonic(), []
-        chosen = select(found, arguments.only, arguments.start, arguments.stop)
+        began, failed = time.monotonic(), []
+        chosen = select(committed.notebooks(), arguments.only, arguments.start, arguments.stop)
         trains = arguments.profile == "full" and any(p.stem.startswith("03") for p in chosen)
         if arguments.model and trains:
             _estimate(arguments)
@@ -92,7 +89,10 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
     parameters = committed.profiles()[profile].get(path.stem, {})
     parameters |= {name: value for name, value in options.items() if value}
     key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
-    stamp = _read_stamp(stamp_path)
+    try:
+        stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none has finished, or the stamp is damaged
+        stamp = {"key": None, "written": [], "seconds": None}
     there = all((folder / name).exists() for name in stamp["written"])
     if there and stamp["key"] == key and not arguments.force:
         print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
@@ -115,14 +115,6 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
     if arguments.update:
         committed.update(path, profile, stamp)
     return True
-
-
-def _read_stamp(path: Path) -> dict:
-    """What a finished run noted; nothing, where none has finished or the stamp is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"key": None, "written": [], "seconds": None}
 
 
 def _estimate(arguments: argparse.Namespace) -> None:

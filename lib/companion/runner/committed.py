@@ -82,7 +82,7 @@ def _write(path: Path, text: str) -> None:
 
 def join_lines(new: Path, goal: Path) -> list[dict]:
     """Put keyed JSON lines into another file, in place of the same keys; returns the new rows."""
-    lines, rows = {}, []
+    lines = {}
     for path in (goal, new):
         texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(text) for text in texts]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch  # puts the environment back as it was
 
 from backattn import runtime
 from backattn.adapters.arms import ARMS, UNTRAINED
@@ -19,15 +20,10 @@ from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
 from companion.runs.store import CHECKPOINTS, Store
 
 MOST_RATES = 4  # tried for one arm
-
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
-
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
-
 BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
-
 SEEDS = (0, 1, 2)
-
 OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained
 
 
@@ -65,22 +61,18 @@ def scratch_runs(
     ]
 
 
-def composing_runs(
-    seeds: Sequence[int] = SEEDS, steps: int = 1600, tried_for: int = 600
-) -> list[Planned]:
+def composing_runs() -> list[Planned]:
     """Two hops from scratch, COMPOSING_ARMS on `compositions`, each at its best learning rate and
-    weight decay for ID/ID questions; see `scratch_runs`."""
+    weight decay for ID/ID questions after 600 steps."""
     shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32")
     shape |= dict(train_items=None, validation_items=None)
-    tried = dict(steps=tried_for, test_items=0)
-    return [
-        Planned(
-            Run("compositions", arm, seed, steps=steps, test_items=None, **shape),
-            tuple(Run("compositions", arm, weight_decay=x, **tried, **shape) for x in DECAYS),
-        )
-        for seed in seeds
-        for arm in COMPOSING_ARMS
-    ]
+    plan = []
+    for seed in SEEDS:
+        for arm in COMPOSING_ARMS:
+            trial = Run("compositions", arm, steps=600, test_items=0, **shape)
+            run = replace(trial, seed=seed, steps=1600, test_items=None)
+            plan.append(Planned(run, tuple(replace(trial, weight_decay=x) for x in DECAYS)))
+    return plan
 
 
 def adapter_runs(
@@ -91,7 +83,7 @@ def adapter_runs(
 ) -> list[Planned]:
     """Claim C8: the untrained and some trained arms on some datasets, for all seeds.
 
-    sizes: fields of `Run`, for every run; some datasets take longer. tested_in is that of
+    sizes: fields of `Run`; some datasets take longer than `steps`. tested_in is that of
     `load_model` where it is left out, and float32 for a model that is packaged with its results.
     """
     plan, steps = [], sizes.pop("steps", 100)
@@ -171,9 +163,11 @@ def best_of(runs: Sequence[Run], store: Store) -> Run:
 
     Raises ValueError when no run is finished or all diverged.
     """
-    results = [(run, store.result(run) or {}) for run in runs]
+    results = {run: store.result(run) or {} for run in runs}
     scores = {
-        run: (r["validation"], -r["validation_loss"]) for run, r in results if "validation" in r
+        run: (r["validation"], -r["validation_loss"])
+        for run, r in results.items()
+        if "validation" in r
     }
     if not scores:
         raise ValueError(
@@ -189,9 +183,7 @@ def found(plan: Sequence[Planned], store: Store) -> list[Run]:
         runs = [run for trial in trials for run in rates_tried(trial, store)]
         if runs and all(store.result(run) is not None for run in runs):
             best = best_of(runs, store)
-            settings[trials] = dict(
-                learning_rate=best.learning_rate, weight_decay=best.weight_decay
-            )
+            settings[trials] = {n: getattr(best, n) for n in ("learning_rate", "weight_decay")}
     return [replace(one.run, **settings.get(one.trials, {})) for one in plan]
 
 
@@ -200,10 +192,9 @@ def ship(
 ) -> int:
     """Write what this repository ships of plans into `folder`, unless all of it was shipped before.
 
-    All results, and the weights of back attention on a language model, of the other arms there for
-    the first seed, and of back attention from scratch for the first seed. With weights=False
-    results only, without those runs that are in the repository with their weights, so that the two
-    stay together. Returns the number of results that are new.
+    All results, and the weights of back attention (from scratch: of the first seed) and of the
+    other adapters for the first seed. weights=False: results only, but of runs whose weights are in
+    the repository, so that the two stay together. Returns the number of results that are new.
     """
     runs = [run for plan in plans for part in (tried, found) for run in part(plan, store)]
     runs = [run for run in runs if store.result(run) is not None]
@@ -233,21 +224,17 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
 
     waiting = [run for run in runs if store.result(run) is None]
     if waiting:
-        with _workers(processes) as count:
-            made = Parallel(n_jobs=count, return_as="generator_unordered")(
-                delayed(_job)(run, store, device) for run in waiting
-            )
+        address = os.environ.get(runtime.CLUSTER)
+        with _cluster(address) if address else contextlib.nullcontext():
+            pool = Parallel(-1 if address else processes, return_as="generator_unordered")
+            made = pool(delayed(_job)(run, store, device) for run in waiting)
             for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
                 pass
 
 
 @contextlib.contextmanager
-def _workers(processes: int) -> Iterator[int]:
-    """How many jobs run at a time: in processes here, or on a cluster (-1: all its workers)."""
-    address = os.environ.get(runtime.CLUSTER)
-    if not address:
-        yield processes
-        return
+def _cluster(address: str) -> Iterator[None]:
+    """Makes joblib's jobs run on the workers of a dask scheduler."""
     from distributed import Client
     from joblib import parallel_config
 
@@ -262,14 +249,11 @@ def _workers(processes: int) -> Iterator[int]:
                 f"{address} must have two workers or more, of one thread each: "
                 "dask worker --nworkers 2 --nthreads 1."
             )
-        yield -1
+        yield
 
 
 def _job(run: Run, store: Store, device: str) -> None:
     runtime.use_threads()
-    bars = os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
-    try:
+    with patch.dict(os.environ):
+        os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
         train_and_test(run, store, device)
-    finally:
-        if bars is not None:
-            os.environ[runtime.PROGRESS_FILE] = bars

@@ -12,9 +12,7 @@ from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
 
 VERSION = 1  # raised when the same configuration would give another result
-
 SHOTS = 4  # worked examples of "few-shot"
-
 SCRATCH = "scratch"  # the model of runs from scratch
 
 
@@ -51,8 +49,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        scratch = self.model == SCRATCH
-        decay = self.weight_decay
+        scratch, decay = self.model == SCRATCH, self.weight_decay
         return Recipe(
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -65,15 +62,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that name the run.
-
-        What has its default value does not count, so that a field that is added later leaves the
-        names of earlier runs what they are.
-        """
+        """16 hexadecimal digits that name the run; defaults do not count, so that a field that is
+        added later leaves the names of earlier runs what they are."""
         source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
-        settings, recipe = _changed(self), _changed(self.recipe)
-        about = [VERSION, settings, recipe, data_hash(self.dataset), source, SHOTS]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        about = [VERSION, _changed(self), _changed(self.recipe), data_hash(self.dataset)]
+        return _digest(json.dumps([*about, source, SHOTS], sort_keys=True))
 
 
 def _changed(settings) -> dict:
@@ -82,14 +75,16 @@ def _changed(settings) -> dict:
     return {field.name: value for field, value in values.items() if value != field.default}
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @functools.cache
 def data_hash(dataset: str) -> str:
-    """Hash of a dataset's questions, answers (other names included), groups, and of their split.
-
-    Of a published one the file's own hash: its results can be read where it cannot be had.
-    """
+    """Hash of a dataset's questions, answers, groups and split; of a published one the file's own,
+    so that its results can be read where it cannot be had."""
     if published := DATASETS[dataset].published:
         content = f"{TWINS}{published.sha256}"
     else:
         content = load(dataset)[list(DATASETS[dataset].columns)].to_csv(index=False)
-    return hashlib.sha256(f"{[FOLDS, VALIDATION]}{content}".encode()).hexdigest()[:16]
+    return _digest(f"{[FOLDS, VALIDATION]}{content}")

@@ -17,7 +17,7 @@ CHECKPOINTS = DATA / "checkpoints"
 
 
 class Store:
-    """Results and weights of finished runs, made here or shipped, and what stopped ones left.
+    """Results and weights of finished runs, and what stopped ones left.
 
     folder: where runs are made; shipped: a file with results of finished runs, one a line, or None.
     """
@@ -39,11 +39,8 @@ class Store:
             return self.shipped.get(run.key)
 
     def weights(self, run: Run) -> dict[str, Tensor]:
-        """The trained weights of a finished run.
-
-        Raises FileNotFoundError where only its result was shipped, OSError for a shipped file with
-        another sha256.
-        """
+        """The trained weights of a finished run. Raises FileNotFoundError where only its result was
+        shipped, OSError for a shipped file with another sha256."""
         local = self.place(run) / "weights.safetensors"
         shipped = CHECKPOINTS / f"{run.key}.safetensors"
         if local.exists():
@@ -79,9 +76,8 @@ class Store:
             with atomic_file(path) as temporary:
                 save_file(self.weights(run), temporary)
             lines[run.key]["sha256"] = _sha256(path)
-        text = "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines))
         with atomic_file(folder / "runs.jsonl") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))
 
 
 def _sha256(path: Path) -> str:
