@@ -51,13 +51,9 @@ def ask(
 
 
 def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.DataFrame:
-    """Ask the model every prompt.
-
-    Returns `frame` with: answer_id (first token of " answer"), tokens (how many tokens the answer
-    takes), log_prob of the first, said (the model's own next token, as text), correct (said is the
-    answer's first token), shared (another answer of the frame begins with the same token, so the
-    first token cannot tell them apart).
-    """
+    """Ask the model every prompt: `frame` with answer_id (first token of " answer"), tokens (how
+    many the answer takes), log_prob of the first, said (the model's next token, as text), correct
+    (said is the answer's first token), shared (another answer begins with the same token)."""
     pieces = frame["answer"].map(
         functools.cache(lambda answer: continuation_ids(tokenizer, answer))
     )
@@ -89,13 +85,10 @@ def answerable(scored: pd.DataFrame, per_relation: int | None = None) -> pd.Data
 
 
 def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the first tokens of each outcome: e3_ids, e2_ids, shortcut_ids, e1_ids
-    (frozensets).
-
-    An alias that begins like another answer to the same relation is left out. `collides` says that
-    a first token would not tell the outcomes apart: e2 or e3 itself begins like another answer to
-    its relation, or two of e1, e2, e3 and a different shortcut begin alike.
-    """
+    """`frame` with the first tokens of each outcome (frozensets), in ID_COLUMNS, but of aliases
+    that begin like another answer to the same relation. `collides` says that a first token would
+    not tell the outcomes apart: e2 or e3 itself begins like another answer to its relation, or two
+    of e1, e2, e3 and a different shortcut begin alike."""
     frame = frame.reset_index(drop=True)
     first = functools.cache(lambda word: continuation_ids(tokenizer, word)[0])
     known = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)

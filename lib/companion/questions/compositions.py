@@ -10,17 +10,14 @@ WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS
 
 
 def compositions(draw_seed: int = 2) -> pd.DataFrame:
-    """Invented facts and their compositions, for models that know nothing else (as Wang et al.
-    2024, smaller).
+    """Invented facts and their compositions (as Wang et al. 2024, smaller): prompt, answer, group
+    (bridge entity), kind, split, tested, r2.
 
     Of 60 entities each has 10 of 20 relations to others: 600 facts, "e3 r7" -> " e41", all of which
-    are trained on. One in five is "OOD": no two-hop question with it is trained on. `kind` says of
-    which facts a question "e3 r7 r12" is made, "ID/ID" (first/second hop), "ID/OOD", "OOD/ID",
-    "OOD/OOD", or "fact". A fifth of ID/ID is held out, only where other questions with both facts,
-    in the same places, are trained on. HELD_OUT questions of each kind are for validation and test.
-    The split is part of the dataset; a group is a bridge entity, which is what is resampled.
-
-    Raises ValueError for a draw_seed with too few questions of a kind.
+    are trained on. One in five is "OOD": no two-hop question with it is trained on. `kind` is
+    "fact" or, of a question "e3 r7 r12", that of its facts, "ID/OOD" (first/second hop). A fifth of
+    ID/ID is held out, only where other questions with both facts, in the same places, are trained
+    on; HELD_OUT of each kind. Raises ValueError for a draw_seed with too few questions of a kind.
     """
     draw, facts, by_kind = np.random.default_rng(draw_seed), {}, defaultdict(list)
     for entity in range(ENTITIES):

@@ -39,28 +39,18 @@ Rachel Ray Richard Robin Rose Ryan Sam Sandra Sarah Sean Steve Sue
 
 @dataclass(frozen=True)
 class Dataset:
-    """What the project has to know of a dataset, all in one place.
-
-    load: makes the frame described above. Its column `split`, if any, keeps every question in one
-        split; `kind` tells kinds of question apart in the learning curve; r2 is the relation whose
-        most frequent answer `majority_baseline` gives.
-    judge: "number", the whole answer, as written; or "first token", of the answer or, where the
-        frame has the columns of `two_hop_facts`, of any of e3's names (see `candidates`).
-    tuned_on: the dataset on whose validation questions learning rates of adapters are chosen.
-    longer: so many times the steps of the others (digits are learnt slowly).
-    published: where it is, if it is not part of this repository.
-    words: the vocabulary of models from scratch; None: digits and signs, each a token.
-    columns: those of the frame that enter `Run.key`.
-    """
+    """What the project has to know of a dataset, all in one place. load: makes the frame described
+    above; its column `split`, if any, keeps every question in one split, `kind` tells kinds of
+    question apart in the learning curve, r2 is for `majority_baseline`."""
 
     name: str
     load: Callable[[], pd.DataFrame]
-    judge: str = "number"
-    tuned_on: str = "1DC"
-    longer: int = 1
-    published: Published | None = None
-    words: tuple[str, ...] | None = None
-    columns: tuple[str, ...] = ("prompt", "answer", "group", "tested")
+    judge: str = "number"  # as written; or "first token", of any of e3's names if it has such
+    tuned_on: str = "1DC"  # whose validation questions choose learning rates of adapters
+    longer: int = 1  # so many times the steps of the others (digits are learnt slowly)
+    published: Published | None = None  # where it is not part of this repository
+    words: tuple[str, ...] | None = None  # of models from scratch; None: digits and signs
+    columns: tuple[str, ...] = ("prompt", "answer", "group", "tested")  # that enter `Run.key`
 
 
 def _questions(rows: Sequence[tuple[str, object, str]]) -> pd.DataFrame:
@@ -82,10 +72,11 @@ def two_digit() -> pd.DataFrame:
 def one_digit_composite() -> pd.DataFrame:
     """All 6,561 problems "(a op b) op c =" with digits 1–9 and + − * (1DC of Brown et al. 2020,
     inner pair first); a group is the inner pair in either order: no first step was seen before."""
-    digits, rows = range(1, 10), []
-    for a, b, first, second, c in product(digits, digits, OPERATIONS, OPERATIONS, digits):
-        answer = OPERATIONS[second](OPERATIONS[first](a, b), c)
-        rows.append((f"({a}{first}{b}){second}{c}=", answer, f"{min(a, b)},{max(a, b)}"))
+    digits, of = range(1, 10), OPERATIONS
+    rows = [
+        (f"({a}{x}{b}){y}{c}=", of[y](of[x](a, b), c), f"{min(a, b)},{max(a, b)}")
+        for a, b, x, y, c in product(digits, digits, OPERATIONS, OPERATIONS, digits)
+    ]
     return _questions(rows)
 
 
@@ -94,10 +85,8 @@ def two_hop(
     say: Callable[[str, str, str], str] = TEMPLATES["possessive"].say,
 ) -> pd.DataFrame:
     """Two-hop questions both of whose hops SmolLM2 answers, with their facts; a group is a bridge
-    entity. Tested are those whose shortcut ("e1's r2") it does not answer with e3.
-
-    table: another list of facts, in data/. say: another wording: e1, r1, r2 -> prompt.
-    """
+    entity. Tested are those whose shortcut ("e1's r2") it does not answer with e3. table: another
+    list of facts, in data/; say: another wording, e1, r1, r2 -> prompt."""
     listed = read_table(DATA / table, [*TWO_HOP_KEYS, "shortcut_right"])
     facts = two_hop_facts().drop(columns="split").merge(listed, on=TWO_HOP_KEYS)
     prompts = [say(*row) for row in facts[["e1", "r1", "r2"]].to_numpy()]
@@ -107,12 +96,9 @@ def two_hop(
 
 def in_context() -> pd.DataFrame:
     """Two-hop questions whose first hop is invented and stands in the prompt, among those of two
-    other people, and whose second hop is one of `two_hop`: "Ann's country is Peru. Tom's country is
-    Japan. Tom's country's capital is".
-
-    Each second hop is asked five times, of people drawn anew. The other people's bridge entities
-    have another answer and are of the same fold; a second hop without enough of them is left out.
-    """
+    other people: "Ann's country is Peru. Tom's country is Japan. Tom's country's capital is". Each
+    second hop is asked five times; the others' bridge entities have another answer and are of the
+    same fold (without enough of them it is left out)."""
     draw, say, rows = np.random.default_rng(0), TEMPLATES["possessive"].say, []
     answers: dict[tuple[str, str], set[str]] = defaultdict(set)
     for fact in two_hop_facts().itertuples():
@@ -137,8 +123,8 @@ def in_context() -> pd.DataFrame:
 
 
 def legs(kinds: int) -> pd.DataFrame:
-    """Word problems about one or two kinds of animal, made by reasoning-gym: the offline stand-in
-    for SVAMP and MultiArith. A group is a kind of animal, or two."""
+    """Word problems about one or two kinds of animal (reasoning-gym), the offline stand-in for
+    SVAMP and MultiArith; a group is a kind of animal, or two."""
     frame = read_table(DATA / "legs.csv", ["prompt", "answer", "animals"])
     frame = frame[frame["animals"].str.count(r"\|") == kinds - 1]
     return _questions(frame[["prompt", "answer", "animals"]].to_numpy().tolist())
@@ -224,8 +210,7 @@ def load(name: str) -> pd.DataFrame:
 
 
 def overview(names: Sequence[str]) -> pd.DataFrame:
-    """What the datasets hold: questions, those that may be tested, names; one question with its
-    answer."""
+    """What the datasets hold: questions, those tested, names; one question with its answer."""
     rows = []
     for name in names:
         frame = load(name)
@@ -238,16 +223,14 @@ def overview(names: Sequence[str]) -> pd.DataFrame:
 
 def majority_baseline(name: str, by: str | None = None) -> float | pd.Series:
     """Share of a dataset's test questions, over all folds, that are right when each gets the answer
-    that training has most often for its second relation (column r2).
-
-    by: a column, for whose values the share is returned apart: value -> share.
+    that training has most often for its second relation (column r2); by: for each value of a column
     """
     frame, tests = load(name), []
     for fold in range(FOLDS):
         parts = dict(list(split(frame, fold).groupby("split")))
         best = parts["train"].groupby("r2")["answer"].agg(lambda answers: answers.mode()[0])
-        test = parts["test"]
-        tests.append(test.assign(right=test["r2"].map(best) == test["answer"]))
+        right = parts["test"]["r2"].map(best) == parts["test"]["answer"]
+        tests.append(parts["test"].assign(right=right))
     test = pd.concat(tests)
     return float(test["right"].mean()) if by is None else test.groupby(by)["right"].mean()
 

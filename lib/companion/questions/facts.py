@@ -31,11 +31,9 @@ TWO_HOP = Published(
 
 
 def published(file: Published) -> Path:
-    """Where the file lies: in the folder BACKATTN_DATASETS, or else fetched into the cache.
-
-    Raises FileNotFoundError when it is not in that folder, OSError that says where to put it by
-    hand when it cannot be fetched, and ValueError when its sha256 is another one.
-    """
+    """Where the file lies: in the folder BACKATTN_DATASETS, or else fetched into the cache. Raises
+    FileNotFoundError when it is not in that folder, OSError that says where to put it by hand when
+    it cannot be fetched, and ValueError when its sha256 is another one."""
     folder = os.environ.get("BACKATTN_DATASETS")
     path = (Path(folder) if folder else CACHE / "datasets") / file.path
     note = path.with_suffix(".sha256")

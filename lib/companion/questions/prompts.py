@@ -20,13 +20,10 @@ EXAMPLES = ("one-hop", "two-hop", "none")
 def single_hop(
     frame: pd.DataFrame, shots: int = 2, per_relation: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """The prompts of `facts` (relation, subject, answer, largest first within each relation), with:
-    prompt, entity and relation_span, the last two as (begin, end) characters.
-
-    shots: worked examples in front, the same for all prompts of a relation, with different answers,
-    drawn by `seed` from its SHOWN_FROM largest subjects. Facts with one of their answers are not
-    asked: it would stand in the prompt. per_relation: at most so many prompts of each.
-    """
+    """The prompts of `facts` (relation, subject, answer, largest first within each relation), with
+    prompt, entity and relation_span, the last two as (begin, end) characters. shots: worked
+    examples in front, the same for all of a relation, with different answers, drawn by `seed` from
+    its SHOWN_FROM largest; facts with one of their answers are not asked."""
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
         shown = _pool(part, draw).drop_duplicates("answer").head(shots)
@@ -68,11 +65,8 @@ def label_tokens(
     tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tuple[int, int]]]
 ) -> list[np.ndarray]:
     """A label for every token of every prompt: the name of the span it lies in, "last", or
-    "context" (all else).
-
-    tokenizer: a fast one (it must give character offsets). spans: name -> (begin, end) characters,
-    one per prompt. Raises ValueError when a span holds no token but the last.
-    """
+    "context". tokenizer: a fast one; spans: name -> (begin, end) characters, one per prompt. Raises
+    ValueError when a span holds no token but the last."""
     groups = []
     for prompt, *places in zip(prompts, *spans.values(), strict=True):
         offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
@@ -89,10 +83,9 @@ def label_tokens(
 
 def last_token_positions(labels: Sequence[np.ndarray], places: Sequence[str]) -> list[list[int]]:
     """The last token of each place in every prompt, [n][places]; ValueError where there is none."""
-    for row in labels:
-        missing = [place for place in places if place not in row]
-        if missing:
-            raise ValueError(f"A prompt has no token in the group {missing[0]!r}.")
+    for place in places:
+        if not all(place in row for row in labels):
+            raise ValueError(f"A prompt has no token in the group {place!r}.")
     return [[int(np.flatnonzero(row == place)[-1]) for place in places] for row in labels]
 
 
@@ -126,17 +119,14 @@ def two_hop_prompts(
     per_pair: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The four prompts of every one of some `two_hop_facts`, worded as TEMPLATES[template].
+    """The four prompts of every one of some `two_hop_facts`, worded as TEMPLATES[template]: the
+    facts with first, second, shortcut_prompt, two_hop, head (the examples before two_hop), and
+    `two_hop_spans`.
 
     Two worked examples, drawn by `seed`, stand in front, the same for all facts with the same two
     relations: two first hops before the first hop; two second hops before the second hop and the
-    shortcut; before the two-hop question what `examples` says, "one-hop" (a first and a second
-    hop), "two-hop" (two two-hop questions with their answers) or "none". Facts one of whose names
-    or aliases stands in the examples are not asked. per_pair: at most this many of each pair.
-
-    Returns the facts with: first, second, shortcut_prompt, two_hop (the prompts), head (the
-    examples before two_hop), and `two_hop_spans`. Raises ValueError for an unknown template or kind
-    of examples, and when an entity is not in its prompt.
+    shortcut; before the two-hop question one of each ("one-hop"), two such questions ("two-hop") or
+    "none". Facts one of whose names or aliases stands in them are not asked. per_pair: at most.
     """
     for what, name, names in (("template", template, TEMPLATES), ("examples", examples, EXAMPLES)):
         if name not in names:
@@ -189,11 +179,9 @@ def _named(fact: dict, text: str) -> bool:
 def two_hop_spans(
     prompt: str, e1: str, r1: str, r2: str, start: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """e1_span, r1_span, r2_span: (begin, end) in a two-hop question, from character `start` on.
-
-    A relation stands after e1 if the wording puts it there, else before it; r1 is the nearer one.
-    Raises ValueError when one is not there.
-    """
+    """e1_span, r1_span, r2_span: (begin, end) in a two-hop question, from character `start` on, or
+    ValueError. A relation stands after e1 if the wording puts it there, else before it; r1 is the
+    nearer one."""
     entity = span(prompt, e1, start)
     spans = {"e1_span": entity}
     for name, relation, nearness in (("r1_span", r1, 0), ("r2_span", r2, -1)):

@@ -21,13 +21,11 @@ def fold_of(name: str) -> int:
 
 
 def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
-    """The questions of `frame` with their split: "train", "validation" or "test".
+    """The questions of `frame` with their split, "train", "validation" or "test"; those whose names
+    fall into different splits are left out, and those in the test that are not `tested`.
 
-    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2 is one of three
-    turns: 15 % of the names are for validation in all turns; the others are tested in one turn and
-    trained on in the two others. A question whose names fall into different splits is left out, and
-    so is one in the test that is not `tested`. A frame that comes with its split keeps it. Raises
-    ValueError for another fold.
+    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2: 15 % of the
+    names are for validation in all folds, each other is tested in one and trained on in two.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")

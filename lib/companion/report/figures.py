@@ -26,12 +26,11 @@ WIDTH = 7.0  # inches, two columns
 
 
 class Look(NamedTuple):
-    """How one thing is drawn wherever it occurs."""
-
     colour: str
     marker: str = "o"
 
 
+Looks = Mapping | None  # name -> Look, or Arm
 KINDS = {"embedding": Look(SILVER), "attention": Look(BLUE), "ffn": Look(ORANGE, "s")}
 STAGES = {"A": Look(GREEN), "B": Look(BLUE), "C": Look(PURPLE), "D": Look(RED)}
 POSITIONS = {"entity": Look(GREEN), "relation": Look(PURPLE, "s"), "last": Look(RED, "^")}
@@ -67,7 +66,7 @@ def axes(ax: Axes | None = None, width: float = WIDTH, height: float = 2.8) -> A
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
 
 
-def looks_of(names: Iterable, looks: Mapping | None) -> dict:
+def looks_of(names: Iterable, looks: Looks) -> dict:
     """A look for every different name: its own in `looks`, else one of the palette in turn."""
     spare = map(Look, itertools.cycle(PALETTE), itertools.cycle("osD^vPX"))
     names = dict.fromkeys(names)
@@ -79,28 +78,22 @@ def bands(
     x: str,
     y: str = "mean",
     hue: str | None = None,
-    looks: Mapping | None = None,
+    looks: Looks = None,
     dashes: tuple[str, Mapping] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """A line per value of `hue` along x, with its band from `low` to `high`, and the zero line
-    where one of them crosses it.
-
-    dashes: a second column that tells lines apart, with the line style of each of its values.
-    """
+    """A line per value of `hue` along x, with its band, and the zero line where one crosses it;
+    dashes: a second column that tells lines apart, with the line style of each of its values."""
     ax = axes(ax)
     table = table.assign(_hue=table[hue] if hue else "", _style=table[dashes[0]] if dashes else "")
     chosen = looks_of(table["_hue"], looks)
     for (name, case), part in table.groupby(["_hue", "_style"], sort=False, observed=True):
         look, part = chosen[name], part.sort_values(x)
-        line = {
-            "ls": dashes[1][case] if dashes else "-",
-            "color": look.colour,
-            "lw": 1.2,
-            "ms": 3.5,
-        }
+        line = (
+            {"marker": "", "ls": dashes[1][case]} if dashes else {"marker": look.marker * bool(hue)}
+        )
         line |= {"label": ", ".join(str(word) for word in (name, case) if word != "")}
-        ax.plot(part[x], part[y], marker=look.marker if hue and not dashes else "", **line)
+        ax.plot(part[x], part[y], color=look.colour, lw=1.2, ms=3.5, **line)
         if {"low", "high"} <= {*part}:
             ax.fill_between(part[x], part["low"], part["high"], color=look.colour, alpha=0.2, lw=0)
     ends = table[[name for name in (y, "low", "high") if name in table]]
@@ -115,13 +108,12 @@ def bands(
 def intervals(
     table: pd.DataFrame,
     label: str,
-    value: str = "mean",
-    hue: str | None = None,
-    looks: Mapping | None = None,
+    value="mean",
+    hue=None,
+    looks: Looks = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """One value with its interval a row, the first on top, against zero; label: the column that
-    names the rows."""
+    """One value with its interval a row, the first on top, against zero; label names the rows."""
     ax, rows = axes(ax, height=0.6 + 0.2 * len(table)), range(len(table))[::-1]
     chosen = looks_of(table[hue], looks) if hue else {}
     for y, row in zip(rows, table.to_dict("records"), strict=True):
@@ -134,15 +126,9 @@ def intervals(
 
 
 def points(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str,
-    looks: Mapping | None = None,
-    ax: Axes | None = None,
+    table: pd.DataFrame, x: str, y: str, hue: str, looks: Looks = None, ax: Axes | None = None
 ) -> Axes:
-    """A point with its vertical interval from `low` to `high` a row; x may be a column of names,
-    set side by side."""
+    """A point with its vertical interval a row; x may be a column of names, set side by side."""
     ax, chosen = axes(ax), looks_of(table[hue], looks)
     names = None if pd.api.types.is_numeric_dtype(table[x]) else list(dict.fromkeys(table[x]))
     for k, (name, look) in enumerate(chosen.items()):
@@ -176,11 +162,8 @@ def heatmap(
     upwards: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """A grid of numbers, from −top to top around zero, or from 0 to top (diverging=False).
-
-    label: of the colour bar. upwards: the first row at the bottom. Of numbered rows and columns
-    every fifth is named.
-    """
+    """A grid of numbers, from −top to top around zero, or from 0 to top (diverging=False); label:
+    of the colour bar; upwards: the first row at the bottom. Of numbers every fifth is named."""
     ax = axes(ax, height=0.6 + 0.25 * len(grid))
     top = top or np.nanmax(np.abs(grid.to_numpy(dtype=float)))
     scale = {"cmap": "vlag", "vmin": -top, "center": 0, "vmax": top}

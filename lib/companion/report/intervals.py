@@ -27,13 +27,9 @@ def names_of(label: Hashable) -> list:
 
 def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Weights [resamples, n] of bootstrap resamples; each row sums to 1, or is NaN where nothing
-    was drawn.
-
-    clusters: one label per value. Values with the same label are not independent, so names are
-    resampled, each with all its values; a value with two names ("a|b") counts as often as the
-    product of their counts. The draws depend on the labels and the seed alone, so that two arms
-    with the same questions get the same samples.
-    """
+    was drawn. Names (a label per value) are resampled, each with all its values; one with two names
+    ("a|b") counts as often as the product of their counts. The draws depend on labels and seed
+    alone, so that two arms with the same questions get the same samples."""
     return _bootstrap(tuple(clusters), resamples, seed)
 
 
@@ -63,9 +59,7 @@ def two_sided(draws: np.ndarray) -> float:
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 
 
-def mean_interval(
-    values: np.ndarray, clusters: Sequence
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, ...]:
     """Mean over the first axis of [n, ...] and its interval: (mean, low, high); see `bootstrap`."""
     values = np.asarray(values, dtype=float)
     draws = np.tensordot(bootstrap(clusters), values, axes=1)
@@ -74,8 +68,7 @@ def mean_interval(
 
 
 def mean_summary(values: Sequence[float], clusters: Sequence) -> dict[str, float]:
-    """`mean_interval` of one number each: mean, low, high, n; fewer than two names have no interval
-    (NaN)."""
+    """`mean_interval` of one number each: mean, low, high, n; one name has no interval (NaN)."""
     low = high = float("nan")
     if len({name for label in clusters for name in names_of(label)}) > 1:
         mean, low, high = map(float, mean_interval(values, clusters))

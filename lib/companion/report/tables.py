@@ -23,10 +23,8 @@ plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` i
 
 
 def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write `name`.csv, .md and .tex into `folder`; return the paths.
-
-    Floats have four significant digits. The LaTeX needs booktabs, and T1 for the font's accents.
-    """
+    """Write `name`.csv, .md and .tex into `folder`, floats to four digits; return the paths. The
+    LaTeX needs booktabs, and T1 for the font's accents."""
     rounded = frame.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
     latex = rounded.to_latex(index=False, escape=True).translate(str.maketrans(SYMBOLS))
     csv = rounded.to_csv(index=False, lineterminator="\n")
@@ -38,12 +36,9 @@ def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
 
 
 def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
-    """Differences between the CSV files of two folders, as sentences; none means agreement.
-
-    Every file of `reference` must exist with the same columns, rows and words. A number may differ
-    by `relative` of itself plus a thousandth of its column's largest entry. Columns whose name
-    begins with "timed" hold measured times and what is made of them, and are not compared.
-    """
+    """Differences between the CSV files of two folders, as sentences, none if they agree. A number
+    may differ by `relative` of itself plus a thousandth of its column's largest entry; columns
+    whose name begins with "timed" hold measured times and are not compared."""
     problems = []
     for path in sorted(reference.rglob("*.csv")):
         name = path.relative_to(reference)
@@ -70,10 +65,8 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
 
 
 def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
-    """figures/README.md: notebook -> claims and data -> figure -> first sentence of its finding.
-
-    notebooks: executed, each figure followed by its "**Finding.**"; ledger: id, notebook, figure.
-    """
+    """figures/README.md: executed notebook -> claims and data -> figure -> first sentence of its
+    "**Finding.**"; ledger: id, notebook, figure."""
     lines = [INDEX]
     for path in notebooks:
         cells = nbformat.read(path, as_version=4).cells

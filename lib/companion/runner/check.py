@@ -38,7 +38,6 @@ def check() -> int:
 
 
 def _steps() -> dict[str, list[str]]:
-    """Name -> command."""
     python, took = [sys.executable, "-m"], committed.took("paper")
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1

@@ -70,8 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         began, failed = time.monotonic(), []
         chosen = select(committed.notebooks(), arguments.only, arguments.start, arguments.stop)
         trains = arguments.profile == "full" and any(p.stem.startswith("03") for p in chosen)
-        if arguments.model and trains:
-            _estimate(arguments)
+        if arguments.model and trains:  # in a process of its own, which frees its memory
+            command = [sys.executable, "-m", "companion.runs.launch", "--estimate"]
+            command += ["--model", arguments.model, "--device", arguments.device or "cpu"]
+            command += ["--dtype", os.environ.get(DTYPE, "float32")]
+            print("Notebook 03's training runs:", flush=True)
+            if subprocess.run(command, cwd=paths.ROOT).returncode:
+                print("no estimate could be made (see above); going on without it", flush=True)
         for number, path in enumerate(chosen, 1):
             if not run_one(path, f"[{number}/{len(chosen)}] {path.stem}", arguments):
                 failed.append(path.stem)
@@ -107,33 +112,11 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
         stamp = {"key": key, **took}
         with atomic_file(stamp_path) as temporary:
             temporary.write_text(json.dumps(stamp, indent=1))
-        print(
-            f"      took {stamp['seconds']:.0f} s, peak memory {stamp['peak_megabytes']} MB, "
-            f"wrote {len(stamp['written'])} files below {folder}",
-            flush=True,
-        )
+        note = f"took {stamp['seconds']:.0f} s, peak memory {stamp['peak_megabytes']} MB"
+        print(f"      {note}, wrote {len(stamp['written'])} files below {folder}", flush=True)
     if arguments.update:
         committed.update(path, profile, stamp)
     return True
-
-
-def _estimate(arguments: argparse.Namespace) -> None:
-    """Say what notebook 03's training takes on another model, in a process: it frees its memory."""
-    command = [sys.executable, "-m", "companion.runs.launch", "--estimate"]
-    command += ["--model", arguments.model, "--device", arguments.device or "cpu"]
-    command += ["--dtype", os.environ.get(DTYPE, "float32")]
-    print("Notebook 03's training runs:", flush=True)
-    if subprocess.run(command, cwd=paths.ROOT).returncode:
-        print("no estimate could be made (see above); going on without it", flush=True)
-
-
-def list_notebooks() -> int:
-    """Print every notebook and what it took on the paper profile; returns the exit status."""
-    for path in committed.notebooks():
-        took = committed.took("paper").get(path.stem, {})
-        note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB" if took else "not timed yet"
-        print(f"{path.stem:28} paper profile: {note}")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,7 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return check()
     if arguments.list:
-        return list_notebooks()
+        for path in committed.notebooks():
+            run = committed.took("paper").get(path.stem)
+            note = f"{run['seconds']:.0f} s, {run['peak_megabytes']} MB" if run else "not timed yet"
+            print(f"{path.stem:28} paper profile: {note}")
+        return 0
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0

@@ -42,11 +42,8 @@ def figure_index() -> str:
 
 
 def update(path: Path, profile: str, stamp: dict) -> None:
-    """Replace what is committed by this run's, and note what the run took.
-
-    The paper profile replaces the notebook, its figures and its tables, the full profile the
-    results in data/ that it alone makes whole. stamp: what `execute` returned.
-    """
+    """Replace what is committed by this run's, and note what it took: the paper profile replaces
+    notebook, figures and tables, the full profile results in data/. stamp: of `execute`."""
     folder, noted = paths.run_folder(profile), manifest()
     run = {name: stamp[name] for name in ("seconds", "peak_megabytes")} | {"hardware": hardware()}
     for name in stamp["written"]:

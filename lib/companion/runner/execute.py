@@ -27,11 +27,9 @@ class NotebookError(Exception):
 
 
 def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
-    """Run a notebook from its clean source into `target`, which appears when all cells succeeded.
-
-    Returns {"written": files below the profile's folder, "seconds", "peak_megabytes"}. Raises
-    NotebookError, and then leaves the notebook as far as it came as `<name>.partial.ipynb`.
-    """
+    """Run a notebook from its clean source into `target`, which appears when all cells succeeded:
+    {"written": files below the profile's folder, "seconds", "peak_megabytes"}. Raises
+    NotebookError, and then leaves the notebook as far as it came as `<name>.partial.ipynb`."""
     partial, bar = target.with_suffix(".partial.ipynb"), target.with_suffix(".progress")
     target.parent.mkdir(parents=True, exist_ok=True)
     environment = {PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
@@ -85,10 +83,7 @@ def _watched(bar: Path) -> Iterator[list[int]]:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Drop, in place, all that differs between two equal runs, and tag code for the site to fold.
-
-    Sources, outputs, counts, ids and tags stay.
-    """
+    """Drop, in place, all that differs between two equal runs, and tag code for the site."""
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     notebook.metadata = nbformat.from_dict(metadata)
     for cell in notebook.cells:

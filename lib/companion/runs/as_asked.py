@@ -33,8 +33,7 @@ def test_groups(run: Run, result: dict) -> np.ndarray:
 
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset, tokenized: after worked examples for "few-shot"; sums from
-    scratch in fixed width, "07+83=" and "0090" or "-021", so that a digit's place tells its worth.
-    """
+    scratch in fixed width, "07+83=" and "0090" or "-021"."""
     frame = _folded(run.dataset, run.fold)
     by_first_token = DATASETS[run.dataset].judge == "first token"
     if by_first_token and "e3" in frame:

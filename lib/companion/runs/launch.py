@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 4 -m companion.runs.launch --model meta-llama/Llama-3.1-8B
 
-It says first what they take (`estimate`). Finished runs go to build/runs, which all processes must
-see, and where the notebook finds them when it is run with the same model and dtype.
+It says first what they take. Finished runs go to build/runs, which all processes must see, and
+where the notebook finds them.
 """
 
 import argparse
@@ -34,20 +34,18 @@ from companion.runs.run import Run
 from companion.runs.scratch import arm_of
 from companion.runs.store import Store
 
-TIMED = (1, 3)  # layers
 NEW_TOKENS = 8  # that a number is read from, as in `training.evaluation.written`
 
 
 class Estimate(NamedTuple):
-    """What unfinished runs take: how many, seconds, and bytes of the weights, of the first passes
-    that are held, of what one batch needs for its backward pass, and of what is free."""
+    """What unfinished runs take."""
 
     runs: int
     seconds: float
-    weights: int
-    states: int
-    batch: int
-    free: int
+    weights: int  # bytes, as the following
+    states: int  # of first passes that are held
+    batch: int  # held for its backward pass
+    free: int  # on the device
 
     def __str__(self) -> str:
         parts = (self.weights, self.states, self.batch)
@@ -62,62 +60,51 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Sequence[Planned], store: Store, device: str = "cpu") -> Estimate:
-    """What the unfinished runs of a plan for one language model take, each learning rate in three
-    trials.
-
-    One layer and three of the model's shape, with random weights, are timed on the device; time,
-    and what the backward pass needs, grow linearly with layers. All else is counted. Raises
-    UnsupportedModelError for another family, and OSError where configuration, tokenizer or
-    published questions cannot be had.
-    """
+    """What the unfinished runs of a plan for one language model take. One layer and three of its
+    shape, with random weights, are timed on the device; time, and what the backward pass needs,
+    grow linearly with layers; all else is counted. Raises UnsupportedModelError for another family,
+    OSError where something cannot be had."""
     place = one_device(device)
-    free = runtime.free_bytes(place)
-    listed = dict.fromkeys([*tried(plan, store), *found(plan, store)])
-    runs = [run for run in listed if store.result(run) is None]
+    free, listed = runtime.free_bytes(place), [*tried(plan, store), *found(plan, store)]
+    runs = [run for run in dict.fromkeys(listed) if store.result(run) is None]
     if not runs:
         return Estimate(0, 0.0, 0, 0, 0, free)
-    config, tokenizer = _config_and_tokenizer(runs[0].model)
+    model = runs[0].model
+    if model in EMBEDDED or model.startswith("tiny-"):
+        whole, tokenizer = load_model(model)
+        config = whole.config
+    else:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        check_supported(config)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     layers, dtype = config.num_hidden_layers, getattr(torch, runs[0].dtype)  # of training
-    lengths = {}  # mean tokens of a dataset's questions
-    for run in {run.dataset: run for run in runs}.values():
-        items = questions(replace(run, arm="zero-shot"), tokenizer, "train")
-        lengths[run.dataset] = float(items.lengths.mean())
+    lengths = {  # mean tokens of a dataset's questions
+        name: float(questions(replace(run, arm="zero-shot"), tokenizer, "train").lengths.mean())
+        for name, run in {run.dataset: run for run in runs}.items()
+    }
     usual = round(np.mean(list(lengths.values())))
-    few, many = (_timed(config, count, runs[0], usual, place) for count in TIMED)
-    growth = (np.subtract(many, few) / (TIMED[1] - TIMED[0])).clip(min=0)  # per layer
-    layer, forward, activations = growth.tolist()
-    rest = max(few[0] - TIMED[0] * layer, 0)
+    one, three = (_timed(config, count, runs[0], usual, place) for count in (1, 3))
+    layer, forward, activations = (np.subtract(three, one) / 2).clip(min=0).tolist()  # per layer
+    rest = max(one[0] - layer, 0)
     seconds, again, states, deepest = 0.0, 0.0, 0.0, 0
     for run in runs:
         arm, above = arm_of(run), layers - int(np.min(run.source_layer))
         trained = 0 if run.steps == 0 else layers if arm.trains == "all" else above
-        learnt, validated = (run.train_items or 0), 3 * (run.validation_items or 0)
-        if not trained:
-            learnt = validated = 0
+        learnt, longer = (run.train_items or 0) * bool(trained), lengths[run.dataset] / usual
+        validated, tested = 3 * (run.validation_items or 0) * bool(trained), run.test_items or 0
         new_tokens = 1 if DATASETS[run.dataset].judge == "first token" else NEW_TOKENS
         passes = 1 + above / layers if arm.two_passes else 1
-        asked = learnt + passes * (validated + new_tokens * (run.test_items or 0))
-        longer = lengths[run.dataset] / usual
+        batches = (learnt + passes * (validated + new_tokens * tested)) / run.batch_size
         steps = run.steps * (trained * layer + rest)
-        seconds += (steps + asked / run.batch_size * layers * forward) * longer
+        seconds += (steps + batches * layers * forward) * longer
         again += run.steps * layers * forward * longer
-        tokens = learnt * lengths[run.dataset]
-        states = max(states, (above + 1) * tokens * config.hidden_size * dtype.itemsize)
-        deepest = max(deepest, trained)
+        numbers = (above + 1) * learnt * lengths[run.dataset] * config.hidden_size
+        states, deepest = max(states, numbers * dtype.itemsize), max(deepest, trained)
     dtypes = {dtype, getattr(torch, runs[0].tested_in)}  # a copy of the model in each
     weights = sum(weight_bytes(config, each) for each in dtypes)
     if states > (free - weights) / 4:  # `train` runs first passes again then, at each step
         seconds, states = seconds + again, 0.0
     return Estimate(len(runs), seconds, weights, round(states), round(deepest * activations), free)
-
-
-def _config_and_tokenizer(model: str):
-    if model in EMBEDDED or model.startswith("tiny-"):
-        whole, tokenizer = load_model(model)
-        return whole.config, tokenizer
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    check_supported(config)
-    return config, AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def _timed(config, layers: int, run: Run, tokens: int, device: torch.device) -> list[float]:
@@ -127,8 +114,7 @@ def _timed(config, layers: int, run: Run, tokens: int, device: torch.device) -> 
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype))
     model = model.to(device).eval()
     model.set_attn_implementation("eager")
     weights, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}

@@ -82,15 +82,11 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
-    Under `accelerate launch` all processes train it together (see `training.loop.train`) and the
-    first one stores it.
-
-    A result holds: run, trained (number of weights), seconds (of training), curve (rows of
-    `train`), hardware. A run without test adds validation (share right) and validation_loss. Others
-    add right (one 0 or 1 per test question), groups (of each question, where the questions are not
-    part of this repository), perplexity (of held-out text, language models only), flops (of a
-    forward pass over the first question). One whose loss is not a number, at too high a learning
-    rate, holds run and diverged.
+    Under `accelerate launch` all processes train it together and the first one stores it. A result
+    holds: run, trained (weights), seconds, curve (rows of `train`), hardware; without test
+    validation (share right) and validation_loss; else right (a 0 or 1 per question), groups (of
+    published datasets), perplexity (of held-out text, language models only), flops (of a forward
+    pass). One whose loss is not a number, at too high a learning rate, holds run and diverged.
     """
     result, world = store.result(run), runtime.process_state()
     world.wait_for_everyone()  # all have looked before one writes
@@ -113,7 +109,7 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
         with with_adapter(run, run.tested_in, device) as (model, tokenizer):
             if weights:
                 put_weights(model, weights)
-            about |= (_validate if run.test_items == 0 else _test)(run, model, tokenizer)
+            about |= _tested(run, model, tokenizer)
         result |= {**about, "hardware": runtime.hardware()}
     except FloatingPointError as error:
         result["diverged"] = str(error)
@@ -124,15 +120,13 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     return result
 
 
-def _validate(run: Run, model: nn.Module, tokenizer) -> dict:
-    items = questions(run, tokenizer, "validation")
-    right, loss = evaluate(model, items)
-    if items.kinds:  # what a rate is chosen on must be like what is trained on
-        right = right[np.array(items.kinds) == "ID/ID"]
-    return {"validation": float(right.mean()), "validation_loss": loss}
-
-
-def _test(run: Run, model: nn.Module, tokenizer) -> dict:
+def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
+    if run.test_items == 0:
+        items = questions(run, tokenizer, "validation")
+        right, loss = evaluate(model, items)
+        if items.kinds:  # what a rate is chosen on must be like what is trained on
+            right = right[np.array(items.kinds) == "ID/ID"]
+        return {"validation": float(right.mean()), "validation_loss": loss}
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
     if DATASETS[run.dataset].published:
@@ -152,11 +146,8 @@ def answer_test(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarra
 
 
 def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
-    """Ask trained arms their first `count` test questions again, with the stored weights.
-
-    Returns: dataset, arm, seed, n, accuracy (now), kept (as it was on the same questions), agree
-    (share of questions with the same outcome). Raises FileNotFoundError where weights are missing.
-    """
+    """Ask trained arms their first `count` test questions again, with the stored weights: dataset,
+    arm, seed, n, accuracy (now), kept (as it was), agree (share of equal outcomes)."""
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
         before = answers_right(store.result(run))[:count]
@@ -190,8 +181,8 @@ def forward_flops(model: nn.Module, ids: Tensor) -> int:
 
 
 def operations_of(call: Callable[[], object]) -> int:
-    """Floating-point operations of what `call` runs, as torch counts them."""
-    # The fused attention of CPUs is not counted: take it apart.
+    """Floating-point operations of what `call` runs, as torch counts them; the fused attention of
+    CPUs, which it does not count, is taken apart."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

@@ -19,6 +19,7 @@ from companion.runs.run import SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
 from companion.runs.store import CHECKPOINTS, Store
 
+Names, Ints = Sequence[str], Sequence[int]
 MOST_RATES = 4  # tried for one arm
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
@@ -37,15 +38,10 @@ class Planned:
 
 
 def scratch_runs(
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    widths: Sequence[int] = (440,),
-    dims: Sequence[int] = (160,),
-    tried_for: int = 250,
+    seeds: Ints = (0, 1, 2, 3, 4), widths: Ints = (440,), dims: Ints = (160,), tried_for: int = 250
 ) -> list[Planned]:
-    """Claims C7 and C11: models of some widths, 750 steps, with each d′ where it counts.
-
-    tried_for: steps after which a learning rate is judged.
-    """
+    """Claims C7 and C11: models of some widths, 750 steps, with each d′ where it counts; tried_for:
+    steps after which a learning rate is judged."""
     shape = dict(model=SCRATCH, source_layer=0, batch_size=256, train_items=None, steps=750)
     shape |= dict(validation_items=1000, test_items=2000)
     runs = [
@@ -76,16 +72,11 @@ def composing_runs() -> list[Planned]:
 
 
 def adapter_runs(
-    model: str = "smollm2",
-    names: Sequence[str] = ("two-hop",),
-    arms: Sequence[str] = tuple(ARMS),
-    **sizes,
+    model: str = "smollm2", names: Names = ("two-hop",), arms: Names = tuple(ARMS), **sizes
 ) -> list[Planned]:
-    """Claim C8: the untrained and some trained arms on some datasets, for all seeds.
-
-    sizes: fields of `Run`; some datasets take longer than `steps`. tested_in is that of
-    `load_model` where it is left out, and float32 for a model that is packaged with its results.
-    """
+    """Claim C8: the untrained and some trained arms on some datasets, for all seeds; sizes: fields
+    of `Run`. tested_in is that of `load_model` where it is left out, and float32 for a model that
+    is packaged with its results."""
     plan, steps = [], sizes.pop("steps", 100)
     sizes.setdefault("tested_in", str(runtime.dtype()).removeprefix("torch."))
     if model in EMBEDDED:
@@ -105,8 +96,8 @@ def adapter_runs(
 
 def main_runs(
     model: str = "smollm2",
-    every_arm_on: Sequence[str] = ("two-hop",),
-    core_arms_on: Sequence[str] = ("2-digit", "1DC", "SVAMP", "MultiArith"),
+    every_arm_on: Names = ("two-hop",),
+    core_arms_on: Names = ("2-digit", "1DC", "SVAMP", "MultiArith"),
     **sizes,
 ) -> list[Planned]:
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others."""
@@ -115,11 +106,7 @@ def main_runs(
 
 
 def varied_runs(
-    field: str,
-    values: Sequence,
-    arms: Sequence[str] = CORE_ARMS,
-    dataset: str = "two-hop",
-    **sizes,
+    field: str, values: Sequence, arms: Names = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> list[Planned]:
     """Claim C9: trained arms with every value of one field of `Run`, at the rates that are found at
     the field's default value."""
@@ -160,15 +147,12 @@ def rates_tried(trial: Run, store: Store) -> list[Run]:
 
 def best_of(runs: Sequence[Run], store: Store) -> Run:
     """The run that did best on the validation questions; of equals, the one with the lower loss.
-
-    Raises ValueError when no run is finished or all diverged.
-    """
-    results = {run: store.result(run) or {} for run in runs}
-    scores = {
-        run: (r["validation"], -r["validation_loss"])
-        for run, r in results.items()
-        if "validation" in r
-    }
+    Raises ValueError when no run is finished or all diverged."""
+    scores = {}
+    for run in runs:
+        result = store.result(run) or {}
+        if "validation" in result:
+            scores[run] = result["validation"], -result["validation_loss"]
     if not scores:
         raise ValueError(
             f"None of {len(runs)} runs of {runs[0].arm!r} on {runs[0].dataset!r} gave a result."
@@ -190,36 +174,29 @@ def found(plan: Sequence[Planned], store: Store) -> list[Run]:
 def ship(
     plans: Iterable[Sequence[Planned]], store: Store, folder: Path, weights: bool = True
 ) -> int:
-    """Write what this repository ships of plans into `folder`, unless all of it was shipped before.
-
-    All results, and the weights of back attention (from scratch: of the first seed) and of the
-    other adapters for the first seed. weights=False: results only, but of runs whose weights are in
-    the repository, so that the two stay together. Returns the number of results that are new.
-    """
+    """Write what this repository ships of plans into `folder`, unless all of it was shipped before;
+    returns the number of results that are new. Weights are those of back attention (from scratch:
+    of the first seed) and of the other adapters for the first seed; weights=False: results only,
+    and none of runs whose weights are in the repository, so that the two stay together."""
     runs = [run for plan in plans for part in (tried, found) for run in part(plan, store)]
     runs = [run for run in runs if store.result(run) is not None]
     if not weights:
         runs = [run for run in runs if not (CHECKPOINTS / f"{run.key}.safetensors").exists()]
     new = [run for run in runs if run.key not in store.shipped]
+    trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
+    whole = [  # two of: first seed, adapter, back attention
+        run
+        for run in trained
+        if (run.seed == 0) + (run.model != SCRATCH) + (run.arm in BACK_ATTENTION) > 1
+    ]
     if new:
-        store.export(runs, [run for run in runs if weights and _with_weights(run)], folder)
+        store.export(runs, whole if weights else [], folder)
     return len(new)
 
 
-def _with_weights(run: Run) -> bool:
-    if run.test_items == 0 or run.arm in UNTRAINED:
-        return False
-    first, adapter, main = run.seed == 0, run.model != SCRATCH, run.arm in BACK_ATTENTION
-    return (first and adapter) or (main and (first or adapter))
-
-
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> None:
-    """Make all unfinished runs, in `processes` processes at a time.
-
-    Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler
-    (`--cluster`), its workers make them instead: two or more, with one thread each, that see the
-    store's folder. Raises OSError when the scheduler does not answer or its workers are others.
-    """
+    """Make all unfinished runs, in `processes` processes at a time or, where BACKATTN_CLUSTER holds
+    the address of a dask scheduler (`--cluster`), on its workers, which see the store's folder."""
     from joblib import Parallel, delayed
 
     waiting = [run for run in runs if store.result(run) is None]
@@ -234,7 +211,7 @@ def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "
 
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[None]:
-    """Makes joblib's jobs run on the workers of a dask scheduler."""
+    """Makes joblib's jobs run on the workers of a dask scheduler; OSError where they cannot."""
     from distributed import Client
     from joblib import parallel_config
 

@@ -1,11 +1,9 @@
 """Results of finished runs as tidy frames, accuracies of arms, and paired differences between them.
 
-Questions that belong together (one bridge entity, one pair of digits, one kind of animal) are
-resampled together. The arms answer the same questions, so their differences are paired. Where all
-seeds answer the same questions (from scratch), seeds are resampled too. Where each seed answers its
-own fold, what another training would have changed is not in the interval of one dataset; the
-interval over several datasets, from how far the paired differences of single runs scatter, holds
-all of it.
+Questions that belong together (one bridge entity, one pair of digits) are resampled together; where
+all seeds answer the same questions (from scratch), seeds are too. Where each seed answers its own
+fold, what another training would have changed is in the interval over several datasets only, which
+comes from how far the paired differences of single runs scatter.
 """
 
 import hashlib
@@ -45,8 +43,8 @@ def finished(run: Run, store: Store) -> dict:
 
 
 def answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """One row per run and test question: SETTINGS of the run, COSTS, question (its name), group,
-    right (0.0 or 1.0). Raises ValueError when there are no runs, or one is not finished."""
+    """One row per run and test question: SETTINGS, COSTS, question (its name), group, right (0.0 or
+    1.0). Raises ValueError when there are no runs, or one is not finished."""
     parts = []
     for run in runs:
         result = finished(run, store)
@@ -65,11 +63,10 @@ def answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """One row per run and evaluation: SETTINGS of the run, step, loss, train, validation, losses,
     kinds (see `backattn.training.loop.train`). Raises ValueError when a run is not finished."""
-    rows = [
-        {**{name: getattr(run, name) for name in SETTINGS}, **point}
-        for run in runs
-        for point in finished(run, store)["curve"]
-    ]
+    rows = []
+    for run in runs:
+        about = {name: getattr(run, name) for name in SETTINGS}
+        rows += [{**about, **point} for point in finished(run, store)["curve"]]
     return pd.DataFrame(rows)
 
 
@@ -100,7 +97,7 @@ def resampled(part: pd.DataFrame, seed: int = 0, seeds_seed: int = 1) -> np.ndar
 
 def seed_of(dataset: str) -> int:
     """Samples of different datasets are drawn independently."""
-    return int.from_bytes(hashlib.sha256(dataset.encode()).digest()[:4], "big")
+    return int(hashlib.sha256(dataset.encode()).hexdigest()[:8], 16)
 
 
 def count_names(groups: pd.Series) -> int:
@@ -109,13 +106,9 @@ def count_names(groups: pd.Series) -> int:
 
 
 def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, dataset and arm, and ("all") for the mean over all datasets of a model.
-
-    Returns: model, dataset, arm, accuracy, low, high, worst, best (seed), n (questions), groups
-    (names), seeds, trained (weights), seconds (of training), flops (of a forward pass over one
-    question), operations (flops over the cheapest arm's), perplexity (of held-out text; NaN from
-    scratch), learning_rate.
-    """
+    """One row per model, dataset and arm, and ("all") for the mean over all datasets of a model:
+    accuracy, low, high, worst, best (seed), n (questions), groups (names), seeds, COSTS (of a
+    forward pass over one question), operations (flops over the cheapest arm's), learning_rate."""
     rows, draws = [], []
     for (model, dataset, arm), part in answered.groupby(["model", "dataset", "arm"], sort=False):
         draws.append(resampled(part, seed_of(dataset)))
@@ -142,7 +135,7 @@ def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_with(answered: pd.DataFrame, by: str, value: Hashable) -> pd.DataFrame:
-    """Rows whose column `by` is a value, which may be a tuple or None; ValueError for none."""
+    """Rows whose column `by` is a value, maybe a tuple or None; ValueError where there are none."""
     part = answered[[one == value for one in answered[by]]]
     if part.empty:
         raise ValueError(f"There are no runs with {by} {value!r}.")
@@ -158,9 +151,8 @@ def same_questions(parts: Sequence[pd.DataFrame], which: str) -> None:
 def paired(
     answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm", seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy where column `by` is a, less where it is b: difference, low, high (95 %), p, n
-    (questions). Raises ValueError when one is missing, or the tests are not of the same questions.
-    """
+    """Accuracy where column `by` is a, less where it is b: difference, low, high, p, n (questions).
+    Raises ValueError when one is missing, or the tests are not of the same questions."""
     one, two = (rows_with(answered, by, which) for which in (a, b))
     same_questions([one, two], f"{a!r} and {b!r}")
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
@@ -175,14 +167,10 @@ def seed_differences(answered: pd.DataFrame, arm: str, other: str) -> pd.Series:
 
 
 def difference_table(answered: pd.DataFrame, arm: str, others: Sequence[str]) -> pd.DataFrame:
-    """How far `arm` is ahead of each other arm, per dataset and over all on which both were tried.
-
-    Returns: model, dataset ("all" for the mean, or how many where `other` was tried on some only),
-    other, difference, low, high, p (two-sided), n (questions; of a mean, pairs of runs), names
-    (held out by name; of a mean, datasets). The interval of a dataset is from samples of names, of
-    a mean from Student's t over the paired differences of single runs within datasets. Raises
-    ValueError when `arm` is missing on a dataset, another arm on all of them, or tests differ.
-    """
+    """How far `arm` is ahead of each other arm, per dataset and ("all") over all on which both were
+    tried: difference, low, high, p, n (questions; of a mean, pairs of runs), names (of a mean,
+    datasets). The interval of a dataset is from samples of names, of a mean from Student's t over
+    single runs. Raises ValueError when an arm is missing, or tests differ."""
     rows = []
     for model, whole in answered.groupby("model", sort=False):
         datasets = dict(list(whole.groupby("dataset", sort=False)))

@@ -18,11 +18,9 @@ SCRATCH = "scratch"  # the model of runs from scratch
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Sizes are numbers of questions.
-
-    A seed decides initial weights and the order of questions and, for adapters, which fold is
-    tested. A run that only tries a learning rate has test_items=0 and never sees the test.
-    """
+    """One training run; sizes are numbers of questions. A seed decides initial weights, the order
+    of questions and, for adapters, which fold is tested. A run that only tries a learning rate has
+    test_items=0 and never sees the test."""
 
     dataset: str
     arm: str
@@ -50,15 +48,11 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         scratch, decay = self.model == SCRATCH, self.weight_decay
-        return Recipe(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            weight_decay=decay if decay is not None else 0.01 if scratch else 0.0,
-            seed=self.seed,
-            evaluations=12 if scratch else 3,
-            autocast=scratch and self.dtype == "bfloat16",
-        )
+        if decay is None:
+            decay = 0.01 if scratch else 0.0
+        same = {n: getattr(self, n) for n in ("steps", "learning_rate", "batch_size", "seed")}
+        autocast, evaluations = scratch and self.dtype == "bfloat16", 12 if scratch else 3
+        return Recipe(weight_decay=decay, evaluations=evaluations, autocast=autocast, **same)
 
     @property
     def key(self) -> str:

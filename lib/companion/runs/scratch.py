@@ -24,24 +24,15 @@ class ScratchArm(Arm):
 
 
 def llama(run: Run, layers: int, repeats: int = 1, widened: bool = False) -> nn.Module:
-    """An untrained small Llama, as for claim C7, of 10 heads.
-
-    FFN of 8/3 of the width with a gate: as many weights as one of 4 times the width without.
-    repeats: how often the same layers run (weight-tied); widened: by the weights of back attention.
-    """
+    """An untrained small Llama, as for claim C7; a gated FFN of 8/3 of the width weighs what one of
+    4 times the width does. repeats: of the same layers; widened: by back attention's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(_vocabulary(run.dataset)),
-        hidden_size=run.width,
-        intermediate_size=round(8 * run.width / 3) + widened * round(4 * run.dim / 3),
-        num_hidden_layers=layers * repeats,
-        num_attention_heads=10,
-        num_key_value_heads=10,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
+    size = {"vocab_size": len(_vocabulary(run.dataset)), "hidden_size": run.width}
+    size |= {"intermediate_size": round(8 * run.width / 3) + widened * round(4 * run.dim / 3)}
+    size |= {"num_hidden_layers": layers * repeats, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 10, "num_key_value_heads": 10}
+    config = LlamaConfig(**size, **heads, tie_word_embeddings=False, pad_token_id=0)
     model = LlamaForCausalLM(config).eval()
     model.model.layers = nn.ModuleList([*model.model.layers[:layers]] * repeats)
     return model
@@ -59,12 +50,10 @@ def with_loop(run: Run, learnt: bool) -> nn.Module:
 
 
 def _arms(*rows: tuple) -> dict[str, ScratchArm]:
-    """Rows: name, about, colour, marker, make, and the names that its options have."""
-    arms = [
-        ScratchArm(name, about, partial(make, **shape), colour, marker, RATES, sized=sized)
+    return {
+        name: ScratchArm(name, about, partial(make, **shape), colour, marker, RATES, sized=sized)
         for name, about, colour, marker, sized, make, shape in rows
-    ]
-    return {arm.name: arm for arm in arms}
+    }
 
 
 # fmt: off
@@ -115,8 +104,9 @@ def scratch_model(run: Run) -> tuple[nn.Module, object]:
 
     words = {word: i for i, word in enumerate(_vocabulary(run.dataset))}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    by_word, by_character = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")
-    core.pre_tokenizer = by_word if DATASETS[run.dataset].words else by_character
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # by character
+    if DATASETS[run.dataset].words:
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
     return arm_of(run).make(run), tokenizer
 

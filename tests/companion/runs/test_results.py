@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from companion.questions.datasets import DATASETS, Dataset, one_digit_composite, two_digit
+from companion.questions.datasets import DATASETS, Dataset, one_digit_composite
 from companion.runs import results
 from companion.runs.run import Run
 from companion.runs.store import Store
@@ -47,21 +47,14 @@ def test_runs_become_rows(tmp_path, monkeypatch):
         results.answers([], store)
 
 
-def test_from_scratch_all_seeds_answer_the_same_questions(tmp_path, monkeypatch):
-    frame = two_digit()
-    monkeypatch.setitem(DATASETS, "sums", Dataset("sums", lambda: frame))
-    store, draw = Store(tmp_path, shipped=None), np.random.default_rng(0)
-    difficulty, runs = draw.random(500), []
+def test_from_scratch_all_seeds_answer_the_same_questions(answers_of):
+    draw, parts = np.random.default_rng(0), []
+    difficulty = draw.random(500)
     for arm, level in (("1 layer", 0.5), ("2 layers", 0.6)):
-        for seed in range(5):
-            runs.append(Run("sums", arm, seed, model="scratch", test_items=500))
-            right = difficulty < level + draw.normal(0, 0.02)
-            text = "".join(map(str, right.astype(int)))
-            result = {"run": {}, "right": text, "trained": 1, "seconds": 1, "flops": 1}
-            store.keep(runs[-1], result, {})
-    table = results.answers(runs, store)
-    assert results.matrix(table[table["arm"] == "1 layer"]).shape == (5, 500)
-    row = results.difference_table(table, "2 layers", ["1 layer"]).iloc[0]
+        right = difficulty < level + draw.normal(0, 0.02, (5, 1))
+        parts.append(answers_of(right, arm=arm, folds=False))
+    assert results.matrix(parts[0]).shape == (5, 500)
+    row = results.difference_table(pd.concat(parts), "2 layers", ["1 layer"]).iloc[0]
     assert row["low"] > 0.03 and row["high"] < 0.17 and row["n"] == 500
 
 
@@ -76,12 +69,11 @@ def test_accuracy_has_its_interval(rows):
 
 def test_the_mean_over_datasets_is_a_row_of_its_own(rows):
     more = rows.assign(dataset="other", right=rows["right"].to_numpy()[::-1], flops=30)
-    table = results.accuracy_table(pd.concat([rows, more]))
-    alone = table[table["dataset"] != "all"].groupby("arm")["accuracy"].mean()
-    mean = table[table["dataset"] == "all"].set_index("arm")
+    table = results.accuracy_table(pd.concat([rows, more])).set_index(["dataset", "arm"])
+    one, mean = table.loc["d"], table.loc["all"]
+    alone = (one["accuracy"] + table.loc["other", "accuracy"]) / 2
     assert mean["accuracy"].to_dict() == pytest.approx(alone.to_dict())
     assert (mean["n"] == 1800).all() and (mean["operations"] == 1).all()
-    one = table[table["dataset"] == "d"].set_index("arm")
     assert (mean["high"] - mean["low"] < one["high"] - one["low"]).all()  # twice as many questions
 
 
