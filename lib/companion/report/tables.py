@@ -1,10 +1,7 @@
-"""Tables as CSV, Markdown and LaTeX, all from one frame; comparing them; the index of figures."""
+"""Tables as CSV, Markdown and LaTeX, all from one frame; comparing them."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 
@@ -13,13 +10,6 @@ from backattn.files import atomic_file
 SYMBOLS = dict(zip("′−≤≥", ("$'$", "$-$", r"$\leq$", r"$\geq$"), strict=True)) | dict(
     zip("≈→Σ∈", (r"$\approx$", r"$\to$", r"$\Sigma$", r"$\in$"), strict=True)
 )  # what LaTeX does not take as it is
-INDEX = """# Figures and tables
-
-Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
-plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
-`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
-[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
-"""
 
 
 def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
@@ -62,27 +52,3 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
                 where = f"{name}, column {column}: {new[row]} in row {row + 2}"
                 problems.append(f"{where}, the committed file says {old[row]}")
     return problems
-
-
-def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
-    """figures/README.md: executed notebook -> claims and data -> figure -> first sentence of its
-    "**Finding.**"; ledger: id, notebook, figure."""
-    lines = [INDEX]
-    for path in notebooks:
-        cells = nbformat.read(path, as_version=4).cells
-        reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
-        claims = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
-        named, data = ", ".join(dict.fromkeys(claims)) or "none", reads[1] if reads else "nothing"
-        lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
-        lines.append(f"Claims: {named}. Reads: {data}.\n")
-        for place, cell in enumerate(cells):
-            code = cell.source if cell.cell_type == "code" else ""
-            for name in re.findall(r'out\.figure\([^"]*"(\w+)"', code):
-                later = (c.source for c in cells[place:] if c.source.startswith("**Finding.**"))
-                finding = " ".join(next(later, "–.").removeprefix("**Finding.** ").split())
-                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", finding)[1]
-                whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
-                files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
-                lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
-        lines.append("")
-    return "\n".join(lines)
