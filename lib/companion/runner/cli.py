@@ -144,8 +144,10 @@ def main(argv: list[str] | None = None) -> int:
         return check()
     if arguments.list:
         for path in committed.notebooks():
-            run = committed.took("paper").get(path.stem)
-            note = f"{run['seconds']:.0f} s, {run['peak_megabytes']} MB" if run else "not timed yet"
+            took = committed.took("paper").get(path.stem)
+            note = "not timed yet"
+            if took:
+                note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB"
             print(f"{path.stem:28} paper profile: {note}")
         return 0
     if arguments.html:

@@ -59,24 +59,18 @@ def test_places_depend_on_the_name_alone(name):
     assert places == [0.5584, 0.3624, 0.4048]
 
 
-def test_draw_is_seeded():
+def test_bad_requests_are_named_and_draws_are_seeded():
+    for message, ask in {
+        "folds 0 to 2": lambda: split(load("1DC"), 3),
+        "no questions in split 'dev'": lambda: draw(split(load("1DC")), "dev", 3),
+        "Unknown dataset 'gsm'; choose one of 2-digit, 1DC": lambda: load("gsm"),
+        "only 224 questions of kind OOD/OOD": lambda: compositions(1),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ask()
     frame = split(load("1DC"), 0)
     assert draw(frame, "test", 20).equals(draw(frame, "test", 20))
     assert len(draw(frame, "test")) == (frame["split"] == "test").sum()
-
-
-@pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda: split(load("1DC"), 3), "folds 0 to 2"),
-        (lambda: draw(split(load("1DC")), "dev", 3), "no questions in split 'dev'"),
-        (lambda: load("gsm"), "Unknown dataset 'gsm'; choose one of 2-digit, 1DC"),
-        (lambda: compositions(1), "only 224 questions of kind OOD/OOD"),
-    ],
-)
-def test_bad_requests_are_named(ask, message):
-    with pytest.raises(ValueError, match=message):
-        ask()
 
 
 def test_records_know_what_runs_need():
