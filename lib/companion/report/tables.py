@@ -44,7 +44,8 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
         for column in [name for name in expected if not name.startswith("timed")]:
             both = old, new = expected[column], found[column]
             if all(pd.api.types.is_numeric_dtype(x) and x.dtype != bool for x in both):
-                same = np.isclose(new, old, relative, 1e-3 * old.abs().max(), equal_nan=True)
+                allowed = 1e-3 * np.nan_to_num(old.abs().max())
+                same = np.isclose(new, old, relative, allowed, equal_nan=True)
             else:
                 words = [x.astype(object).where(x.notna(), "").astype(str) for x in both]
                 same = (words[0] == words[1]).to_numpy()
