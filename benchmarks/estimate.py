@@ -1,4 +1,4 @@
-"""What `companion.runs.estimate` says before training against what the training then takes, in the
+"""What `companion.runs.launch` says before training against what the training then takes, in the
 same run.
 
     .venv/bin/python benchmarks/estimate.py
@@ -18,7 +18,7 @@ import time
 import pandas as pd
 
 from backattn import runtime
-from companion.runs.estimate import estimate
+from companion.runs.launch import estimate
 from companion.runs.perform import train_and_test
 from companion.runs.plans import found, main_runs
 from companion.runs.store import Store

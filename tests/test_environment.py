@@ -43,23 +43,16 @@ def imported():
     return names - PACKAGES - {file.stem for file in siblings} - set(sys.stdlib_module_names)
 
 
-def test_conda_installs_python_and_pip_only(text):
-    assert yaml.safe_load(text)["dependencies"][:2] == ["python=3.11", "pip"]
-    assert [*yaml.safe_load(text)["dependencies"][2]] == ["pip"]
+def test_conda_installs_python_and_pip_only_and_every_pin_is_exact(text):
+    python, pip, listed = yaml.safe_load(text)["dependencies"]
+    assert (python, pip, [*listed]) == ("python=3.11", "pip", ["pip"])
+    first, *lines = [line.strip() for line in text.partition("- pip:\n")[2].splitlines()]
+    assert first.startswith("- --extra-index-url")
+    assert all(re.fullmatch(r"- [\w-]+==[\w.]+ # .+", line) for line in lines)  # where it is used
 
 
-def test_every_pin_is_exact_and_says_where_it_is_used(text):
-    lines = [line.strip() for line in text.partition("- pip:\n")[2].splitlines()]
-    assert lines[0].startswith("- --extra-index-url")
-    for line in lines[1:]:
-        assert re.fullmatch(r"- [\w-]+==[\w.]+ # .+", line), line
-
-
-def test_every_import_is_in_the_list(listed):
+def test_every_import_and_floor_is_in_the_list(listed):
     assert imported() - PARTS - AUTHORS_ONLY <= listed
-
-
-def test_the_librarys_floors_name_only_listed_packages(listed):
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floors = {re.split(r"[>=<]", name)[0].lower() for name in project["dependencies"]}
     assert {IMPORTED_AS.get(name, name) for name in floors} <= listed

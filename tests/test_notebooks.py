@@ -18,20 +18,10 @@ from companion.runner import committed
 
 NOTEBOOKS = committed.notebooks()
 TAGS = {"setup", "parameters", "nbval-check-output", "nbval-skip", "hide-input", "remove-cell"}
-LEAST_IMAGES = {
-    "00_start_here": 2,
-    "01_stage_discovery": 5,
-    "02_failure_analysis": 7,
-    "03_back_attention_training": 4,
-    "04_layer_ablation": 5,
-    "05_what_it_reads": 7,
-    "06_capacity": 3,
-    "07_controls": 4,
-    "08_composition": 1,
-    "09_other_reasoning_and_cost": 3,
-    "11_claims": 1,
-    "demo_logit_flow": 1,
-}
+LEAST_IMAGES = {"00_start_here": 2, "01_stage_discovery": 5, "02_failure_analysis": 7}
+LEAST_IMAGES |= {"03_back_attention_training": 4, "04_layer_ablation": 5, "05_what_it_reads": 7}
+LEAST_IMAGES |= {"06_capacity": 3, "07_controls": 4, "08_composition": 1}
+LEAST_IMAGES |= {"09_other_reasoning_and_cost": 3, "11_claims": 1, "demo_logit_flow": 1}
 MEGABYTES = 1.5
 
 
@@ -53,17 +43,7 @@ def has_tag(cell, tag):
     return tag in cell.metadata.get("tags", [])
 
 
-def first_cells(path):
-    """Source of the title and of the set-up cell."""
-    title, setup = nbformat.read(path, as_version=4).cells[:2]
-    return title.source, setup.source
-
-
-def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == list(LEAST_IMAGES)
-
-
-def test_it_is_valid_small_and_clean(path, notebook):
+def test_it_is_valid_small_clean_and_was_run_in_order(path, notebook):
     nbformat.validate(notebook)
     assert path.stat().st_size < MEGABYTES * 2**20
     assert notebook.metadata.kernelspec.name == "python3"
@@ -72,9 +52,6 @@ def test_it_is_valid_small_and_clean(path, notebook):
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     machine = r"/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\|0x[0-9a-f]{8}"
     assert not re.search(machine, path.read_text(encoding="utf-8"))
-
-
-def test_it_was_run_in_order_without_errors(notebook):
     cells = code(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
@@ -123,6 +100,7 @@ def test_every_saved_figure_and_table_is_committed(notebook):
 
 
 def test_the_index_of_figures_is_whole():
+    assert [path.stem for path in NOTEBOOKS] == list(LEAST_IMAGES)
     index = (paths.FIGURES / "README.md").read_text(encoding="utf-8")
     assert index == committed.figure_index()
     listed = re.findall(r"^- \*\*(\w+)\*\*", index, re.MULTILINE)
@@ -151,15 +129,12 @@ def test_parameters_are_plain_literals_and_profiles_use_them(path, notebook):
     assert {"model_name", "device"} <= names
 
 
-# ---------------------------------------------------------------- the set-up cell
-
-
 def test_set_up_cells_and_badges_are_alike_and_agree_with_pyproject():
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"]
     slug, sources = address.removeprefix("https://github.com/"), set()
     for path in NOTEBOOKS:
-        title, setup = first_cells(path)
+        title, setup = (cell.source for cell in nbformat.read(path, as_version=4).cells[:2])
         colab = f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
         binder = f"mybinder.org/v2/gh/{slug}/main?labpath=notebooks%2F{path.name}"
         assert colab in title and binder in title
@@ -172,7 +147,7 @@ def test_set_up_cells_and_badges_are_alike_and_agree_with_pyproject():
 @pytest.mark.parametrize("place", ["notebooks", "root", "hosted"])
 def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
     """Where backattn is not installed: in a checkout, or hosted, with the notebook alone."""
-    _, source = first_cells(NOTEBOOKS[0])
+    source = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
     checkout, folder, environment = paths.ROOT, tmp_path, {**os.environ, "BACKATTN_OUTPUT": ""}
     environment.pop("PYTHONPATH", None)
     if place == "hosted":
@@ -183,11 +158,9 @@ def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "All"]):
             subprocess.run([*git, *command], check=True)
         address = re.search(r"https://\S+", source)[0]
-        environment |= {
-            "GIT_CONFIG_COUNT": "1",
-            "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/repository.insteadOf",
-            "GIT_CONFIG_VALUE_0": address,
-        }
+        instead = f"url.file://{tmp_path}/repository.insteadOf"
+        environment |= {"GIT_CONFIG_KEY_0": instead, "GIT_CONFIG_VALUE_0": address}
+        environment |= {"GIT_CONFIG_COUNT": "1"}
     else:
         folder = paths.ROOT / ("notebooks" if place == "notebooks" else "")
     program = f"""
@@ -201,10 +174,8 @@ for _ in range(2):
     shell.run_cell({source!r}).raise_error()
 print(shell.user_ns["out"].name, sys.modules["companion.paths"].ROOT)
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    how = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", program], **how)
     assert done.stdout.split() == [NOTEBOOKS[0].stem, str(checkout)], done.stdout + done.stderr
 
 

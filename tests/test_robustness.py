@@ -23,17 +23,8 @@ from backattn.models.tokens import encode
 from backattn.training.batches import numbers
 from backattn.training.loop import Recipe, train
 
-STRANGE = [
-    "\u200b.",
-    "a\u0301" * 9,
-    "🧑‍🚀 says",
-    "مرحبا بالعالم",
-    "\x00\x01\x7f",
-    "\n\n\t x",
-    "x" * 90,
-    "e " * 60,
-    "<pad>",
-]
+STRANGE = ["\u200b.", "a\u0301" * 9, "🧑‍🚀 says", "مرحبا بالعالم", "\x00\x01\x7f", "\n\n\t x"]
+STRANGE += ["x" * 90, "e " * 60, "<pad>"]
 ODD = st.one_of(
     st.text(min_size=1, max_size=30),
     st.sampled_from(STRANGE),
@@ -54,18 +45,14 @@ def wrapped(llama):
     model.unload()
 
 
-# ---------------------------------------------------------------- odd prompts
-
-
 @FUZZ
 @given(prompts=st.lists(ODD, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
 def test_back_attention_takes_any_text(llama, wrapped, prompts, side):
     """Finite, and each text alone is what it is in a padded batch."""
     batch = encode(llama[1], prompts, side)
     with torch.no_grad():
-        together = wrapped(
-            batch.input_ids, batch.attention_mask, position_ids=batch.position_ids, use_cache=False
-        ).logits
+        options = {"position_ids": batch.position_ids, "use_cache": False}
+        together = wrapped(batch.input_ids, batch.attention_mask, **options).logits
         assert together[batch.attention_mask.bool()].isfinite().all()
         for row, prompt in enumerate(prompts):
             alone = encode(llama[1], [prompt])
@@ -77,19 +64,12 @@ def test_back_attention_takes_any_text(llama, wrapped, prompts, side):
 @given(prompt=ODD, count=st.integers(1, 4))
 def test_cached_generation_is_recomputation_for_any_text(llama, wrapped, prompt, count):
     batch = encode(llama[1], [prompt])
-    made = wrapped.generate(
-        batch.input_ids,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    made = wrapped.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)
     with torch.no_grad():
         whole = wrapped(made[:, :-1], use_cache=False).logits[0, batch.input_ids.shape[1] - 1 :]
     chosen = whole.gather(-1, made[0, batch.input_ids.shape[1] :, None])[:, 0]
-    assert (
-        whole.max(-1).values - chosen < 1e-3
-    ).all()  # what was written is what recomputation writes, or a tie
+    assert (whole.max(-1).values - chosen < 1e-3).all()  # what recomputation writes, or a tie
 
 
 @FUZZ
@@ -99,18 +79,10 @@ def test_logit_flow_telescopes_on_any_text(llama, prompts):
     assert flow.check() <= 1e-4 and np.isfinite(flow.frame["increase"]).all()
 
 
-@pytest.mark.parametrize("prompts", [[], [""], ["a", ""], [3], [None], ["a", None]])
-def test_what_is_no_prompt_is_refused(llama, prompts):
-    with pytest.raises((ValueError, TypeError), match=r"[Pp]rompt|str"):
+@pytest.mark.parametrize("prompts", [[], [""], ["a", ""], [3], ["a", None], ["word " * 400]])
+def test_what_is_no_prompt_or_too_long_is_refused(llama, prompts):
+    with pytest.raises((ValueError, TypeError), match=r"[Pp]rompt|str|Shorten it"):
         logit_flow(*llama, prompts)
-
-
-def test_a_text_longer_than_the_context_is_refused(llama):
-    with pytest.raises(ValueError, match="Shorten it"):
-        logit_flow(*llama, ["word " * 400])
-
-
-# ---------------------------------------------------------------- files made to do harm
 
 
 def test_a_checkpoint_that_runs_code_is_refused(llama, tmp_path):

@@ -38,10 +38,7 @@ class Notebook:
 
 
 def setup(name: str) -> Notebook:
-    """Prepare a notebook: small missing packages, one thread, house style, no foreign warnings.
-
-    Safe to repeat. The profile, whose folder the notebook writes to, is in BACKATTN_PROFILE.
-    """
+    """Prepare a notebook: small missing packages, one thread, house style, no foreign warnings."""
     missing = [package for package in LIGHT if importlib.util.find_spec(package) is None]
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)

@@ -1,8 +1,4 @@
-"""Where everything of the companion lives.
-
-Read-only inputs are found next to the library's own file, so the working directory never matters.
-Everything that is written goes below `OUTPUT`.
-"""
+"""Where everything of the companion lives; what is written goes below `OUTPUT`."""
 
 from pathlib import Path
 

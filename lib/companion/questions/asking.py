@@ -12,9 +12,7 @@ from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress
 
 OUTCOMES = ("e3", "e2", "shortcut", "e1", "other")
-
 ENTITIES = OUTCOMES[:-1]
-
 ID_COLUMNS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `candidates`
 
 
@@ -26,14 +24,10 @@ def ask(
     wanted: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, list[dict[int, float]]]:
-    """The model's next token after each prompt, and the log-probabilities of wanted ones.
+    """The model's next token after each prompt, [n], and per prompt wanted tokens ->
+    log-probability. Raises ValueError when there are no prompts.
 
     keys: prompts with equal keys begin alike (worked examples), which is then computed once.
-
-    wanted: per prompt the tokens whose log-probabilities are returned.
-
-    Returns (next token [n], per prompt token -> log-probability). Raises ValueError when there are
-    no prompts.
     """
     if not len(prompts):
         raise ValueError(
@@ -41,10 +35,9 @@ def ask(
         )
     said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
     by_length = np.argsort(prompts.str.len(), kind="stable")
-    groups = pd.Series(by_length).groupby(keys.to_numpy()[by_length])
     batches = [
         rows.to_numpy()[i : i + batch_size]
-        for _, rows in groups
+        for _, rows in pd.Series(by_length).groupby(keys.to_numpy()[by_length])
         for i in range(0, len(rows), batch_size)
     ]
     for rows in progress(batches, "asking", unit="batch"):
@@ -58,21 +51,19 @@ def ask(
 
 
 def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.DataFrame:
-    """Ask the model every prompt.
-
-    Returns `frame` with: answer_id (first token of " answer"), tokens (how many tokens the answer
-    takes), log_prob of the first, said (the model's own next token, as text), correct (said is the
-    answer's first token), shared (another answer of the frame begins with the same token, so the
-    first token cannot tell them apart).
-    """
-    pieces = {answer: continuation_ids(tokenizer, answer) for answer in frame["answer"].unique()}
-    ids = [pieces[answer][0] for answer in frame["answer"]]
+    """Ask the model every prompt: `frame` with answer_id (first token of " answer"), tokens (how
+    many the answer takes), log_prob of the first, said (the model's next token, as text), correct
+    (said is the answer's first token), shared (another answer begins with the same token)."""
+    pieces = frame["answer"].map(
+        functools.cache(lambda answer: continuation_ids(tokenizer, answer))
+    )
+    ids = pieces.str[0].tolist()
     said, logs = ask(
         model, tokenizer, frame["prompt"], frame["relation"], [[i] for i in ids], batch_size
     )
     frame = frame.assign(answer_id=ids)
     return frame.assign(
-        tokens=[len(pieces[answer]) for answer in frame["answer"]],
+        tokens=pieces.map(len),
         log_prob=[log_probs[i] for log_probs, i in zip(logs, ids, strict=True)],
         said=[tokenizer.decode([i]) for i in said],
         correct=said == np.array(ids),
@@ -82,10 +73,7 @@ def score(model, tokenizer, frame: pd.DataFrame, batch_size: int = 32) -> pd.Dat
 
 def answerable(scored: pd.DataFrame, per_relation: int | None = None) -> pd.DataFrame:
     """The prompts fit for analysis: answered right, by an answer of one token that no other answer
-    begins with.
-
-    per_relation: at most this many of each relation. Raises ValueError when none is left.
-    """
+    begins with; at most `per_relation` of each relation. Raises ValueError when none is left."""
     fit = scored[scored["correct"] & ~scored["shared"] & (scored["tokens"] == 1)]
     if fit.empty:
         raise ValueError(
@@ -97,23 +85,17 @@ def answerable(scored: pd.DataFrame, per_relation: int | None = None) -> pd.Data
 
 
 def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the first tokens of each outcome: e3_ids, e2_ids, shortcut_ids, e1_ids
-    (frozensets).
-
-    An alias that begins like another answer to the same relation is left out. `collides` says that
-    a first token would not tell the outcomes apart: e2 or e3 itself begins like another answer to
-    its relation, or two of e1, e2, e3 and a different shortcut begin alike.
-    """
+    """`frame` with the first tokens of each outcome (frozensets), in ID_COLUMNS, but of aliases
+    that begin like another answer to the same relation. `collides` says that a first token would
+    not tell the outcomes apart: e2 or e3 itself begins like another answer to its relation, or two
+    of e1, e2, e3 and a different shortcut begin alike."""
     frame = frame.reset_index(drop=True)
     first = functools.cache(lambda word: continuation_ids(tokenizer, word)[0])
-    entities = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)
-    other = (frame["shortcut"] != "") & (frame["shortcut"] != frame["e3"])
+    known = {*frame["e2"], *frame["e3"]}  # an alias may be an entity of its own (neighbours)
+    shortcut = frame["shortcut"].where(frame["shortcut"] != frame["e3"], "")
     ids = {
         "e1": [frozenset([first(name)]) for name in frame["e1"]],
-        "shortcut": [
-            frozenset([first(name)] if differs else [])
-            for name, differs in zip(frame["shortcut"], other, strict=True)
-        ],
+        "shortcut": [frozenset([first(name)] if name else []) for name in shortcut],
     }
     collides = np.zeros(len(frame), dtype=bool)
     for entity, relation in (("e2", "r1"), ("e3", "r2")):
@@ -121,15 +103,15 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
         names["word"] = (names["name"] + "|" + frame[f"{entity}_aliases"]).str.split("|")
         names = names.explode("word").query("word != ''")
         names["token"] = names["word"].map(first)
-        names["answer"] = names["word"].where(names["word"].isin(entities), names["name"])
+        names["answer"] = names["word"].where(names["word"].isin(known), names["name"])
         alike = names.groupby(["relation", "token"])["answer"].transform("nunique") > 1
         main = names["token"] == names["name"].map(first)
         collides |= (main & alike).groupby(level=0).any().to_numpy()
         ids[entity] = names[main | ~alike].groupby(level=0)["token"].agg(frozenset).tolist()
-    ids = {column: ids[entity] for column, entity in zip(ID_COLUMNS, ENTITIES, strict=True)}
     sets = zip(*ids.values(), strict=True)
     alike = [len(frozenset().union(*tokens)) < sum(map(len, tokens)) for tokens in sets]
-    return frame.assign(**ids, collides=collides | np.array(alike))
+    columns = {f"{entity}_ids": ids[entity] for entity in ENTITIES}
+    return frame.assign(**columns, collides=collides | np.array(alike))
 
 
 def outcome(said: int, ids: dict[str, frozenset]) -> str:

@@ -1,40 +1,35 @@
 """Invented facts and their compositions."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pandas as pd
 
 ENTITIES, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}
-
 WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS)))
 
 
 def compositions(draw_seed: int = 2) -> pd.DataFrame:
-    """Invented facts and their compositions, for models that know nothing else (as Wang et al.
-    2024, smaller).
+    """Invented facts and their compositions (as Wang et al. 2024, smaller): prompt, answer, group
+    (bridge entity), kind, split, tested, r2.
 
     Of 60 entities each has 10 of 20 relations to others: 600 facts, "e3 r7" -> " e41", all of which
-    are trained on. One in five is "OOD": no two-hop question with it is trained on. `kind` says of
-    which facts a question "e3 r7 r12" is made, "ID/ID" (first/second hop), "ID/OOD", "OOD/ID",
-    "OOD/OOD", or "fact". A fifth of ID/ID is held out, only where other questions with both facts,
-    in the same places, are trained on. HELD_OUT questions of each kind are for validation and test.
-    The split is part of the dataset; a group is a bridge entity, which is what is resampled.
-
-    Raises ValueError for a draw_seed with too few questions of a kind.
+    are trained on. One in five is "OOD": no two-hop question with it is trained on. `kind` is
+    "fact" or, of a question "e3 r7 r12", that of its facts, "ID/OOD" (first/second hop). A fifth of
+    ID/ID is held out, only where other questions with both facts, in the same places, are trained
+    on; HELD_OUT of each kind. Raises ValueError for a draw_seed with too few questions of a kind.
     """
-    draw, facts = np.random.default_rng(draw_seed), {}
+    draw, facts, by_kind = np.random.default_rng(draw_seed), {}, defaultdict(list)
     for entity in range(ENTITIES):
         for relation in draw.permutation(RELATIONS)[: RELATIONS // 2]:
             facts[entity, int(relation)] = int(draw.integers(ENTITIES))
     domain = {fact: ("ID", "OOD")[int(draw.random() < 0.2)] for fact in facts}
     rows = [(f"e{e} r{r}", f" e{to}", f"e{to}", "fact", "train") for (e, r), to in facts.items()]
-    by_kind: dict[str, list[tuple]] = {}  # of (question, its first fact, its second fact)
     for (e, r1), bridge in facts.items():
         for r2 in (r2 for r2 in range(RELATIONS) if (bridge, r2) in facts):
             question = (f"e{e} r{r1} r{r2}", f" e{facts[bridge, r2]}", f"e{bridge}")
             kind = f"{domain[e, r1]}/{domain[bridge, r2]}"
-            by_kind.setdefault(kind, []).append((question, (e, r1), (bridge, r2)))
+            by_kind[kind].append((question, (e, r1), (bridge, r2)))  # and its facts
     for kind, held_out in sorted(by_kind.items()):
         held_out = [held_out[i] for i in draw.permutation(len(held_out))]
         if kind == "ID/ID":

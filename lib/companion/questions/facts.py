@@ -1,15 +1,28 @@
-"""The facts that are asked, read and checked."""
+"""Facts and files of others: read, checked and, where they are not here, fetched."""
 
 import ast
+import hashlib
+import os
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from companion.paths import DATA
-from companion.questions.published import Published, published
+from backattn.files import atomic_file
+from companion.paths import CACHE, DATA
 
-TWO_HOP_COLUMNS = ("pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3", "split")
+
+@dataclass(frozen=True)
+class Published:
+    """A published file: its place in the folder BACKATTN_DATASETS, its public home, and its sha256;
+    where that is None the first fetch writes it down beside the file."""
+
+    path: str
+    url: str
+    sha256: str | None = None
+
 
 TWO_HOP = Published(
     "twohop/two_hop.csv",
@@ -17,12 +30,43 @@ TWO_HOP = Published(
 )
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV that must have `columns`, once each, without empty cells in them.
+def published(file: Published) -> Path:
+    """Where the file lies: in the folder BACKATTN_DATASETS, or else fetched into the cache. Raises
+    FileNotFoundError when it is not in that folder, OSError that says where to put it by hand when
+    it cannot be fetched, and ValueError when its sha256 is another one."""
+    folder = os.environ.get("BACKATTN_DATASETS")
+    path = (Path(folder) if folder else CACHE / "datasets") / file.path
+    note = path.with_suffix(".sha256")
+    if not path.exists() and folder:
+        raise FileNotFoundError(
+            f"{path} is missing. Put it there, or unset BACKATTN_DATASETS to fetch {file.url}."
+        )
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(file.url, timeout=30) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise OSError(
+                f"Cannot fetch {file.url} ({error}). Put the file into <folder>/{file.path} and "
+                "set BACKATTN_DATASETS to that folder."
+            ) from error
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+        if file.sha256 is None:
+            with atomic_file(note) as temporary:
+                temporary.write_text(hashlib.sha256(content).hexdigest())
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != (file.sha256 or (note.read_text().strip() if note.exists() else found)):
+        raise ValueError(
+            f"{path} has another sha256 than the published file. It was not used: delete it, and "
+            "it is fetched again unless BACKATTN_DATASETS is set."
+        )
+    return path
 
-    Raises ValueError naming the file and the missing column, repeated column or first empty row,
-    and FileNotFoundError with the path.
-    """
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a CSV that must have `columns`, once each, without empty cells in them; raises
+    ValueError naming the file and column or row, FileNotFoundError with the path."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; it comes with the repository (git checkout -- data)."
@@ -49,33 +93,25 @@ def facts(path: Path = DATA / "facts.csv") -> pd.DataFrame:
 def two_hop_facts(path: Path = DATA / "two_hop.csv") -> pd.DataFrame:
     """The two-hop facts: pair, e1, r1, e2, r2, e3, shortcut, type1–3, e2_aliases, e3_aliases ("|"
     between), split; see `read_table`."""
-    frame = read_table(path, TWO_HOP_COLUMNS)
-    absent = [name for name in ("shortcut", "e2_aliases", "e3_aliases") if name not in frame]
-    return frame.assign(**dict.fromkeys(absent, ""))
+    return read_table(path, ["pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3", "split"])
 
 
 def published_two_hop() -> pd.DataFrame:
     """The TwoHop facts of Biran et al. (2024) in the columns of `two_hop_facts`; r1 and r2 are
-    phrases with {}.
-
-    Raises what `published` and `read_table` raise, and ValueError for a phrase without {}.
+    phrases with {}. Raises what `published` and `read_table` do, ValueError for a phrase without.
     """
     labels = {f"{entity}_label": entity for entity in ("e1", "e2", "e3")}
     labels |= {"r1_template": "r1", "r2_template": "r2", "e2_type": "type2", "e3_type": "type3"}
-    columns = [*labels, "r1_type", "r2_type", "e2_aliases", "e3_aliases"]
     path = published(TWO_HOP)
+    columns = [*labels, "r1_type", "r2_type", "e2_aliases", "e3_aliases"]
     frame = read_table(path, columns).rename(columns=labels)
-    for row, phrases in enumerate(zip(frame["r1"], frame["r2"], strict=True)):
-        for phrase in phrases:
-            if phrase.count("{}") != 1:
-                raise ValueError(
-                    f"{path.name}, row {row + 2}: the template {phrase!r} must have the slot {{}} "
-                    "once."
-                )
+    for (row, _), phrase in frame[["r1", "r2"]].stack().items():
+        if phrase.count("{}") != 1:
+            raise ValueError(
+                f"{path.name}, row {row + 2}: the template {phrase!r} must have the slot {{}} once."
+            )
     frame["pair"] = frame["type2"] + "-" + frame.pop("r1_type") + "-" + frame.pop("r2_type")
     for name in ("e2_aliases", "e3_aliases"):
-        frame[name] = [
-            "|".join(word for word in ast.literal_eval(cell) if len(word) > 1)
-            for cell in frame[name]
-        ]
+        lists = frame[name].map(ast.literal_eval)
+        frame[name] = ["|".join(word for word in words if len(word) > 1) for words in lists]
     return frame.assign(shortcut="", split="test")

@@ -6,31 +6,24 @@ Two worked examples stand in front, because a small model does not answer the ba
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 GROUPS = ("entity", "relation", "last", "context")
-
 SHOWN_FROM = 40  # facts, the largest, from which worked examples are drawn
-
 EXAMPLES = ("one-hop", "two-hop", "none")
 
 
 def single_hop(
     frame: pd.DataFrame, shots: int = 2, per_relation: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """The prompts of `facts` (relation, subject, answer, largest first within each relation).
-
-    shots: worked examples in front, the same for all prompts of a relation, with different answers,
-    drawn by `seed` from its SHOWN_FROM largest subjects. Facts with one of their answers are not
-    asked: it would stand in the prompt. per_relation: at most so many prompts of each.
-
-    Returns the facts with: prompt, entity and relation_span, the last two as (begin, end)
-    characters of the prompt.
-    """
+    """The prompts of `facts` (relation, subject, answer, largest first within each relation), with
+    prompt, entity and relation_span, the last two as (begin, end) characters. shots: worked
+    examples in front, the same for all of a relation, with different answers, drawn by `seed` from
+    its SHOWN_FROM largest; facts with one of their answers are not asked."""
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
         shown = _pool(part, draw).drop_duplicates("answer").head(shots)
@@ -39,9 +32,7 @@ def single_hop(
                 f"{relation!r} has only {len(shown)} different answers to show: ask for fewer "
                 "shots."
             )
-        head = "".join(
-            f"{row.subject}'s {relation} is {row.answer}. " for row in shown.itertuples()
-        )
+        head = "".join(f"{r.subject}'s {relation} is {r.answer}. " for r in shown.itertuples())
         asked = part[~part["answer"].isin(shown["answer"])]
         for row in asked.head(per_relation or len(asked)).to_dict("records"):
             prompt = f"{head}{row['subject']}'s {relation} is"
@@ -74,11 +65,8 @@ def label_tokens(
     tokenizer, prompts: Sequence[str], spans: dict[str, Sequence[tuple[int, int]]]
 ) -> list[np.ndarray]:
     """A label for every token of every prompt: the name of the span it lies in, "last", or
-    "context" (all else).
-
-    tokenizer: a fast one (it must give character offsets). spans: name -> (begin, end) characters,
-    one per prompt. Raises ValueError when a span holds no token but the last.
-    """
+    "context". tokenizer: a fast one; spans: name -> (begin, end) characters, one per prompt. Raises
+    ValueError when a span holds no token but the last."""
     groups = []
     for prompt, *places in zip(prompts, *spans.values(), strict=True):
         offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
@@ -95,10 +83,9 @@ def label_tokens(
 
 def last_token_positions(labels: Sequence[np.ndarray], places: Sequence[str]) -> list[list[int]]:
     """The last token of each place in every prompt, [n][places]; ValueError where there is none."""
-    for row in labels:
-        missing = [place for place in places if place not in row]
-        if missing:
-            raise ValueError(f"A prompt has no token in the group {missing[0]!r}.")
+    for place in places:
+        if not all(place in row for row in labels):
+            raise ValueError(f"A prompt has no token in the group {place!r}.")
     return [[int(np.flatnonzero(row == place)[-1]) for place in places] for row in labels]
 
 
@@ -112,10 +99,8 @@ class Template:
     def say(self, entity: str, *relations: str) -> str:
         """The question for relations, the first one first; one that holds {} is a phrase itself."""
         for relation in relations:
-            if "{}" in relation:
-                entity = relation.format(entity)
-            else:
-                entity = self.phrase.format(entity=entity, relation=relation)
+            phrase = relation if "{}" in relation else self.phrase
+            entity = phrase.format(entity, entity=entity, relation=relation)
         text = self.sentence.format(phrase=entity)
         return text[0].upper() + text[1:]
 
@@ -134,19 +119,14 @@ def two_hop_prompts(
     per_pair: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The four prompts of every one of some `two_hop_facts`, worded as TEMPLATES[template].
+    """The four prompts of every one of some `two_hop_facts`, worded as TEMPLATES[template]: the
+    facts with first, second, shortcut_prompt, two_hop, head (the examples before two_hop), and
+    `two_hop_spans`.
 
     Two worked examples, drawn by `seed`, stand in front, the same for all facts with the same two
     relations: two first hops before the first hop; two second hops before the second hop and the
-    shortcut; before the two-hop question what `examples` says, "one-hop" (a first and a second
-    hop), "two-hop" (two two-hop questions with their answers) or "none". Facts one of whose names
-    or aliases stands in the examples are not asked: their answer would stand in the prompt.
-
-    per_pair: at most this many facts of each pair of relations, in the frame's order.
-
-    Returns the facts with: first, second, shortcut_prompt, two_hop (the prompts), head (the
-    examples before two_hop), and `two_hop_spans`. Raises ValueError for an unknown template or kind
-    of examples, and when an entity is not in its prompt.
+    shortcut; before the two-hop question one of each ("one-hop"), two such questions ("two-hop") or
+    "none". Facts one of whose names or aliases stands in them are not asked. per_pair: at most.
     """
     for what, name, names in (("template", template, TEMPLATES), ("examples", examples, EXAMPLES)):
         if name not in names:
@@ -156,25 +136,30 @@ def two_hop_prompts(
         shown = _pool(part, draw).drop_duplicates("e3").drop_duplicates("e2").head(2)
         if len(shown) < 2:
             continue
-        heads = _worked_examples(say, shown.to_dict("records"))
-        head, first, second = (heads[name] for name in (examples, "first", "second"))
+        one, other = shown.to_dict("records")
+        firsts, seconds, both = (
+            [f"{say(fact[start], *map(fact.get, hops))} {fact[end]}. " for fact in (one, other)]
+            for start, hops, end in (
+                ("e1", ["r1"], "e2"),
+                ("e2", ["r2"], "e3"),
+                ("e1", ["r1", "r2"], "e3"),
+            )
+        )
+        first, second = "".join(firsts), "".join(seconds)
+        heads = {"one-hop": firsts[0] + seconds[1], "two-hop": "".join(both), "none": ""}
         for index, row in zip(part.index, part.to_dict("records"), strict=True):
+            e1, e2, r1, r2 = (row[name] for name in ("e1", "e2", "r1", "r2"))
             if _named(row, first + second + heads["two-hop"]):
                 continue
-            prompt = head + say(row["e1"], row["r1"], row["r2"])
+            head = heads[examples]
+            prompts = {"first": first + say(e1, r1), "second": second + say(e2, r2)}
+            prompts |= {"shortcut_prompt": second + say(e1, r2)}
+            prompts |= {"two_hop": head + say(e1, r1, r2), "head": head}
             try:
-                spans = two_hop_spans(prompt, row["e1"], row["r1"], row["r2"], len(head))
+                spans = two_hop_spans(prompts["two_hop"], e1, r1, r2, len(head))
             except ValueError as error:
-                raise ValueError(f"Fact {index} ({row['pair']}, {row['e1']}): {error}") from error
-            rows[index] = {
-                **row,
-                "first": first + say(row["e1"], row["r1"]),
-                "second": second + say(row["e2"], row["r2"]),
-                "shortcut_prompt": second + say(row["e1"], row["r2"]),
-                "two_hop": prompt,
-                "head": head,
-                **spans,
-            }
+                raise ValueError(f"Fact {index} ({row['pair']}, {e1}): {error}") from error
+            rows[index] = {**row, **prompts, **spans}
     if not rows:
         raise ValueError(
             "No pair of relations has two facts to show and one to ask: give more facts."
@@ -183,25 +168,10 @@ def two_hop_prompts(
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
 
 
-def _worked_examples(say: Callable[..., str], shown: Sequence[dict]) -> dict[str, str]:
-    """Two facts as worked examples: as "first" and as "second" hops, and as EXAMPLES."""
-    first, second, both = (
-        [f"{say(fact[start], *map(fact.get, hops))} {fact[end]}. " for fact in shown]
-        for start, hops, end in (
-            ("e1", ["r1"], "e2"),
-            ("e2", ["r2"], "e3"),
-            ("e1", ["r1", "r2"], "e3"),
-        )
-    )
-    told = {"first": first, "second": second, "two-hop": both}
-    told |= {"one-hop": [first[0], second[1]], "none": []}
-    return {name: "".join(sentences) for name, sentences in told.items()}
-
-
 def _named(fact: dict, text: str) -> bool:
     """Whether a text names an entity of a fact, by any of its names."""
-    names = [fact["e1"], fact["e2"], fact["e3"]]
-    names += [*fact["e2_aliases"].split("|"), *fact["e3_aliases"].split("|")]
+    names = [fact[name] for name in ("e1", "e2", "e3")]
+    names += f"{fact['e2_aliases']}|{fact['e3_aliases']}".split("|")
     pattern = "|".join(re.escape(name) for name in names if name)
     return re.search(rf"\b(?:{pattern})\b", text) is not None
 
@@ -209,11 +179,9 @@ def _named(fact: dict, text: str) -> bool:
 def two_hop_spans(
     prompt: str, e1: str, r1: str, r2: str, start: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """Where e1 and the relations stand in a two-hop question, from character `start` on.
-
-    A relation stands after e1 if the wording puts it there, else before it; r1 is the nearer one.
-    Returns e1_span, r1_span, r2_span as (begin, end); raises ValueError when one is not there.
-    """
+    """e1_span, r1_span, r2_span: (begin, end) in a two-hop question, from character `start` on, or
+    ValueError. A relation stands after e1 if the wording puts it there, else before it; r1 is the
+    nearer one."""
     entity = span(prompt, e1, start)
     spans = {"e1_span": entity}
     for name, relation, nearness in (("r1_span", r1, 0), ("r2_span", r2, -1)):

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 SPLITS = ("train", "validation", "test")
-
 FOLDS, VALIDATION = 3, 0.15
 
 
@@ -22,14 +21,11 @@ def fold_of(name: str) -> int:
 
 
 def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
-    """The questions of `frame` with their split: "train", "validation" or "test".
+    """The questions of `frame` with their split, "train", "validation" or "test"; those whose names
+    fall into different splits are left out, and those in the test that are not `tested`.
 
-    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2 is one of three
-    turns: 15 % of the names are for validation in all turns; the others are tested in one turn and
-    trained on in the two others, so that all of them are tested once. A question whose names fall
-    into different splits is left out, and so is one in the test that is not `tested`.
-
-    A frame that comes with its split keeps it in every turn. Raises ValueError for another fold.
+    fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2: 15 % of the
+    names are for validation in all folds, each other is tested in one and trained on in two.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
@@ -39,19 +35,17 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     def of(name: str) -> str:
         if fold is None:
             return SPLITS[int(np.searchsorted([0.8, 0.9], place_of(name), side="right"))]
-        tested_in = fold_of(name)
-        return "validation" if tested_in < 0 else "test" if tested_in == fold else "train"
+        return {-1: "validation", fold: "test"}.get(fold_of(name), "train")
 
     splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
     frame = frame.assign(split=[min(names) for names in splits])
-    one_split = np.array([len(names) == 1 for names in splits])
-    fit = one_split & (frame["tested"] | (frame["split"] != "test"))
-    return frame[fit].reset_index(drop=True)
+    fit = np.array([len(names) == 1 for names in splits])
+    return frame[fit & (frame["tested"] | (frame["split"] != "test"))].reset_index(drop=True)
 
 
 def draw(frame: pd.DataFrame, split: str, count: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """`count` questions of a split, drawn at random, fewer where there are fewer; the same for the
-    same seed. Raises ValueError when the split is empty."""
+    """`count` questions of a split, drawn at random by `seed`, fewer where there are fewer. Raises
+    ValueError when the split is empty."""
     part = frame[frame["split"] == split]
     if part.empty:
         raise ValueError(f"There are no questions in split {split!r}.")

@@ -27,13 +27,9 @@ def names_of(label: Hashable) -> list:
 
 def bootstrap(clusters: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Weights [resamples, n] of bootstrap resamples; each row sums to 1, or is NaN where nothing
-    was drawn.
-
-    clusters: one label per value. Values with the same label are not independent, so names are
-    resampled, each with all its values; a value with two names ("a|b") counts as often as the
-    product of their counts. The draws depend on the labels and the seed alone, so that two arms
-    with the same questions get the same samples.
-    """
+    was drawn. Names (a label per value) are resampled, each with all its values; one with two names
+    ("a|b") counts as often as the product of their counts. The draws depend on labels and seed
+    alone, so that two arms with the same questions get the same samples."""
     return _bootstrap(tuple(clusters), resamples, seed)
 
 
@@ -42,10 +38,8 @@ def _bootstrap(clusters: tuple, resamples: int, seed: int) -> np.ndarray:
     parts = [names_of(label) for label in clusters]
     names = {name: i for i, name in enumerate(sorted({name for part in parts for name in part}))}
     counts = multinomial_counts(len(names), resamples, seed)  # [resamples, names]
-    weights = np.stack(
-        [counts[:, [names[name] for name in part]].prod(1) for part in parts], axis=1
-    )
-    weights = weights.astype(float)
+    weights = [counts[:, [names[name] for name in part]].prod(1) for part in parts]
+    weights = np.stack(weights, axis=1).astype(float)
     total = weights.sum(1, keepdims=True)
     weights = np.divide(weights, total, out=np.full_like(weights, np.nan), where=total > 0)
     weights.setflags(write=False)  # it is handed out again
@@ -59,18 +53,14 @@ def interval(draws: np.ndarray) -> dict[str, float]:
 
 
 def two_sided(draws: np.ndarray) -> float:
-    """Two-sided p of no difference: twice the share of samples on the other side of zero, never
-    none."""
+    """Two-sided p of no difference: twice the share of samples beyond zero, never none."""
     draws = draws[~np.isnan(draws)]
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 
 
-def mean_interval(
-    values: np.ndarray, clusters: Sequence
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis and its 95 % interval, for [n, ...]: (mean, low, high). clusters:
-    see `bootstrap`."""
+def mean_interval(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, ...]:
+    """Mean over the first axis of [n, ...] and its interval: (mean, low, high); see `bootstrap`."""
     values = np.asarray(values, dtype=float)
     draws = np.tensordot(bootstrap(clusters), values, axes=1)
     low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
@@ -78,22 +68,20 @@ def mean_interval(
 
 
 def mean_summary(values: Sequence[float], clusters: Sequence) -> dict[str, float]:
-    """`mean_interval` of one number each: mean, low, high, n; fewer than two names have no interval
-    (NaN)."""
-    if len({name for label in clusters for name in names_of(label)}) < 2:
+    """`mean_interval` of one number each: mean, low, high, n; one name has no interval (NaN)."""
+    low = high = float("nan")
+    if len({name for label in clusters for name in names_of(label)}) > 1:
+        mean, low, high = map(float, mean_interval(values, clusters))
+    else:
         mean = float(np.mean(values)) if len(values) else float("nan")
-        return {"mean": mean, "low": float("nan"), "high": float("nan"), "n": len(values)}
-    mean, low, high = mean_interval(values, clusters)
-    return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 def summary(
     frame: pd.DataFrame, value: str, by: str | Sequence[str] = (), cluster: str = "e2"
 ) -> pd.DataFrame:
-    """The mean of a column in each group of rows: the columns `by`, mean, low, high, n.
-
-    Groups come in the order of their first rows. cluster: the column whose names are resampled.
-    """
+    """The mean of a column in each group of rows, in the order of their first rows: the columns
+    `by`, mean, low, high, n. cluster: the column whose names are resampled."""
     by = [by] if isinstance(by, str) else list(by)
     groups = frame.groupby(by, sort=False, observed=True) if by else [((), frame)]
     rows = [
@@ -113,10 +101,7 @@ def paired(
     cluster: str = "e2",
 ) -> dict[str, float]:
     """The mean of `value` where column `by` is a, less where it is b, on the same units: mean, low,
-    high, n.
-
-    Raises ValueError where the two were not measured on the same units.
-    """
+    high, n. Raises ValueError where the two were not measured on the same units."""
     one, other = (frame[frame[by] == which].set_index(list(units)) for which in (a, b))
     if len(one) != len(other) or not one.index.isin(other.index).all():
         raise ValueError(f"{a!r} and {b!r} were not asked the same questions.")
@@ -134,8 +119,7 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 
 def holm(table: pd.DataFrame) -> pd.DataFrame:
     """`table` with its column p corrected for all its rows (Holm 1979), as a column `corrected`."""
-    order = np.argsort(table["p"].to_numpy(), kind="stable")
+    order, corrected = np.argsort(table["p"].to_numpy(), kind="stable"), np.empty(len(table))
     steps = table["p"].to_numpy()[order] * np.arange(len(table), 0, -1)
-    corrected = np.empty(len(table))
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return table.assign(corrected=corrected)

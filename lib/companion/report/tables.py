@@ -1,38 +1,24 @@
-"""Tables as CSV, Markdown and LaTeX, all from one frame; comparing them; the index of figures."""
+"""Tables as CSV, Markdown and LaTeX, all from one frame; comparing them."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
-import nbformat
+import numpy as np
 import pandas as pd
 
 from backattn.files import atomic_file
 
-SYMBOLS = {  # what LaTeX does not take as it is
-    "′": "$'$",
-    "−": "$-$",
-    "≈": r"$\approx$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "→": r"$\to$",
-    "Σ": r"$\Sigma$",
-    "∈": r"$\in$",
-}
+SYMBOLS = dict(zip("′−≤≥", ("$'$", "$-$", r"$\leq$", r"$\geq$"), strict=True)) | dict(
+    zip("≈→Σ∈", (r"$\approx$", r"$\to$", r"$\Sigma$", r"$\in$"), strict=True)
+)  # what LaTeX does not take as it is
 
 
 def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write `name`.csv, .md and .tex into `folder`; return the paths.
-
-    Floats have four significant digits. The LaTeX needs booktabs, and T1 for the font's accents.
-    """
+    """Write `name`.csv, .md and .tex into `folder`, floats to four digits; return the paths. The
+    LaTeX needs booktabs, and T1 for the font's accents."""
     rounded = frame.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
     latex = rounded.to_latex(index=False, escape=True).translate(str.maketrans(SYMBOLS))
-    texts = {
-        "csv": rounded.to_csv(index=False, lineterminator="\n"),
-        "md": rounded.to_markdown(index=False) + "\n",
-        "tex": latex,
-    }
+    csv = rounded.to_csv(index=False, lineterminator="\n")
+    texts = {"csv": csv, "md": rounded.to_markdown(index=False) + "\n", "tex": latex}
     for suffix, text in texts.items():
         with atomic_file(folder / f"{name}.{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
@@ -40,12 +26,9 @@ def save(frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
 
 
 def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
-    """Differences between the CSV files of two folders, as sentences; none means agreement.
-
-    Every file of `reference` must exist with the same columns, rows and words. A number may differ
-    by `relative` of itself plus a thousandth of its column's largest entry. Columns whose name
-    begins with "timed" hold measured times and what is made of them, and are not compared.
-    """
+    """Differences between the CSV files of two folders, as sentences, none if they agree. A number
+    may differ by `relative` of itself plus a thousandth of its column's largest entry; columns
+    whose name begins with "timed" hold measured times and are not compared."""
     problems = []
     for path in sorted(reference.rglob("*.csv")):
         name = path.relative_to(reference)
@@ -59,56 +42,14 @@ def compare(folder: Path, reference: Path, relative: float = 0.02) -> list[str]:
             )
             continue
         for column in [name for name in expected if not name.startswith("timed")]:
-            row = _first_difference(expected[column], found[column], relative)
-            if row is not None:
-                new, old = found[column][row], expected[column][row]
-                where = f"{name}, column {column}: {new} in row {row + 2}"
-                problems.append(f"{where}, the committed file says {old}")
+            both = old, new = expected[column], found[column]
+            if all(pd.api.types.is_numeric_dtype(x) and x.dtype != bool for x in both):
+                allowed = 1e-3 * np.nan_to_num(old.abs().max())
+                same = np.isclose(new, old, relative, allowed, equal_nan=True)
+            else:
+                words = [x.astype(object).where(x.notna(), "").astype(str) for x in both]
+                same = (words[0] == words[1]).to_numpy()
+            for row in np.flatnonzero(~same)[:1]:
+                where = f"{name}, column {column}: {new[row]} in row {row + 2}"
+                problems.append(f"{where}, the committed file says {old[row]}")
     return problems
-
-
-def _first_difference(expected: pd.Series, found: pd.Series, relative: float) -> int | None:
-    both = (expected, found)
-    numbers = [pd.api.types.is_numeric_dtype(x) and x.dtype != bool for x in both]
-    if all(numbers):
-        allowed = relative * expected.abs() + 1e-3 * expected.abs().max()
-        same = ((expected - found).abs() <= allowed) | (expected.isna() & found.isna())
-    else:
-        expected, found = (x.astype(object).where(x.notna(), "").astype(str) for x in both)
-        same = expected == found
-    return None if same.all() else int((~same).idxmax())
-
-
-INDEX = """# Figures and tables
-
-Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
-plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
-`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
-[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
-"""
-
-
-def figure_index(notebooks: Sequence[Path], ledger: pd.DataFrame) -> str:
-    """figures/README.md: notebook -> claims and data -> figure -> first sentence of its finding.
-
-    notebooks: executed, each figure followed by its "**Finding.**"; ledger: id, notebook, figure.
-    """
-    lines = [INDEX]
-    for path in notebooks:
-        cells = nbformat.read(path, as_version=4).cells
-        reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
-        claims = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
-        named, data = ", ".join(dict.fromkeys(claims)) or "none", reads[1] if reads else "nothing"
-        lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
-        lines.append(f"Claims: {named}. Reads: {data}.\n")
-        for place, cell in enumerate(cells):
-            code = cell.source if cell.cell_type == "code" else ""
-            for name in re.findall(r'out\.figure\([^"]*"(\w+)"', code):
-                later = (c.source for c in cells[place:] if c.source.startswith("**Finding.**"))
-                finding = " ".join(next(later, "–.").removeprefix("**Finding.** ").split())
-                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", finding)[1]
-                whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
-                files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
-                lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
-        lines.append("")
-    return "\n".join(lines)

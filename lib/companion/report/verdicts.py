@@ -1,9 +1,5 @@
 """Verdicts on the paper's claims: each by a rule over result tables, so that none can be written by
-hand.
-
-What is claimed stands in data/claims.yml; the rule of each verdict in the study whose tables it
-reads.
-"""
+hand. What is claimed stands in data/claims.yml; each rule in the study whose tables it reads."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,17 +8,15 @@ import yaml
 
 from companion.paths import DATA
 
+Checks = Iterable[bool]
 VERDICTS = ("reproduced", "partly", "not at this scale", "contradicted", "not testable here")
 CLAIMS: dict[str, dict] = yaml.safe_load((DATA / "claims.yml").read_text(encoding="utf-8"))
 COLUMNS = ["id", "claim", "paper", "ours", "kind", "verdict", "notebook", "figure"]
 
 
-def verdict(passed: Iterable[bool], against: Iterable[bool] | None = None) -> str:
-    """All checks passed: reproduced; some: partly; none: contradicted.
-
-    against: where nothing passed it takes evidence against the claim, in every check, to contradict
-    it.
-    """
+def verdict(passed: Checks, against: Checks | None = None) -> str:
+    """All checks passed: reproduced; some: partly; none: contradicted, if there is evidence against
+    the claim in every check."""
     passed = [bool(check) for check in passed]
     if all(passed):
         return "reproduced"
@@ -32,11 +26,7 @@ def verdict(passed: Iterable[bool], against: Iterable[bool] | None = None) -> st
 
 
 def claim(
-    key: str,
-    ours: str,
-    passed: Iterable[bool],
-    against: Iterable[bool] | None = None,
-    testable: bool = True,
+    key: str, ours: str, passed: Checks, against: Checks | None = None, testable: bool = True
 ) -> dict[str, str]:
     """A row of the ledger; key: in data/claims.yml; ours: what was measured, with n, interval."""
     row = {"id": key, **CLAIMS[key], "ours": ours}
@@ -52,8 +42,7 @@ def ledger(rows: Iterable[Mapping]) -> pd.DataFrame:
 def with_interval(
     row: Mapping, value: str, form: str, ends: str | None = None, scale: float = 1.0
 ) -> str:
-    """The text "0.4 [0.3, 0.5]": a column of a row with its `low` and `high`; form: of the value,
-    ends: of the other two."""
+    """The text "0.4 [0.3, 0.5]": a column of a row with `low` and `high`, of form `ends`."""
     low, high = (format(scale * row[name], ends or form) for name in ("low", "high"))
     return f"{format(scale * row[value], form)} [{low}, {high}]"
 

@@ -38,9 +38,13 @@ def check() -> int:
 
 
 def _steps() -> dict[str, list[str]]:
-    """Name -> command."""
     python, took = [sys.executable, "-m"], committed.took("paper")
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", *_side_by_side()]
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    room = cores >= 2 and psutil.virtual_memory().available > 6 * 2**30  # for two notebooks
+    print("two files at a time" if room else "one file at a time: little memory, or one core")
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-n", "2", "--dist", "loadfile"] if room else []
     longest_first = sorted(  # so that they end together
         committed.notebooks(), key=lambda path: -took.get(path.stem, {}).get("seconds", 0)
     )
@@ -51,14 +55,3 @@ def _steps() -> dict[str, list[str]]:
         "unit tests, examples and guards": [*pytest, "--doctest-modules", "tests", "lib/backattn"],
         "committed notebooks": [*pytest, *nbval, *map(str, longest_first)],
     }
-
-
-def _side_by_side() -> list[str]:
-    """Options of pytest that check two files at a time, where two notebooks have room."""
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    if cores >= 2 and psutil.virtual_memory().available > 6 * 2**30:
-        print("two files at a time")
-        return ["-n", "2", "--dist", "loadfile"]
-    print("one file at a time: fewer than two cores, or less than 6 GiB free")
-    return []

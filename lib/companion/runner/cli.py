@@ -36,18 +36,15 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
 
     def matching(word: str) -> list[str]:
         beginning = word.zfill(2) if word.isdigit() else word
-        fits = [name for name in names if name.startswith(beginning)]
-        if not fits:
-            raise SystemExit(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
-        return fits
+        return [name for name in names if name.startswith(beginning)] or unfit(f" {word!r}")
 
-    wanted = {name for word in only.split(",") for name in matching(word)} if only else set(names)
+    def unfit(word: str = "") -> list[str]:
+        raise SystemExit(f"No notebook fits{word}. There are: {', '.join(names)}.")
+
+    wanted = [name for word in only.split(",") for name in matching(word)] if only else names
     first = matching(start)[0] if start else names[0]
     last = matching(stop)[-1] if stop else names[-1]
-    chosen = [path for path in found if path.stem in wanted and first <= path.stem <= last]
-    if not chosen:
-        raise SystemExit(f"No notebook fits. There are: {', '.join(names)}.")
-    return chosen
+    return [p for p in found if p.stem in wanted and first <= p.stem <= last] or unfit()
 
 
 def key_of(path: Path, profile: str, parameters: dict) -> str:
@@ -70,11 +67,16 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen notebooks; returns the exit status. A second run waits for the first."""
     with one_process(paths.run_folder(arguments.profile)):
-        found, began, failed = committed.notebooks(), time.monotonic(), []
-        chosen = select(found, arguments.only, arguments.start, arguments.stop)
+        began, failed = time.monotonic(), []
+        chosen = select(committed.notebooks(), arguments.only, arguments.start, arguments.stop)
         trains = arguments.profile == "full" and any(p.stem.startswith("03") for p in chosen)
-        if arguments.model and trains:
-            _estimate(arguments)
+        if arguments.model and trains:  # in a process of its own, which frees its memory
+            command = [sys.executable, "-m", "companion.runs.launch", "--estimate"]
+            command += ["--model", arguments.model, "--device", arguments.device or "cpu"]
+            command += ["--dtype", os.environ.get(DTYPE, "float32")]
+            print("Notebook 03's training runs:", flush=True)
+            if subprocess.run(command, cwd=paths.ROOT).returncode:
+                print("no estimate could be made (see above); going on without it", flush=True)
         for number, path in enumerate(chosen, 1):
             if not run_one(path, f"[{number}/{len(chosen)}] {path.stem}", arguments):
                 failed.append(path.stem)
@@ -92,7 +94,10 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
     parameters = committed.profiles()[profile].get(path.stem, {})
     parameters |= {name: value for name, value in options.items() if value}
     key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
-    stamp = _read_stamp(stamp_path)
+    try:
+        stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none has finished, or the stamp is damaged
+        stamp = {"key": None, "written": [], "seconds": None}
     there = all((folder / name).exists() for name in stamp["written"])
     if there and stamp["key"] == key and not arguments.force:
         print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
@@ -107,41 +112,11 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
         stamp = {"key": key, **took}
         with atomic_file(stamp_path) as temporary:
             temporary.write_text(json.dumps(stamp, indent=1))
-        print(
-            f"      took {stamp['seconds']:.0f} s, peak memory {stamp['peak_megabytes']} MB, "
-            f"wrote {len(stamp['written'])} files below {folder}",
-            flush=True,
-        )
+        note = f"took {stamp['seconds']:.0f} s, peak memory {stamp['peak_megabytes']} MB"
+        print(f"      {note}, wrote {len(stamp['written'])} files below {folder}", flush=True)
     if arguments.update:
         committed.update(path, profile, stamp)
     return True
-
-
-def _read_stamp(path: Path) -> dict:
-    """What a finished run noted; nothing, where none has finished or the stamp is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"key": None, "written": [], "seconds": None}
-
-
-def _estimate(arguments: argparse.Namespace) -> None:
-    """Say what notebook 03's training takes on another model, in a process: it frees its memory."""
-    command = [sys.executable, "-m", "companion.runs.launch", "--estimate"]
-    command += ["--model", arguments.model, "--device", arguments.device or "cpu"]
-    command += ["--dtype", os.environ.get(DTYPE, "float32")]
-    print("Notebook 03's training runs:", flush=True)
-    if subprocess.run(command, cwd=paths.ROOT).returncode:
-        print("no estimate could be made (see above); going on without it", flush=True)
-
-
-def list_notebooks() -> int:
-    """Print every notebook and what it took on the paper profile; returns the exit status."""
-    for path in committed.notebooks():
-        took = committed.took("paper").get(path.stem, {})
-        note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB" if took else "not timed yet"
-        print(f"{path.stem:28} paper profile: {note}")
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -168,7 +143,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return check()
     if arguments.list:
-        return list_notebooks()
+        for path in committed.notebooks():
+            took = committed.took("paper").get(path.stem)
+            note = "not timed yet"
+            if took:
+                note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB"
+            print(f"{path.stem:28} paper profile: {note}")
+        return 0
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0

@@ -1,17 +1,26 @@
-"""What is committed: notebooks, profiles, what runs took; and how a run replaces it."""
+"""What is committed: notebooks, profiles, figures, what runs took; how a run replaces it."""
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import yaml
 
 from backattn.files import atomic_file
 from backattn.runtime import hardware
 from companion import paths
-from companion.report import tables
+
+INDEX = """# Figures and tables
+
+Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
+plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
+`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
+[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
+"""
 
 
 def notebooks() -> list[Path]:
@@ -37,16 +46,32 @@ def took(profile: str) -> dict[str, dict]:
 
 
 def figure_index() -> str:
-    """What figures/README.md says of the committed notebooks and ledger."""
-    return tables.figure_index(notebooks(), pd.read_csv(paths.FIGURES / "tables" / "claims.csv"))
+    """figures/README.md: committed notebook -> claims and data -> figure -> first sentence of its
+    "**Finding.**"."""
+    lines, ledger = [INDEX], pd.read_csv(paths.FIGURES / "tables" / "claims.csv")
+    for path in notebooks():
+        cells = nbformat.read(path, as_version=4).cells
+        reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
+        claims = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
+        named, data = ", ".join(dict.fromkeys(claims)) or "none", reads[1] if reads else "nothing"
+        lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
+        lines.append(f"Claims: {named}. Reads: {data}.\n")
+        for place, cell in enumerate(cells):
+            code = cell.source if cell.cell_type == "code" else ""
+            for name in re.findall(r'out\.figure\([^"]*"(\w+)"', code):
+                later = (c.source for c in cells[place:] if c.source.startswith("**Finding.**"))
+                finding = " ".join(next(later, "–.").removeprefix("**Finding.** ").split())
+                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", finding)[1]
+                whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
+                files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
+                lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def update(path: Path, profile: str, stamp: dict) -> None:
-    """Replace what is committed by this run's, and note what the run took.
-
-    The paper profile replaces the notebook, its figures and its tables, the full profile the
-    results in data/ that it alone makes whole. stamp: what `execute` returned.
-    """
+    """Replace what is committed by this run's, and note what it took: the paper profile replaces
+    notebook, figures and tables, the full profile results in data/. stamp: of `execute`."""
     folder, noted = paths.run_folder(profile), manifest()
     run = {name: stamp[name] for name in ("seconds", "peak_megabytes")} | {"hardware": hardware()}
     for name in stamp["written"]:
@@ -82,7 +107,7 @@ def _write(path: Path, text: str) -> None:
 
 def join_lines(new: Path, goal: Path) -> list[dict]:
     """Put keyed JSON lines into another file, in place of the same keys; returns the new rows."""
-    lines, rows = {}, []
+    lines = {}
     for path in (goal, new):
         texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(text) for text in texts]

@@ -27,28 +27,19 @@ class NotebookError(Exception):
 
 
 def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
-    """Run a notebook from its clean source into `target`, which appears when all cells succeeded.
-
-    Returns {"written": files below the profile's folder, "seconds", "peak_megabytes"}. Raises
-    NotebookError, and then leaves the notebook as far as it came as `<name>.partial.ipynb`.
-    """
+    """Run a notebook from its clean source into `target`, which appears when all cells succeeded:
+    {"written": files below the profile's folder, "seconds", "peak_megabytes"}. Raises
+    NotebookError, and then leaves the notebook as far as it came as `<name>.partial.ipynb`."""
     partial, bar = target.with_suffix(".partial.ipynb"), target.with_suffix(".progress")
     target.parent.mkdir(parents=True, exist_ok=True)
     environment = {PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
+    how = {"cwd": paths.NOTEBOOKS, "kernel_name": "python3", "language": "python"}
+    how |= {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
     begin = time.time()
     with patch.dict(os.environ, environment), _watched(bar) as peak:
         os.environ.pop("MPLBACKEND", None)  # Agg would silently remove every inline figure
         try:
-            notebook = papermill.execute_notebook(
-                path,
-                partial,
-                parameters,
-                cwd=paths.NOTEBOOKS,
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                extra_arguments=["--log-level=ERROR"],
-            )
+            notebook = papermill.execute_notebook(path, partial, parameters, **how)
         except (PapermillExecutionError, DeadKernelError) as error:
             raise NotebookError(_report(path, partial, profile, error, peak[0])) from error
     clean(notebook)
@@ -68,7 +59,7 @@ def _watched(bar: Path) -> Iterator[list[int]]:
     peak, stop, interval = [0], threading.Event(), 0.2 if sys.stdout.isatty() else 20.0
 
     def poll() -> None:
-        shown, shown_at = "", time.monotonic()
+        shown, shown_at = [], time.monotonic()
         while not stop.wait(0.2):
             total = 0
             for child in psutil.Process().children(recursive=True):
@@ -77,9 +68,9 @@ def _watched(bar: Path) -> Iterator[list[int]]:
             peak[0] = max(peak[0], total // 2**20)
             text = bar.read_text("utf-8", "replace") if bar.exists() else ""
             line = text.strip().splitlines()[-1:]
-            if line and line[0] != shown and time.monotonic() - shown_at >= interval:
-                shown, shown_at = line[0], time.monotonic()
-                print(f"        {shown}", flush=True)
+            if line and line != shown and time.monotonic() - shown_at >= interval:
+                shown, shown_at = line, time.monotonic()
+                print(f"        {line[0]}", flush=True)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -92,10 +83,7 @@ def _watched(bar: Path) -> Iterator[list[int]]:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Drop, in place, all that differs between two equal runs, and tag code for the site to fold.
-
-    Sources, outputs, counts, ids and tags stay.
-    """
+    """Drop, in place, all that differs between two equal runs, and tag code for the site."""
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     notebook.metadata = nbformat.from_dict(metadata)
     for cell in notebook.cells:

@@ -12,10 +12,8 @@ from companion import paths
 
 
 def build(folder: Path) -> Path:
-    """Write the site into `folder`; returns its index.html.
-
-    Raises RuntimeError with Jupyter Book's own words when a page or a link fails.
-    """
+    """Write the site into `folder`; returns its index.html. Raises RuntimeError with Jupyter Book's
+    own words when a page or a link fails."""
     program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     files = ["--config", paths.NOTEBOOKS / "_config.yml", "--toc", paths.NOTEBOOKS / "_toc.yml"]
     with tempfile.TemporaryDirectory() as made, atomic_folder(folder) as staging:

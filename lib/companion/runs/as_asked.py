@@ -20,14 +20,10 @@ def _folded(dataset: str, fold: int | None) -> pd.DataFrame:
     return splits.split(load(dataset), fold)
 
 
-def _drawn(run: Run, frame: pd.DataFrame, split: str) -> pd.DataFrame:
+def asked(run: Run, split: str, frame: pd.DataFrame | None = None) -> pd.DataFrame:
+    """A split of the run's dataset, in the columns of the dataset (or of `frame`)."""
     counts = {"train": run.train_items, "validation": run.validation_items, "test": run.test_items}
-    return draw(frame, split, counts[split])
-
-
-def asked(run: Run, split: str) -> pd.DataFrame:
-    """A split of the run's dataset, in the columns of the dataset."""
-    return _drawn(run, _folded(run.dataset, run.fold), split)
+    return draw(_folded(run.dataset, run.fold) if frame is None else frame, split, counts[split])
 
 
 def test_groups(run: Run, result: dict) -> np.ndarray:
@@ -36,27 +32,21 @@ def test_groups(run: Run, result: dict) -> np.ndarray:
 
 
 def questions(run: Run, tokenizer, split: str) -> Items:
-    """A split of the run's dataset, tokenized: after worked examples for "few-shot", sums from
-    scratch in fixed width."""
-    frame, scratch = _folded(run.dataset, run.fold), run.model == SCRATCH
+    """A split of the run's dataset, tokenized: after worked examples for "few-shot"; sums from
+    scratch in fixed width, "07+83=" and "0090" or "-021"."""
+    frame = _folded(run.dataset, run.fold)
     by_first_token = DATASETS[run.dataset].judge == "first token"
     if by_first_token and "e3" in frame:
         frame = candidates(tokenizer, frame)
-    part = _drawn(run, frame, split)
+    part = asked(run, split, frame)
     if run.arm == "few-shot":
         shown = draw(frame, "train", SHOTS, seed=run.seed)
         part["prompt"] = "".join(shown["prompt"] + shown["answer"] + ". ") + part["prompt"]
     if by_first_token:
-        accepted = part["e3_ids"].tolist() if "e3_ids" in part else None
-        kinds = part["kind"].tolist() if "kind" in part else None
+        accepted, kinds = (part[n].tolist() if n in part else None for n in ("e3_ids", "kind"))
         return replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
-    if scratch:
-        part = _fixed_width(part)
-    return numbers(tokenizer, part, end=";" if scratch else ".")
-
-
-def _fixed_width(part: pd.DataFrame) -> pd.DataFrame:
-    """Sums as models from scratch read them, "07+83=" and "0090" or "-021": a digit's place tells
-    what it is worth."""
-    prompts = part["prompt"].str.replace(r"\d+", lambda number: number[0].zfill(2), regex=True)
-    return part.assign(prompt=prompts, answer=[f"{int(answer):04d}" for answer in part["answer"]])
+    if run.model != SCRATCH:
+        return numbers(tokenizer, part, end=".")
+    part["prompt"] = part["prompt"].str.replace(r"\d+", lambda n: n[0].zfill(2), regex=True)
+    part["answer"] = [f"{int(answer):04d}" for answer in part["answer"]]
+    return numbers(tokenizer, part, end=";")

@@ -4,12 +4,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from backattn import runtime
 from backattn.adapters.arms import UNTRAINED, make_arm
@@ -52,10 +53,7 @@ def with_adapter(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn
 
 @contextlib.contextmanager
 def load_trained(run: Run, store: Store, device: str = "cpu") -> Iterator[tuple[nn.Module, object]]:
-    """`with_adapter` as it is tested, with its trained weights.
-
-    Raises FileNotFoundError where they are not there.
-    """
+    """`with_adapter` as tested, with its trained weights; raises what `Store.weights` does."""
     weights = store.weights(run)
     with with_adapter(run, run.tested_in, device) as (model, tokenizer):
         put_weights(model, weights)
@@ -84,15 +82,11 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
-    Under `accelerate launch` all processes train it together (see `training.loop.train`) and the
-    first one stores it.
-
-    A result holds: run, trained (number of weights), seconds (of training), curve (rows of
-    `train`), hardware. A run without test adds validation (share right) and validation_loss. Others
-    add right (one 0 or 1 per test question), groups (of each question, where the questions are not
-    part of this repository), perplexity (of held-out text, language models only), flops (of a
-    forward pass over the first question). One whose loss is not a number, at too high a learning
-    rate, holds run and diverged.
+    Under `accelerate launch` all processes train it together and the first one stores it. A result
+    holds: run, trained (weights), seconds, curve (rows of `train`), hardware; without test
+    validation (share right) and validation_loss; else right (a 0 or 1 per question), groups (of
+    published datasets), perplexity (of held-out text, language models only), flops (of a forward
+    pass). One whose loss is not a number, at too high a learning rate, holds run and diverged.
     """
     result, world = store.result(run), runtime.process_state()
     world.wait_for_everyone()  # all have looked before one writes
@@ -101,9 +95,22 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     checkpoint = store.place(run) / "training.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     result, weights = {"run": asdict(run)}, {}
+    about = {"trained": 0, "seconds": 0.0, "curve": []}
     try:
-        training, weights = _train(run, checkpoint, device)
-        result |= {**training, **_evaluate(run, weights, device), "hardware": runtime.hardware()}
+        if run.arm not in UNTRAINED:
+            dtype = run.dtype if run.model != SCRATCH else "float32"
+            with with_adapter(run, dtype, device) as (model, tokenizer):
+                parts = (questions(run, tokenizer, part) for part in ("train", "validation"))
+                curve = train(model, next(parts), run.recipe, next(parts), checkpoint)
+                weights = trained_weights(model)
+            about = {"trained": sum(tensor.numel() for tensor in weights.values())}
+            about |= {"seconds": round(float(curve["seconds"].iloc[-1]), 1)}
+            about |= {"curve": curve.to_dict("records")}
+        with with_adapter(run, run.tested_in, device) as (model, tokenizer):
+            if weights:
+                put_weights(model, weights)
+            about |= _tested(run, model, tokenizer)
+        result |= {**about, "hardware": runtime.hardware()}
     except FloatingPointError as error:
         result["diverged"] = str(error)
     if world.is_main_process:
@@ -113,34 +120,13 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     return result
 
 
-def _train(run: Run, checkpoint: Path, device: str) -> tuple[dict, dict[str, Tensor]]:
-    """(what a result says of training, trained weights)."""
-    if run.arm in UNTRAINED:
-        return {"trained": 0, "seconds": 0.0, "curve": []}, {}
-    dtype = run.dtype if run.model != SCRATCH else "float32"
-    with with_adapter(run, dtype, device) as (model, tokenizer):
-        items, validation = (questions(run, tokenizer, part) for part in ("train", "validation"))
-        curve = train(model, items, run.recipe, validation, checkpoint).to_dict("records")
-        weights = trained_weights(model)
-    size = sum(tensor.numel() for tensor in weights.values())
-    return {"trained": size, "seconds": round(curve[-1]["seconds"], 1), "curve": curve}, weights
-
-
-def _evaluate(run: Run, weights: dict[str, Tensor], device: str) -> dict:
-    """What a result says of validation or of the test, with the weights that are stored."""
-    with with_adapter(run, run.tested_in, device) as (model, tokenizer):
-        if weights:
-            put_weights(model, weights)
-        if run.test_items != 0:
-            return _test(run, model, tokenizer)
+def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
+    if run.test_items == 0:
         items = questions(run, tokenizer, "validation")
         right, loss = evaluate(model, items)
         if items.kinds:  # what a rate is chosen on must be like what is trained on
             right = right[np.isin(items.kinds, questions(run, tokenizer, "train").kinds)]
         return {"validation": float(right.mean()), "validation_loss": loss}
-
-
-def _test(run: Run, model: nn.Module, tokenizer) -> dict:
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
     if DATASETS[run.dataset].published:
@@ -152,22 +138,16 @@ def _test(run: Run, model: nn.Module, tokenizer) -> dict:
 
 
 def answer_test(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarray:
-    """Which test questions are answered right: [n] bool.
-
-    A language model's numbers are read from what it writes; first tokens, and the characters of
-    models from scratch, from the logits.
-    """
+    """Which test questions are answered right, [n] bool: a language model's numbers by what it
+    writes; first tokens, and the characters of models from scratch, by the logits."""
     if test.accepted is None and run.model != SCRATCH:
         return written(model, tokenizer, test)
     return evaluate(model, test)[0]
 
 
 def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
-    """Ask trained arms their first `count` test questions again, with the stored weights.
-
-    Returns: dataset, arm, seed, n, accuracy (now), kept (as it was on the same questions), agree
-    (share of questions with the same outcome). Raises FileNotFoundError where weights are missing.
-    """
+    """Ask trained arms their first `count` test questions again, with the stored weights: dataset,
+    arm, seed, n, accuracy (now), kept (as it was), agree (share of equal outcomes)."""
     rows = []
     for run in runtime.progress(list(runs), "asking again", unit="run"):
         before = answers_right(store.result(run))[:count]
@@ -182,20 +162,16 @@ def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") 
 
 @torch.no_grad()
 def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
-    """The next token after the first `count` test questions, without and with a trained adapter.
-
-    Returns: question, before, after, answer.
-    """
+    """The next token after test questions, without and with a trained adapter: question, before,
+    after, answer."""
     rows = []
     with load_trained(run, store, device) as (model, tokenizer):
-        for question in asked(run, "test").head(count).itertuples():
-            ids = tokenizer(question.prompt, return_tensors="pt")["input_ids"]
-            ids = ids.to(input_device(model))
-            after = model(ids).logits[0, -1].argmax()
+        for prompt, answer in asked(run, "test")[["prompt", "answer"]].head(count).to_numpy():
+            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(input_device(model))
+            after = tokenizer.decode(model(ids).logits[0, -1].argmax())
             with model.disable_adapter():
-                before = model(ids).logits[0, -1].argmax()
-            texts = (question.prompt, tokenizer.decode(before), tokenizer.decode(after))
-            rows.append([text.strip() for text in (*texts, question.answer)])
+                before = tokenizer.decode(model(ids).logits[0, -1].argmax())
+            rows.append([text.strip() for text in (prompt, before, after, answer)])
     return pd.DataFrame(rows, columns=["question", "before", "after", "answer"])
 
 
@@ -205,11 +181,8 @@ def forward_flops(model: nn.Module, ids: Tensor) -> int:
 
 
 def operations_of(call: Callable[[], object]) -> int:
-    """Floating-point operations of what `call` runs, as torch counts them."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The fused attention of CPUs is not counted: take it apart.
+    """Floating-point operations of what `call` runs, as torch counts them; the fused attention of
+    CPUs, which it does not count, is taken apart."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

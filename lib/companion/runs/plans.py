@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch  # puts the environment back as it was
 
 from backattn import runtime
 from backattn.adapters.arms import ARMS, UNTRAINED
@@ -18,16 +19,12 @@ from companion.runs.run import SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
 from companion.runs.store import CHECKPOINTS, Store
 
+Names, Ints = Sequence[str], Sequence[int]
 MOST_RATES = 4  # tried for one arm
-
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
-
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
-
 BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
-
 SEEDS = (0, 1, 2)
-
 OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained
 
 
@@ -41,15 +38,10 @@ class Planned:
 
 
 def scratch_runs(
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    widths: Sequence[int] = (440,),
-    dims: Sequence[int] = (160,),
-    tried_for: int = 250,
+    seeds: Ints = (0, 1, 2, 3, 4), widths: Ints = (440,), dims: Ints = (160,), tried_for: int = 250
 ) -> list[Planned]:
-    """Claims C7 and C11: models of some widths, 750 steps, with each d′ where it counts.
-
-    tried_for: steps after which a learning rate is judged.
-    """
+    """Claims C7 and C11: models of some widths, 750 steps, with each d′ where it counts; tried_for:
+    steps after which a learning rate is judged."""
     shape = dict(model=SCRATCH, source_layer=0, batch_size=256, train_items=None, steps=750)
     shape |= dict(validation_items=1000, test_items=2000)
     runs = [
@@ -65,35 +57,26 @@ def scratch_runs(
     ]
 
 
-def composing_runs(
-    seeds: Sequence[int] = SEEDS, steps: int = 1600, tried_for: int = 600
-) -> list[Planned]:
+def composing_runs() -> list[Planned]:
     """Two hops from scratch, COMPOSING_ARMS on `compositions`, each at its best learning rate and
-    weight decay for ID/ID questions; see `scratch_runs`."""
+    weight decay for ID/ID questions after 600 steps."""
     shape = dict(model=SCRATCH, source_layer=0, dim=32, width=100, batch_size=256, dtype="float32")
     shape |= dict(train_items=None, validation_items=None)
-    tried = dict(steps=tried_for, test_items=0)
-    return [
-        Planned(
-            Run("compositions", arm, seed, steps=steps, test_items=None, **shape),
-            tuple(Run("compositions", arm, weight_decay=x, **tried, **shape) for x in DECAYS),
-        )
-        for seed in seeds
-        for arm in COMPOSING_ARMS
-    ]
+    plan = []
+    for seed in SEEDS:
+        for arm in COMPOSING_ARMS:
+            trial = Run("compositions", arm, steps=600, test_items=0, **shape)
+            run = replace(trial, seed=seed, steps=1600, test_items=None)
+            plan.append(Planned(run, tuple(replace(trial, weight_decay=x) for x in DECAYS)))
+    return plan
 
 
 def adapter_runs(
-    model: str = "smollm2",
-    names: Sequence[str] = ("two-hop",),
-    arms: Sequence[str] = tuple(ARMS),
-    **sizes,
+    model: str = "smollm2", names: Names = ("two-hop",), arms: Names = tuple(ARMS), **sizes
 ) -> list[Planned]:
-    """Claim C8: the untrained and some trained arms on some datasets, for all seeds.
-
-    sizes: fields of `Run`, for every run; some datasets take longer. tested_in is that of
-    `load_model` where it is left out, and float32 for a model that is packaged with its results.
-    """
+    """Claim C8: the untrained and some trained arms on some datasets, for all seeds; sizes: fields
+    of `Run`. tested_in is that of `load_model` where it is left out, and float32 for a model that
+    is packaged with its results."""
     plan, steps = [], sizes.pop("steps", 100)
     sizes.setdefault("tested_in", str(runtime.dtype()).removeprefix("torch."))
     if model in EMBEDDED:
@@ -113,8 +96,8 @@ def adapter_runs(
 
 def main_runs(
     model: str = "smollm2",
-    every_arm_on: Sequence[str] = ("two-hop",),
-    core_arms_on: Sequence[str] = ("2-digit", "1DC", "SVAMP", "MultiArith"),
+    every_arm_on: Names = ("two-hop",),
+    core_arms_on: Names = ("2-digit", "1DC", "SVAMP", "MultiArith"),
     **sizes,
 ) -> list[Planned]:
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others."""
@@ -123,11 +106,7 @@ def main_runs(
 
 
 def varied_runs(
-    field: str,
-    values: Sequence,
-    arms: Sequence[str] = CORE_ARMS,
-    dataset: str = "two-hop",
-    **sizes,
+    field: str, values: Sequence, arms: Names = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> list[Planned]:
     """Claim C9: trained arms with every value of one field of `Run`, at the rates that are found at
     the field's default value."""
@@ -168,13 +147,12 @@ def rates_tried(trial: Run, store: Store) -> list[Run]:
 
 def best_of(runs: Sequence[Run], store: Store) -> Run:
     """The run that did best on the validation questions; of equals, the one with the lower loss.
-
-    Raises ValueError when no run is finished or all diverged.
-    """
-    results = [(run, store.result(run) or {}) for run in runs]
-    scores = {
-        run: (r["validation"], -r["validation_loss"]) for run, r in results if "validation" in r
-    }
+    Raises ValueError when no run is finished or all diverged."""
+    scores = {}
+    for run in runs:
+        result = store.result(run) or {}
+        if "validation" in result:
+            scores[run] = result["validation"], -result["validation_loss"]
     if not scores:
         raise ValueError(
             f"None of {len(runs)} runs of {runs[0].arm!r} on {runs[0].dataset!r} gave a result."
@@ -189,65 +167,51 @@ def found(plan: Sequence[Planned], store: Store) -> list[Run]:
         runs = [run for trial in trials for run in rates_tried(trial, store)]
         if runs and all(store.result(run) is not None for run in runs):
             best = best_of(runs, store)
-            settings[trials] = dict(
-                learning_rate=best.learning_rate, weight_decay=best.weight_decay
-            )
+            settings[trials] = {n: getattr(best, n) for n in ("learning_rate", "weight_decay")}
     return [replace(one.run, **settings.get(one.trials, {})) for one in plan]
 
 
 def ship(
     plans: Iterable[Sequence[Planned]], store: Store, folder: Path, weights: bool = True
 ) -> int:
-    """Write what this repository ships of plans into `folder`, unless all of it was shipped before.
-
-    All results, and the weights of back attention on a language model, of the other arms there for
-    the first seed, and of back attention from scratch for the first seed. With weights=False
-    results only, without those runs that are in the repository with their weights, so that the two
-    stay together. Returns the number of results that are new.
-    """
+    """Write what this repository ships of plans into `folder`, unless all of it was shipped before;
+    returns the number of results that are new. Weights are those of back attention (from scratch:
+    of the first seed) and of the other adapters for the first seed; weights=False: results only,
+    and none of runs whose weights are in the repository, so that the two stay together."""
     runs = [run for plan in plans for part in (tried, found) for run in part(plan, store)]
     runs = [run for run in runs if store.result(run) is not None]
     if not weights:
         runs = [run for run in runs if not (CHECKPOINTS / f"{run.key}.safetensors").exists()]
     new = [run for run in runs if run.key not in store.shipped]
+    trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
+    whole = [  # two of: first seed, adapter, back attention
+        run
+        for run in trained
+        if (run.seed == 0) + (run.model != SCRATCH) + (run.arm in BACK_ATTENTION) > 1
+    ]
     if new:
-        store.export(runs, [run for run in runs if weights and _with_weights(run)], folder)
+        store.export(runs, whole if weights else [], folder)
     return len(new)
 
 
-def _with_weights(run: Run) -> bool:
-    if run.test_items == 0 or run.arm in UNTRAINED:
-        return False
-    first, adapter, main = run.seed == 0, run.model != SCRATCH, run.arm in BACK_ATTENTION
-    return (first and adapter) or (main and (first or adapter))
-
-
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> None:
-    """Make all unfinished runs, in `processes` processes at a time.
-
-    Where the environment variable BACKATTN_CLUSTER holds the address of a dask scheduler
-    (`--cluster`), its workers make them instead: two or more, with one thread each, that see the
-    store's folder. Raises OSError when the scheduler does not answer or its workers are others.
-    """
+    """Make all unfinished runs, in `processes` processes at a time or, where BACKATTN_CLUSTER holds
+    the address of a dask scheduler (`--cluster`), on its workers, which see the store's folder."""
     from joblib import Parallel, delayed
 
     waiting = [run for run in runs if store.result(run) is None]
     if waiting:
-        with _workers(processes) as count:
-            made = Parallel(n_jobs=count, return_as="generator_unordered")(
-                delayed(_job)(run, store, device) for run in waiting
-            )
+        address = os.environ.get(runtime.CLUSTER)
+        with _cluster(address) if address else contextlib.nullcontext():
+            pool = Parallel(-1 if address else processes, return_as="generator_unordered")
+            made = pool(delayed(_job)(run, store, device) for run in waiting)
             for _ in runtime.progress(made, "runs", total=len(waiting), unit="run"):
                 pass
 
 
 @contextlib.contextmanager
-def _workers(processes: int) -> Iterator[int]:
-    """How many jobs run at a time: in processes here, or on a cluster (-1: all its workers)."""
-    address = os.environ.get(runtime.CLUSTER)
-    if not address:
-        yield processes
-        return
+def _cluster(address: str) -> Iterator[None]:
+    """Makes joblib's jobs run on the workers of a dask scheduler; OSError where they cannot."""
     from distributed import Client
     from joblib import parallel_config
 
@@ -262,14 +226,11 @@ def _workers(processes: int) -> Iterator[int]:
                 f"{address} must have two workers or more, of one thread each: "
                 "dask worker --nworkers 2 --nthreads 1."
             )
-        yield -1
+        yield
 
 
 def _job(run: Run, store: Store, device: str) -> None:
     runtime.use_threads()
-    bars = os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
-    try:
+    with patch.dict(os.environ):
+        os.environ.pop(runtime.PROGRESS_FILE, None)  # the bar of the sweep is enough
         train_and_test(run, store, device)
-    finally:
-        if bars is not None:
-            os.environ[runtime.PROGRESS_FILE] = bars

@@ -1,11 +1,9 @@
 """Results of finished runs as tidy frames, accuracies of arms, and paired differences between them.
 
-Questions that belong together (one bridge entity, one pair of digits, one kind of animal) are
-resampled together. The arms answer the same questions, so their differences are paired. Where all
-seeds answer the same questions (from scratch), seeds are resampled too. Where each seed answers its
-own fold, a question was answered by one trained model, and what another training would have changed
-is not in the interval of one dataset; the interval over several datasets comes from how far the
-paired differences of single runs scatter, which holds all of it.
+Questions that belong together (one bridge entity, one pair of digits) are resampled together; where
+all seeds answer the same questions (from scratch), seeds are too. Where each seed answers its own
+fold, what another training would have changed is in the interval over several datasets only, which
+comes from how far the paired differences of single runs scatter.
 """
 
 import hashlib
@@ -36,30 +34,27 @@ COSTS = ("trained", "seconds", "flops", "perplexity")
 
 def finished(run: Run, store: Store) -> dict:
     """The result of a run that was tested; raises ValueError where there is none."""
-    result = store.result(run)
-    if result is None or "right" not in result:
-        diverged = "diverged" in (result or {})
+    result = store.result(run) or {}
+    if "right" not in result:
+        diverged = "diverged" in result
         what = "diverged: lower its learning rate" if diverged else "is not finished: perform it"
         raise ValueError(f"Run {run.key} ({run.dataset}, {run.arm}, seed {run.seed}) {what}.")
     return result
 
 
 def answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """One row per run and test question: SETTINGS of the run, question (its name), group, right
-    (0.0 or 1.0), COSTS.
-
-    Raises ValueError when there are no runs, or one is not finished.
-    """
+    """One row per run and test question: SETTINGS, COSTS, question (its name), group, right (0.0 or
+    1.0). Raises ValueError when there are no runs, or one is not finished."""
     parts = []
     for run in runs:
         result = finished(run, store)
-        about = {name: result.get(name, np.nan) for name in COSTS}
         right = answers_right(result).astype(float)
+        about = {name: [getattr(run, name)] * len(right) for name in SETTINGS}
+        about |= {name: result.get(name, np.nan) for name in COSTS}
         fold = "" if run.fold is None else run.fold
         about |= {"question": [f"{run.dataset} {fold} {k}" for k in range(len(right))]}
         about |= {"group": test_groups(run, result), "right": right}
-        settings = {name: [getattr(run, name)] * len(right) for name in SETTINGS}
-        parts.append(pd.DataFrame({**settings, **about}))
+        parts.append(pd.DataFrame(about))
     if not parts:
         raise ValueError("There are no runs here: an arm may be missing at some setting.")
     return pd.concat(parts, ignore_index=True)
@@ -68,11 +63,10 @@ def answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """One row per run and evaluation: SETTINGS of the run, step, loss, train, validation, losses,
     kinds (see `backattn.training.loop.train`). Raises ValueError when a run is not finished."""
-    rows = [
-        {**{name: getattr(run, name) for name in SETTINGS}, **point}
-        for run in runs
-        for point in finished(run, store)["curve"]
-    ]
+    rows = []
+    for run in runs:
+        about = {name: getattr(run, name) for name in SETTINGS}
+        rows += [{**about, **point} for point in finished(run, store)["curve"]]
     return pd.DataFrame(rows)
 
 
@@ -83,29 +77,27 @@ def matrix(part: pd.DataFrame) -> np.ndarray:
         raise ValueError("These are several runs of one seed: take one setting, or use by_setting.")
     if part["question"].is_unique:
         return part["right"].to_numpy()[None]
-    return np.stack([own.to_numpy() for _, own in part.groupby("seed", sort=False)["right"]])
+    return np.stack([single.to_numpy() for _, single in part.groupby("seed", sort=False)["right"]])
 
 
 def resampled(part: pd.DataFrame, seed: int = 0, seeds_seed: int = 1) -> np.ndarray:
-    """Accuracy of one arm in RESAMPLES samples: [RESAMPLES].
-
-    With several seeds these are drawn too, their deviations scaled by √(n / (n−1)) since they are
-    few.
-    """
+    """Accuracy of one arm in samples: [RESAMPLES]. Several seeds are drawn too, their deviations
+    scaled by √(n / (n−1)) since they are few."""
     right = matrix(part)  # [seeds, questions]
-    by_seed = bootstrap(part["group"].iloc[: right.shape[1]], seed=seed) @ right.T
-    count = len(right)
+    by_seed, count = (
+        bootstrap(part["group"].iloc[: right.shape[1]], seed=seed) @ right.T,
+        len(right),
+    )
     if count == 1:
         return by_seed[:, 0]
-    shares = multinomial_counts(count, RESAMPLES, seeds_seed) / count
-    middle = by_seed.mean(1)
+    shares, middle = multinomial_counts(count, RESAMPLES, seeds_seed) / count, by_seed.mean(1)
     away = ((by_seed - middle[:, None]) * shares).sum(1)
     return middle + away * np.sqrt(count / (count - 1))
 
 
 def seed_of(dataset: str) -> int:
     """Samples of different datasets are drawn independently."""
-    return int.from_bytes(hashlib.sha256(dataset.encode()).digest()[:4], "big")
+    return int(hashlib.sha256(dataset.encode()).hexdigest()[:8], 16)
 
 
 def count_names(groups: pd.Series) -> int:
@@ -114,34 +106,28 @@ def count_names(groups: pd.Series) -> int:
 
 
 def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, dataset and arm of `answers`: accuracy with its interval, what it cost and
-    what it spoilt.
-
-    Returns: model, dataset ("all" for the mean over all datasets, of arms that were tried on each),
-    arm, accuracy, low, high, worst, best (seed), n (questions), groups (names), seeds, trained
-    (weights), seconds (of training, mean), flops (of a forward pass over one question), operations
-    (flops over the cheapest arm's), perplexity (of held-out text, mean; NaN from scratch),
-    learning_rate.
-    """
+    """One row per model, dataset and arm, and ("all") for the mean over all datasets of a model:
+    accuracy, low, high, worst, best (seed), n (questions), groups (names), seeds, COSTS (of a
+    forward pass over one question), operations (flops over the cheapest arm's), learning_rate."""
     rows, draws = [], []
     for (model, dataset, arm), part in answered.groupby(["model", "dataset", "arm"], sort=False):
         draws.append(resampled(part, seed_of(dataset)))
-        each, first = part.groupby("seed", sort=False)["right"].mean(), part.iloc[0]
-        runs = part.drop_duplicates("seed")
+        each, runs = part.groupby("seed", sort=False)["right"].mean(), part.drop_duplicates("seed")
         row = {"model": model, "dataset": dataset, "arm": arm, "accuracy": matrix(part).mean()}
         row |= {**interval(draws[-1]), "worst": each.min(), "best": each.max()}
         row |= {"n": part["question"].nunique(), "groups": count_names(part["group"])}
-        row |= {"seeds": len(runs), "trained": first["trained"], "seconds": runs["seconds"].mean()}
-        row |= {"flops": first["flops"], "perplexity": runs["perplexity"].mean()}
-        rows.append({**row, "learning_rate": first["learning_rate"]})
+        row |= {"seeds": len(runs), "trained": runs["trained"].iloc[0]}
+        row |= {"seconds": runs["seconds"].mean(), "flops": runs["flops"].iloc[0]}
+        row |= {"operations": np.nan, "perplexity": runs["perplexity"].mean()}
+        rows.append({**row, "learning_rate": runs["learning_rate"].iloc[0]})
     table = pd.DataFrame(rows)
     cheapest = table.groupby(["model", "dataset"])["flops"].transform("min")
-    table.insert(table.columns.get_loc("perplexity"), "operations", table["flops"] / cheapest)
+    table["operations"] = table["flops"] / cheapest
     over_all, tried = [], table.groupby("model")["dataset"].nunique()
+    means = ("accuracy", "trained", "seconds", "operations", "perplexity")
     for (model, arm), part in table.groupby(["model", "arm"], sort=False):
         if 1 < len(part) == tried[model]:
             row = {"model": model, "dataset": "all", "arm": arm, "seeds": part["seeds"].min()}
-            means = ("accuracy", "trained", "seconds", "operations", "perplexity")
             row |= {name: part[name].mean() for name in means}
             row |= {name: part[name].sum() for name in ("n", "groups")}
             over_all.append({**row, **interval(np.mean([draws[i] for i in part.index], axis=0))})
@@ -149,8 +135,7 @@ def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_with(answered: pd.DataFrame, by: str, value: Hashable) -> pd.DataFrame:
-    """Rows whose column `by` is a value, which may be a tuple or None; raises ValueError when there
-    are none."""
+    """Rows whose column `by` is a value, maybe a tuple or None; ValueError where there are none."""
     part = answered[[one == value for one in answered[by]]]
     if part.empty:
         raise ValueError(f"There are no runs with {by} {value!r}.")
@@ -166,66 +151,49 @@ def same_questions(parts: Sequence[pd.DataFrame], which: str) -> None:
 def paired(
     answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm", seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy where column `by` is a, less where it is b: difference, low, high (95 %), p, n
-    (questions).
-
-    Raises ValueError when one is missing, or the tests are not of the same questions.
-    """
+    """Accuracy where column `by` is a, less where it is b: difference, low, high, p, n (questions).
+    Raises ValueError when one is missing, or the tests are not of the same questions."""
     one, two = (rows_with(answered, by, which) for which in (a, b))
     same_questions([one, two], f"{a!r} and {b!r}")
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
-    difference = float(matrix(one).mean() - matrix(two).mean())
-    n = one["question"].nunique()
+    difference, n = float(matrix(one).mean() - matrix(two).mean()), one["question"].nunique()
     return {"difference": difference, **interval(draws), "p": two_sided(draws), "n": n}
 
 
-def seed_differences(
-    answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm"
-) -> pd.Series:
-    """Accuracy where column `by` is a, less where it is b, of each seed."""
-    one, two = (rows_with(answered, by, which) for which in (a, b))
-    return one.groupby("seed")["right"].mean() - two.groupby("seed")["right"].mean()
+def seed_differences(answered: pd.DataFrame, arm: str, other: str) -> pd.Series:
+    """Accuracy of an arm, less another's, of each seed."""
+    each = answered.groupby(["arm", "seed"])["right"].mean()
+    return each[arm] - each[other]
 
 
 def difference_table(answered: pd.DataFrame, arm: str, others: Sequence[str]) -> pd.DataFrame:
-    """How far `arm` is ahead of each other arm, per dataset and over all on which both were tried
-    (of equal weight).
-
-    Returns: model, dataset ("all" for the mean, or how many where `other` was tried on some only),
-    other, difference, low, high, p (two-sided), n (questions; of a mean, pairs of runs), names
-    (held out by name; of a mean, datasets). The interval of a dataset is from samples of names, of
-    a mean from Student's t over the paired differences of single runs within datasets.
-
-    Raises ValueError when `arm` is missing on a dataset, another arm on all of them, or two arms
-    were not tested on the same questions.
-    """
+    """How far `arm` is ahead of each other arm, per dataset and ("all") over all on which both were
+    tried: difference, low, high, p, n (questions; of a mean, pairs of runs), names (of a mean,
+    datasets). The interval of a dataset is from samples of names, of a mean from Student's t over
+    single runs. Raises ValueError when an arm is missing, or tests differ."""
     rows = []
     for model, whole in answered.groupby("model", sort=False):
-        datasets = {name: part for name, part in whole.groupby("dataset", sort=False)}
+        datasets = dict(list(whole.groupby("dataset", sort=False)))
         for other in others:
-            both = [name for name, part in datasets.items() if (part["arm"] == other).any()]
+            both = {name: part for name, part in datasets.items() if other in part["arm"].values}
             if not both:
                 raise ValueError(f"There are no runs of {other!r} with {model}.")
             means, scatter = [], []
-            for name in both:
-                less = paired(datasets[name], arm, other, seed=seed_of(name))
+            for name, part in both.items():
+                less = paired(part, arm, other, seed=seed_of(name))
+                names = count_names(rows_with(part, "arm", arm)["group"])
+                rows.append(dict(model=model, dataset=name, other=other, **less, names=names))
                 means.append(less["difference"])
-                scatter.append(seed_differences(datasets[name], arm, other))
-                names = count_names(datasets[name].loc[datasets[name]["arm"] == arm, "group"])
-                rows.append(
-                    {"model": model, "dataset": name, "other": other, **less, "names": names}
-                )
-            if len(means) > 1:
+                scatter.append(seed_differences(part, arm, other))
+            if len(both) > 1:
                 name = "all" if len(both) == len(datasets) else f"{len(both)} datasets"
-                row = {"model": model, "dataset": name, "other": other}
-                row |= {"difference": float(np.mean(means)), **_over_runs(np.mean(means), scatter)}
-                rows.append({**row, "names": len(means)})
+                less = {"difference": float(np.mean(means)), **_over_runs(np.mean(means), scatter)}
+                rows.append(dict(model=model, dataset=name, other=other, **less, names=len(both)))
     return pd.DataFrame(rows)
 
 
 def _over_runs(mean: float, scatter: Sequence[pd.Series]) -> dict[str, float]:
-    """Interval and p of a mean over datasets from the differences of single runs, a series per
-    dataset."""
+    """Interval and p of a mean over datasets from differences of single runs, a series of each."""
     free = sum(len(part) - 1 for part in scatter)
     error = np.sqrt(sum(part.var() / len(part) for part in scatter)) / len(scatter)
     half = stats.t.ppf(0.975, free) * error
@@ -236,9 +204,7 @@ def _over_runs(mean: float, scatter: Sequence[pd.Series]) -> dict[str, float]:
 def by_setting(
     frame: pd.DataFrame, setting: str, make: Callable[[pd.DataFrame], pd.DataFrame]
 ) -> pd.DataFrame:
-    """What `make` says of the rows with each value of a column, one below the other; the column
-    comes last."""
-    parts = [
-        make(part).assign(**{setting: value}) for value, part in frame.groupby(setting, sort=False)
-    ]
+    """What `make` says of the rows with each value of a column, which comes last."""
+    groups = frame.groupby(setting, sort=False)
+    parts = [make(part).assign(**{setting: value}) for value, part in groups]
     return pd.concat(parts, ignore_index=True)

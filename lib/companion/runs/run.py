@@ -12,19 +12,15 @@ from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
 
 VERSION = 1  # raised when the same configuration would give another result
-
 SHOTS = 4  # worked examples of "few-shot"
-
 SCRATCH = "scratch"  # the model of runs from scratch
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Sizes are numbers of questions.
-
-    A seed decides initial weights and the order of questions and, for adapters, which fold is
-    tested. A run that only tries a learning rate has test_items=0 and never sees the test.
-    """
+    """One training run; sizes are numbers of questions. A seed decides initial weights, the order
+    of questions and, for adapters, which fold is tested. A run that only tries a learning rate has
+    test_items=0 and never sees the test."""
 
     dataset: str
     arm: str
@@ -51,29 +47,21 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        scratch = self.model == SCRATCH
-        decay = self.weight_decay
-        return Recipe(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            weight_decay=decay if decay is not None else 0.01 if scratch else 0.0,
-            seed=self.seed,
-            evaluations=12 if scratch or self.steps >= 1000 else 3,  # curves of long runs
-            autocast=scratch and self.dtype == "bfloat16",
-        )
+        scratch, decay = self.model == SCRATCH, self.weight_decay
+        if decay is None:
+            decay = 0.01 if scratch else 0.0
+        same = {n: getattr(self, n) for n in ("steps", "learning_rate", "batch_size", "seed")}
+        autocast = scratch and self.dtype == "bfloat16"
+        evaluations = 12 if scratch or self.steps >= 1000 else 3  # curves of long runs
+        return Recipe(weight_decay=decay, evaluations=evaluations, autocast=autocast, **same)
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that name the run.
-
-        What has its default value does not count, so that a field that is added later leaves the
-        names of earlier runs what they are.
-        """
+        """16 hexadecimal digits that name the run; defaults do not count, so that a field that is
+        added later leaves the names of earlier runs what they are."""
         source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
-        settings, recipe = _changed(self), _changed(self.recipe)
-        about = [VERSION, settings, recipe, data_hash(self.dataset), source, SHOTS]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        about = [VERSION, _changed(self), _changed(self.recipe), data_hash(self.dataset)]
+        return _digest(json.dumps([*about, source, SHOTS], sort_keys=True))
 
 
 def _changed(settings) -> dict:
@@ -82,14 +70,16 @@ def _changed(settings) -> dict:
     return {field.name: value for field, value in values.items() if value != field.default}
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @functools.cache
 def data_hash(dataset: str) -> str:
-    """Hash of a dataset's questions, answers (other names included), groups, and of their split.
-
-    Of a published one the file's own hash: its results can be read where it cannot be had.
-    """
+    """Hash of a dataset's questions, answers, groups and split; of a published one the file's own,
+    so that its results can be read where it cannot be had."""
     if published := DATASETS[dataset].published:
         content = f"{TWINS}{published.sha256}"
     else:
         content = load(dataset)[list(DATASETS[dataset].columns)].to_csv(index=False)
-    return hashlib.sha256(f"{[FOLDS, VALIDATION]}{content}".encode()).hexdigest()[:16]
+    return _digest(f"{[FOLDS, VALIDATION]}{content}")

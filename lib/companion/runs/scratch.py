@@ -24,25 +24,15 @@ class ScratchArm(Arm):
 
 
 def llama(run: Run, layers: int, repeats: int = 1, widened: bool = False) -> nn.Module:
-    """An untrained small Llama, as for claim C7, of 10 heads.
-
-    FFN of 8/3 of the width with a gate: as many weights as one of 4 times the width without.
-    repeats: how often the same layers run (weight-tied); widened: by as many weights as back
-    attention of `run.dim` has.
-    """
+    """An untrained small Llama, as for claim C7; a gated FFN of 8/3 of the width weighs what one of
+    4 times the width does. repeats: of the same layers; widened: by back attention's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(_vocabulary(run.dataset)),
-        hidden_size=run.width,
-        intermediate_size=round(8 * run.width / 3) + widened * round(4 * run.dim / 3),
-        num_hidden_layers=layers * repeats,
-        num_attention_heads=10,
-        num_key_value_heads=10,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
+    size = {"vocab_size": len(_vocabulary(run.dataset)), "hidden_size": run.width}
+    size |= {"intermediate_size": round(8 * run.width / 3) + widened * round(4 * run.dim / 3)}
+    size |= {"num_hidden_layers": layers * repeats, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 10, "num_key_value_heads": 10}
+    config = LlamaConfig(**size, **heads, tie_word_embeddings=False, pad_token_id=0)
     model = LlamaForCausalLM(config).eval()
     model.model.layers = nn.ModuleList([*model.model.layers[:layers]] * repeats)
     return model
@@ -53,83 +43,70 @@ def with_back_attention(run: Run, layers: int, memory: tuple[int, ...] | None = 
     return get_back_attention_model(llama(run, layers), config, freeze_base=False)
 
 
-def with_loop(run: Run, layers: int) -> nn.Module:
-    model, update = llama(run, layers), LoopLoRA(run.width, 2 * run.dim)
-    return TwoPassModel(model, {0: update}, memory=(layers,), freeze_base=False)
+def with_loop(run: Run, learnt: bool) -> nn.Module:
+    model = llama(run, 2)
+    update = LoopLoRA(run.width, 2 * run.dim) if learnt else Return()
+    return TwoPassModel(model, {0: update}, memory=(2,), freeze_base=False)
 
 
-def with_return(run: Run, layers: int) -> nn.Module:
-    return TwoPassModel(llama(run, layers), {0: Return()}, memory=(layers,), freeze_base=False)
-
-
-def _arm(name, about, colour, marker, make, sized=False, **shape) -> ScratchArm:
-    return ScratchArm(name, about, partial(make, **shape), colour, marker, RATES, sized=sized)
-
-
-def by_name(*arms: ScratchArm) -> dict[str, ScratchArm]:
-    return {arm.name: arm for arm in arms}
+def _arms(*rows: tuple) -> dict[str, ScratchArm]:
+    return {
+        name: ScratchArm(name, about, partial(make, **shape), colour, marker, RATES, sized=sized)
+        for name, about, colour, marker, sized, make, shape in rows
+    }
 
 
 # fmt: off
-SCRATCH_ARMS = by_name(
-    _arm("1 layer", "the baseline", "#0173b2", "s", llama, layers=1),
-    _arm("1 layer + back attention", "reading the embedding's and the layer's own states",
-         "#d55e00", "o", with_back_attention, sized=True, layers=1),
-    _arm("2 layers", "what it is said to match", "#029e73", "P", llama, layers=2),
-    _arm("1 layer, wide", "the FFN widened to the weights of back attention",
-         "#de8f05", "s", llama, sized=True, layers=1, widened=True),
-    _arm("1 layer, twice", "the same layer run two times (weight-tied)",
-         "#cc78bc", "D", llama, layers=1, repeats=2),
+SCRATCH_ARMS = _arms(
+    ("1 layer", "the baseline", "#0173b2", "s", False, llama, dict(layers=1)),
+    ("1 layer + back attention", "reading the embedding's and the layer's own states",
+     "#d55e00", "o", True, with_back_attention, dict(layers=1)),
+    ("2 layers", "what it is said to match", "#029e73", "P", False, llama, dict(layers=2)),
+    ("1 layer, wide", "the FFN widened to the weights of back attention",
+     "#de8f05", "s", True, llama, dict(layers=1, widened=True)),
+    ("1 layer, twice", "the same layer run two times (weight-tied)",
+     "#cc78bc", "D", False, llama, dict(layers=1, repeats=2)),
 )
-
-COMPOSING_ARMS = by_name(
-    _arm("2 layers", "the baseline", "#029e73", "P", llama, layers=2),
-    _arm("2 layers + back attention", "d′ = 32, in layer 0, reading all states",
-         "#d55e00", "o", with_back_attention, layers=2),
-    _arm("2 layers + same layer", "the same module reading the embedding's states only: one pass",
-         "#de8f05", "s", with_back_attention, layers=2, memory=(0,)),
-    _arm("2 layers + loop", "as many weights, a map of the final state at the same position into "
-         "layer 0; layers run again", "#ca9161", "^", with_loop, layers=2),
-    _arm("2 layers + return", "one number: the final state itself, times it, in layer 0; layers "
-         "run again", "#949494", "<", with_return, layers=2),
-    _arm("2 layers, twice", "the same layers run two times (weight-tied)",
-         "#cc78bc", "D", llama, layers=2, repeats=2),
-    _arm("4 layers", "as many operations as the layers run twice", "#0173b2", "v", llama, layers=4),
+COMPOSING_ARMS = _arms(
+    ("2 layers", "the baseline", "#029e73", "P", False, llama, dict(layers=2)),
+    ("2 layers + back attention", "d′ = 32, in layer 0, reading all states",
+     "#d55e00", "o", False, with_back_attention, dict(layers=2)),
+    ("2 layers + same layer", "the same module reading the embedding's states only: one pass",
+     "#de8f05", "s", False, with_back_attention, dict(layers=2, memory=(0,))),
+    ("2 layers + loop", "as many weights, a map of the final state at the same position into "
+     "layer 0; layers run again", "#ca9161", "^", False, with_loop, dict(learnt=True)),
+    ("2 layers + return", "one number: the final state itself, times it, in layer 0; layers run "
+     "again", "#949494", "<", False, with_loop, dict(learnt=False)),
+    ("2 layers, twice", "the same layers run two times (weight-tied)",
+     "#cc78bc", "D", False, llama, dict(layers=2, repeats=2)),
+    ("4 layers", "as many operations as the layers run twice",
+     "#0173b2", "v", False, llama, dict(layers=4)),
 )
 # fmt: on
-
 SIZED = tuple(arm.name for arm in SCRATCH_ARMS.values() if arm.sized)
-
 LOOKS = {**UNTRAINED, **ARMS, **SCRATCH_ARMS, **COMPOSING_ARMS}  # one arm, one look
 
 
-def arms_of(run: Run) -> dict[str, Arm]:
-    """The arms that there are for a run's model and dataset."""
-    if run.model != SCRATCH:
-        return {**UNTRAINED, **ARMS}
-    return COMPOSING_ARMS if DATASETS[run.dataset].words else SCRATCH_ARMS
-
-
 def arm_of(run: Run) -> Arm:
-    """The record of a run's arm. Raises ValueError naming those that there are."""
-    arms = arms_of(run)
+    """The record of a run's arm. Raises ValueError naming those that its model and dataset have."""
+    arms = COMPOSING_ARMS if DATASETS[run.dataset].words else SCRATCH_ARMS
+    if run.model != SCRATCH:
+        arms = {**UNTRAINED, **ARMS}
     if run.arm not in arms:
         raise ValueError(f"Unknown arm {run.arm!r}; choose one of {', '.join(arms)}.")
     return arms[run.arm]
 
 
 def scratch_model(run: Run) -> tuple[nn.Module, object]:
-    """A run's untrained small model and its tokenizer: of characters, or of invented words.
-
-    Raises ValueError for an unknown arm.
-    """
+    """A run's untrained small model and its tokenizer: of characters, or of invented words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {word: i for i, word in enumerate(_vocabulary(run.dataset))}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    by_word, by_character = pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")
-    core.pre_tokenizer = by_word if DATASETS[run.dataset].words else by_character
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # by character
+    if DATASETS[run.dataset].words:
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
     return arm_of(run).make(run), tokenizer
 

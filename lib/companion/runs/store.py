@@ -17,10 +17,8 @@ CHECKPOINTS = DATA / "checkpoints"
 
 
 class Store:
-    """Results and weights of finished runs, made here or shipped, and what stopped ones left.
-
-    folder: where runs are made; shipped: a file with results of finished runs, one a line, or None.
-    """
+    """Results and weights of finished runs, and what stopped ones left, in a folder; shipped: a
+    file with results of finished runs, one a line, or None."""
 
     def __init__(self, folder: Path = BUILD / "runs", shipped: Path | None = DATA / "runs.jsonl"):
         self.folder, self.shipped = Path(folder), {}
@@ -39,11 +37,8 @@ class Store:
             return self.shipped.get(run.key)
 
     def weights(self, run: Run) -> dict[str, Tensor]:
-        """The trained weights of a finished run.
-
-        Raises FileNotFoundError where only its result was shipped, OSError for a shipped file with
-        another sha256.
-        """
+        """The trained weights of a finished run. Raises FileNotFoundError where only its result was
+        shipped, OSError for a shipped file with another sha256."""
         local = self.place(run) / "weights.safetensors"
         shipped = CHECKPOINTS / f"{run.key}.safetensors"
         if local.exists():
@@ -63,8 +58,7 @@ class Store:
     def keep(self, run: Run, result: dict, weights: dict[str, Tensor]) -> None:
         """Weights first: a run is finished when its result is there."""
         if weights:
-            with atomic_file(self.place(run) / "weights.safetensors") as temporary:
-                save_file(weights, temporary)
+            _save(weights, self.place(run) / "weights.safetensors")
         with atomic_file(self.place(run) / "result.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
@@ -76,12 +70,15 @@ class Store:
                 lines[run.key] = {**lines.get(run.key, {}), "key": run.key, **result}
         for run in with_weights:
             path = folder / "checkpoints" / f"{run.key}.safetensors"
-            with atomic_file(path) as temporary:
-                save_file(self.weights(run), temporary)
+            _save(self.weights(run), path)
             lines[run.key]["sha256"] = _sha256(path)
-        text = "".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines))
         with atomic_file(folder / "runs.jsonl") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text("".join(f"{json.dumps(lines[key])}\n" for key in sorted(lines)))
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    with atomic_file(path) as temporary:
+        save_file(weights, temporary)
 
 
 def _sha256(path: Path) -> str:

@@ -33,68 +33,51 @@ OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *OT
 TWICE = ("two-hop", "question", "code")  # ask the capital of a country of a city, of a company
 
 
-@pytest.mark.parametrize("fold", [None, 0, 1, 2])
 @pytest.mark.parametrize("name", OFFLINE)
-def test_no_name_is_in_two_splits(name, fold):
-    frame = split(load(name), fold)
-    assert set(frame["split"]) == set(SPLITS)
-    assert not frame["prompt"].duplicated().any() or name in TWICE
-    names = frame.assign(name=frame["group"].str.split("|")).explode("name")
-    assert (names.groupby("name")["split"].nunique() == 1).all()
-    assert frame.loc[frame["split"] == "test", "tested"].all()
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_every_question_is_tested_in_one_fold_or_validates_in_all(name):
+def test_no_name_is_in_two_splits_and_every_question_is_tested_once(name):
     whole = load(name)
-    parts = [split(whole, fold) for fold in range(FOLDS)]
-    tested = pd.concat([part[part["split"] == "test"] for part in parts])["prompt"]
-    held_out = [set(part.loc[part["split"] == "validation", "prompt"]) for part in parts]
+    parts = [split(whole, fold) for fold in (None, *range(FOLDS))]
+    for frame in parts:
+        assert set(frame["split"]) == set(SPLITS)
+        assert not frame["prompt"].duplicated().any() or name in TWICE
+        names = frame.assign(name=frame["group"].str.split("|")).explode("name")
+        assert (names.groupby("name")["split"].nunique() == 1).all()
+        assert frame.loc[frame["split"] == "test", "tested"].all()
+    tested = pd.concat([part[part["split"] == "test"] for part in parts[1:]])["prompt"]
+    held_out = [set(part.loc[part["split"] == "validation", "prompt"]) for part in parts[1:]]
     assert all(one == other for one, other in pairwise(held_out)) and not held_out[0] & set(tested)
     if name != "legs, two kinds":  # whose animals may fall into different folds
         alone = whole[whole["tested"] & ~whole["prompt"].isin(held_out[0])]
         assert sorted(tested) == sorted(alone["prompt"])
 
 
-def test_places_are_what_they_were():
+@given(st.text(min_size=1))
+def test_places_depend_on_the_name_alone(name):
     """A salted hash would shuffle the splits with every start of Python."""
+    assert 0 <= place_of(name) < 1
     places = [round(place_of(name), 4) for name in ("Spain", "3,4", "ant")]
     assert places == [0.5584, 0.3624, 0.4048]
 
 
-@given(st.text(min_size=1))
-def test_places_lie_in_the_unit_interval(name):
-    assert 0 <= place_of(name) < 1
-
-
-def test_draw_is_seeded():
+def test_bad_requests_are_named_and_draws_are_seeded():
+    for message, ask in {
+        "folds 0 to 2": lambda: split(load("1DC"), 3),
+        "no questions in split 'dev'": lambda: draw(split(load("1DC")), "dev", 3),
+        "Unknown dataset 'gsm'; choose one of 2-digit, 1DC": lambda: load("gsm"),
+        "only 224 questions of kind OOD/OOD": lambda: compositions(1),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ask()
     frame = split(load("1DC"), 0)
     assert draw(frame, "test", 20).equals(draw(frame, "test", 20))
     assert len(draw(frame, "test")) == (frame["split"] == "test").sum()
 
 
-@pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda: split(load("1DC"), 3), "folds 0 to 2"),
-        (lambda: draw(split(load("1DC")), "dev", 3), "no questions in split 'dev'"),
-        (lambda: load("gsm"), "Unknown dataset 'gsm'; choose one of 2-digit, 1DC"),
-        (lambda: compositions(1), "only 224 questions of kind OOD/OOD"),
-    ],
-)
-def test_bad_requests_are_named(ask, message):
-    with pytest.raises(ValueError, match=message):
-        ask()
-
-
 def test_records_know_what_runs_need():
-    assert all(name == record.name for name, record in DATASETS.items())
-    assert all(record.judge in ("number", "first token") for record in DATASETS.values())
-    assert all(DATASETS[record.tuned_on] for record in DATASETS.values())
-    assert {record.name for record in DATASETS.values() if record.published} == {
-        "SVAMP",
-        "MultiArith",
-    }
+    for name, record in DATASETS.items():
+        assert name == record.name and record.judge in ("number", "first token")
+        assert DATASETS[record.tuned_on]
+        assert bool(record.published) == (name in ("SVAMP", "MultiArith"))
     names = ("prompt", "answer", "group", "tested", "e3_aliases", "split")
     for name in [*OFFLINE, "two-hop, unknown", "compositions"]:
         assert DATASETS[name].columns == tuple(pd.Index(names).intersection(load(name).columns))
@@ -108,13 +91,10 @@ def test_arithmetic_is_right(name, count):
         assert int(row.answer) == eval(row.prompt.rstrip("="))
 
 
-def test_no_first_step_is_seen_before():
+def test_no_first_step_is_seen_before_and_two_hops_are_needed():
     frame = split(load("1DC"), 0)
     digits = frame["prompt"].str.findall(r"\d").str[:2].map(lambda pair: tuple(sorted(pair)))
     assert not set(digits[frame["split"] == "test"]) & set(digits[frame["split"] == "train"])
-
-
-def test_tested_two_hop_questions_need_both_hops():
     frame = two_hop()
     assert 0.4 < frame["tested"].mean() < 0.7 and (frame["group"] == frame["e2"]).all()
 
@@ -122,10 +102,9 @@ def test_tested_two_hop_questions_need_both_hops():
 def test_other_wordings_ask_the_same_questions():
     plain = load("two-hop")
     row = plain.index[plain["prompt"] == "Dubliners's author's country is"]
-    for name, prompt in (
-        ("question", "Question: What is the country of the author of Dubliners? Answer:"),
-        ("code", "country(author(Dubliners)) ="),
-    ):
+    prompts = {"question": "Question: What is the country of the author of Dubliners? Answer:"}
+    prompts |= {"code": "country(author(Dubliners)) ="}
+    for name, prompt in prompts.items():
         other = load(name)
         assert other["prompt"][row].tolist() == [prompt]
         assert other.drop(columns="prompt").equals(plain.drop(columns="prompt"))
@@ -198,12 +177,9 @@ def test_legs_add_up():
 
 
 def test_texts_that_say_nearly_the_same_are_twins():
-    texts = [
-        "Ann has N pens and then buys N more at a shop",
-        "Bob has N pens and then buys N more at a shop",
-        "How tall is a tree of N years",
-    ]
-    groups = near_duplicate_groups([text.lower().split() for text in texts])
+    pens = "{} has N pens and then buys N more at a shop"
+    texts = [pens.format("ann"), pens.format("bob"), "how tall is a tree of N years"]
+    groups = near_duplicate_groups([text.split() for text in texts])
     assert groups[0] == groups[1] != groups[2]
 
 
@@ -223,7 +199,7 @@ def test_published_files_are_read_and_checked(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="unset BACKATTN_DATASETS"):
         load("MultiArith")
     monkeypatch.delenv("BACKATTN_DATASETS")
-    monkeypatch.setattr("companion.questions.published.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("companion.questions.facts.CACHE", tmp_path / "cache")
     with pytest.raises(OSError, match="Put the file into"):
         load("SVAMP")
 

@@ -38,11 +38,8 @@ def test_two_hop_facts_are_many_and_split_by_bridge_entity():
     aliases = frame[["e2_aliases", "e3_aliases"]].stack().str.split("|").explode()
     words = set(aliases) - {""}
     assert "Holland" in words and "UAE" in words and min(map(len, words)) > 1  # whole names
-
-
-def test_the_card_counts_what_is_there():
     card = (paths.DATA / "README.md").read_text(encoding="utf-8")
-    for pair, count in two_hop_facts()["pair"].value_counts().items():
+    for pair, count in frame["pair"].value_counts().items():
         assert f"| {pair} | {count:,} |" in card
     assert f"{len(pd.read_csv(paths.DATA / 'hand_facts.csv')):,} facts" in card
 
@@ -88,48 +85,39 @@ def published(tmp_path, monkeypatch):
     return path
 
 
-def test_twohop_is_read_from_a_folder(published):
+def test_twohop_is_read_from_a_folder_and_asked_in_every_wording(published):
     row = published_two_hop().iloc[0]
     named = (row["e1"], row["e2"], row["e3"], row["pair"], row["e2_aliases"])
     assert named == ("Mozart", "Anna", "Leopold", "human-mother-spouse", "Anna Maria")
     question = TEMPLATES["of"].say(row["e1"], row["r1"], row["r2"])
     assert question == "The spouse of the mother of Mozart is"
-
-
-def test_twohop_is_asked_in_every_wording(published):
     more = [("Bach", "Elisabeth", "Ambrosius"), ("Verdi", "Luigia", "Carlo"), ("Liszt", "Ann", "A")]
-    row = PUBLISHED.splitlines()[1].replace("\"['Anna Maria', 'A']\"", "[]")
+    line, text = PUBLISHED.splitlines()[1].replace("\"['Anna Maria', 'A']\"", "[]"), PUBLISHED
     for e1, e2, e3 in more:
-        row_of = row.replace("Mozart", e1).replace("Anna", e2).replace("Leopold", e3)
-        published.write_text(published.read_text() + row_of + "\n")
+        text += line.replace("Mozart", e1).replace("Anna", e2).replace("Leopold", e3) + "\n"
+    published.write_text(text)
     for wording in TEMPLATES:
         asked = two_hop_prompts(published_two_hop(), wording)
         assert len(asked) == 2
         for row in asked.itertuples():
             spans = (row.two_hop[slice(*span)] for span in (row.e1_span, row.r1_span, row.r2_span))
-            assert [text.lower() for text in spans] == [
-                row.e1.lower(),
-                "the mother of",
-                "the spouse of",
-            ]
+            found = [text.lower() for text in spans]
+            assert found == [row.e1.lower(), "the mother of", "the spouse of"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
+def test_twohop_of_another_form_is_refused(published):
+    for old, new, message in (
         ("mother of {}", "mother of", r"row 2: the template 'the mother of' must have the slot"),
         ("e3_label", "e3", "lacks column 'e3_label'"),
-    ],
-)
-def test_twohop_of_another_form_is_refused(published, old, new, message):
-    published.write_text(PUBLISHED.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        published_two_hop()
+    ):
+        published.write_text(PUBLISHED.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            published_two_hop()
 
 
 def test_twohop_is_fetched_once_and_must_stay_the_same(tmp_path, monkeypatch, published):
     monkeypatch.delenv("BACKATTN_DATASETS")
-    monkeypatch.setattr("companion.questions.published.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("companion.questions.facts.CACHE", tmp_path / "cache")
     file = replace(module.TWO_HOP, url=(tmp_path / "nowhere.csv").as_uri())
     monkeypatch.setattr(module, "TWO_HOP", file)
     with pytest.raises(OSError, match="set BACKATTN_DATASETS to that folder"):

@@ -20,16 +20,11 @@ from companion.questions.prompts import (
 
 FACTS = pd.DataFrame(
     {
-        "pair": "x",
         "e1": ["Milan", "Lyon", "Munich", "Osaka", "Bergen", "Nice"],
-        "r1": "country",
         "e2": ["Italy", "France", "Germany", "Japan", "Norway", "France"],
-        "r2": "capital",
         "e3": ["Rome", "Paris", "Berlin", "Tokyo", "Oslo", "Paris"],
-        "e2_aliases": "",
-        "e3_aliases": "",
     }
-)
+).assign(pair="x", r1="country", r2="capital", e2_aliases="", e3_aliases="")
 
 
 def test_prompts_end_with_the_question_and_do_not_show_its_answer():
@@ -96,33 +91,24 @@ def test_no_real_prompt_shows_its_answer_in_the_examples():
         assert not shown, (shown, front)
 
 
-def test_the_head_of_a_pair_keeps_the_files_order():
+def test_the_head_of_a_pair_keeps_the_files_order_and_equal_words_are_told_apart():
     kin = two_hop_facts().query("pair == 'person-kin-kin'")
     rows = kin[["e1", "r1", "r2"]].agg("|".join, axis=1).tolist()
     asked = two_hop_prompts(kin, per_pair=20)[["e1", "r1", "r2"]].agg("|".join, axis=1)
     places = [rows.index(row) for row in asked]
     assert len(places) == 20 and places == sorted(places)
-
-
-def test_equal_relation_words_are_told_apart():
     for template, order in (("possessive", 1), ("of", -1)):
         row = two_hop_prompts(FACTS.assign(r1="father", r2="father"), template).iloc[0]
         assert order * (row["r2_span"][0] - row["r1_span"][0]) > 0
 
 
-@pytest.mark.parametrize(
-    ("frame", "options", "message"),
-    [
+def test_bad_requests_for_prompts_are_named():
+    phone = FACTS.replace({"e1": {"Nice": "iPhone"}})  # the sentence begins with a capital
+    for frame, options, message in (
         (FACTS, {"template": "haiku"}, "Unknown template 'haiku'"),
         (FACTS, {"examples": "many"}, "Unknown examples 'many'"),
         (FACTS.head(1), {}, "give more facts"),
-        (  # the sentence begins with a capital
-            FACTS.replace({"e1": {"Nice": "iPhone"}}),
-            {"examples": "none"},
-            r"Fact 5 \(.*iPhone\): 'iPhone' does not occur in the prompt",
-        ),
-    ],
-)
-def test_bad_requests_for_prompts_are_named(frame, options, message):
-    with pytest.raises(ValueError, match=message):
-        two_hop_prompts(frame, **options)
+        (phone, {"examples": "none"}, r"Fact 5 \(.*iPhone\): 'iPhone' does not occur"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            two_hop_prompts(frame, **options)

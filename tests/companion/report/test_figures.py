@@ -20,9 +20,8 @@ def labels(axis):
     return [text.get_text() for text in axis.get_ticklabels()]
 
 
-@pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_flow_of_one_prompt_is_drawn_by_token(llama, kind):
-    back = flow_back(*llama, logit_flow(*llama, "France's capital is", top_k=30))
+def test_flow_of_one_prompt_is_drawn_by_token(llama):
+    back, kind = flow_back(*llama, logit_flow(*llama, "France's capital is", top_k=30)), "ffn"
     ax = figures.flow_heatmap(back.frame, kind)
     assert ax.get_title() == kind and "".join(labels(ax.yaxis)) == "France's capital is"
     fewer = figures.flow_heatmap(back.frame, kind, first=2)
@@ -40,7 +39,7 @@ def test_saved_twice_gives_the_same_bytes(tmp_path):
     assert pd.read_csv(tmp_path / "one/lines.csv").equals(data)
 
 
-def test_bands_are_drawn_in_order_with_their_looks():
+def test_bands_are_drawn_in_order_with_their_looks_and_dashes():
     table = pd.DataFrame({"arm": ["b", "b", "a"], "dim": [4, 1, 1], "mean": [0.4, 0.1, 0.2]})
     looks = {"b": Look("#ff0000", "s")}
     ax = figures.bands(table.assign(low=0.0, high=0.5), "dim", hue="arm", looks=looks)
@@ -51,9 +50,6 @@ def test_bands_are_drawn_in_order_with_their_looks():
     assert second.get_color() != first.get_color()
     crossed = figures.bands(table.assign(low=-0.1, high=0.5), "dim", hue="arm")
     assert crossed.lines[-1].get_ydata() == [0, 0]
-
-
-def test_dashes_tell_a_second_column_apart():
     rows = [(entity, case, 0, 0.5) for entity in ("e2", "e3") for case in ("right", "wrong")]
     table = pd.DataFrame(rows, columns=["entity", "case", "layer", "mean"])
     ax = figures.bands(table, "layer", hue="entity", dashes=("case", figures.CASES))
@@ -86,15 +82,12 @@ def test_points_stand_side_by_side_or_along_numbers():
     places = [x for line in drawn.values() for x in line.get_xdata()]
     assert len({round(x, 6) for x in places}) == 6  # apart, each at its dataset
     assert max(abs(x - round(x)) for x in places) < 0.5
-    ax = figures.points(table[table["dataset"] == "one"], "operations", "accuracy", "arm")
+    table = table[table["dataset"] == "one"]
+    ax = figures.points(table, "operations", "accuracy", "arm")
     assert sorted(c.lines[0].get_xdata()[0] for c in ax.containers) == [1, 2, 3]
-
-
-def test_levels_are_named():
-    table = pd.DataFrame({"arm": ["zero-shot", "few-shot"], "accuracy": [0.1, 0.2]})
-    ax = figures.levels(table, "accuracy", "arm")
-    assert [text.get_text() for text in ax.texts] == ["zero-shot", "few-shot"]
-    assert [line.get_ydata()[0] for line in ax.lines] == [0.1, 0.2]
+    figures.levels(table, "accuracy", "arm", dict.fromkeys("abc", Look("#ff0000")), ax)
+    assert [text.get_text() for text in ax.texts] == list("abc")
+    assert [line.get_ydata()[0] for line in ax.lines[-3:]] == table["accuracy"].tolist()
 
 
 def test_numbered_cells_are_named_every_fifth_and_may_stand_upwards():

@@ -1,12 +1,29 @@
-"""Corrections of p."""
+"""Bootstrap over clusters, summaries, paired differences, corrections of p."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from companion.report import intervals
 
 
-def test_p_is_corrected_for_all_rows():
+def test_bootstrap_interval_covers_and_keeps_clusters_together():
+    generator, hits = np.random.default_rng(1), 0
+    for _ in range(60):
+        _, low, high = intervals.mean_interval(generator.standard_normal(80), range(80))
+        hits += low <= 0 <= high
+    assert 50 <= hits <= 60
+    weights = intervals.bootstrap(["a", "a", "b", "c"], resamples=50)
+    assert np.allclose(weights.sum(1), 1) and np.allclose(weights[:, 0], weights[:, 1])
+    values = np.array([1.0, -1.0] * 40)  # pairs that cancel: no spread between clusters
+    assert np.allclose(intervals.mean_interval(values, np.arange(80) // 2), 0)
+
+
+def test_wilson_and_holm_are_the_textbooks():
+    z, p, n = 1.959964, 0.8, 10
+    middle = (p + z**2 / 2 / n) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / 4 / n**2) ** 0.5
+    assert np.allclose(intervals.wilson(8, 10), (middle - half, middle + half), atol=1e-5)
     table = intervals.holm(pd.DataFrame({"p": [0.01, 0.04, 0.03, 0.5]}))
     assert table["corrected"].to_list() == pytest.approx([0.04, 0.09, 0.09, 0.5])
 

@@ -13,18 +13,16 @@ from companion.report import tables
 from companion.runner.check import check
 
 
-@pytest.mark.parametrize("column", ["mean", "layer"])
-def test_a_changed_committed_number_is_named(tmp_path, column):
-    name = "01_flow_map.csv"
-    frame = pd.read_csv(paths.FIGURES / name)
+def test_a_changed_committed_number_is_named(tmp_path):
+    shutil.copytree(paths.FIGURES, tmp_path, dirs_exist_ok=True)
+    assert tables.compare(paths.FIGURES, tmp_path) == []
+    name, frame = "01_flow_map.csv", pd.read_csv(paths.FIGURES / "01_flow_map.csv")
     row = int(frame["mean"].abs().sort_values().index[int(0.6 * len(frame))])  # not a large one
-    other = {"layer": frame["layer"] + 1, "mean": frame["mean"] * 1.2}[column]
-    frame.loc[row, column] = other[row]
-    shutil.copytree(paths.FIGURES, tmp_path / "figures")
-    assert tables.compare(paths.FIGURES, tmp_path / "figures") == []
-    frame.to_csv(tmp_path / "figures" / name, index=False)
-    (problem,) = tables.compare(paths.FIGURES, tmp_path / "figures")
-    assert all(part in problem for part in (name, f"column {column}", f"row {row + 2}"))
+    for column, other in (("layer", frame["layer"] + 1), ("mean", frame["mean"] * 1.2)):
+        changed = other.where(frame.index == row, frame[column])
+        frame.assign(**{column: changed}).to_csv(tmp_path / name, index=False)
+        (problem,) = tables.compare(paths.FIGURES, tmp_path)
+        assert all(part in problem for part in (name, f"column {column}", f"row {row + 2}"))
 
 
 def test_small_differences_between_machines_pass_and_words_do_not(tmp_path):
@@ -50,9 +48,8 @@ def test_a_changed_number_in_a_committed_notebook_turns_the_check_red(
 ):
     checked = nbformat.v4.new_code_cell(cell, metadata={"tags": ["nbval-check-output"]})
     checked.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{output}\n")]
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("import sys\nn = 3"), checked]
-    )
+    first = nbformat.v4.new_code_cell("import sys\nn = 3")
+    notebook = nbformat.v4.new_notebook(cells=[first, checked])
     for count, each in enumerate(notebook.cells, 1):
         each.execution_count = count
     nbformat.write(notebook, tmp_path / "09_numbers.ipynb")
@@ -77,12 +74,7 @@ def test_check_reports_each_step_and_fails_when_one_does(monkeypatch, tmp_path, 
     monkeypatch.setattr("companion.runner.check.tables.compare", lambda *_: [problem])
     assert check() == 1
     shown = capsys.readouterr().out
-    for part in (
-        "passed  unit tests",
-        "FAILED  committed notebooks",
-        "FAILED  numbers",
-        f"changed: {problem}",
-    ):
-        assert part in shown
+    failed = ("FAILED  committed notebooks", "FAILED  numbers", f"changed: {problem}")
+    assert all(part in shown for part in ("passed  unit tests", *failed))
     for part in ("ruff check", "ruff format", "--doctest-modules"):
         assert any(part in command for command in commands)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import nbformat
 import pytest
@@ -63,20 +64,21 @@ def test_a_good_notebook_is_run_noted_and_then_skipped(place, capsys):
     assert not list(place.build.rglob("*.partial.ipynb")) + list(place.build.rglob("*.progress"))
 
 
-@pytest.mark.parametrize("change", ["source", "product", "parameter", "force"])
-def test_what_changed_is_run_again(place, capsys, change):
-    place.write("01_good")
+def test_what_changed_is_run_again(place, capsys):
+    path, made = place.write("01_good"), place.build / "made.txt"
+    changes = {
+        "source": lambda: place.write("01_good", *GOOD, "4"),
+        "product": made.unlink,
+        "parameter": lambda: place.profile(smoke={"01_good": {"n": 5}}),
+        "force": path.exists,
+    }
     assert run() == 0
-    if change == "source":
-        place.write("01_good", *GOOD, "4")
-    elif change == "product":
-        (place.build / "made.txt").unlink()
-    elif change == "parameter":
-        place.profile(smoke={"01_good": {"n": 5}})
-    capsys.readouterr()
-    assert run(*(["--force"] if change == "force" else [])) == 0
-    assert "skipped" not in capsys.readouterr().out
-    assert (place.build / "made.txt").read_text() == ("5" if change == "parameter" else "3")
+    for name, change in changes.items():
+        change()
+        capsys.readouterr()
+        assert run(*(["--force"] if name == "force" else [])) == 0
+        assert "skipped" not in capsys.readouterr().out
+        assert made.read_text() == ("5" if name in ("parameter", "force") else "3")
 
 
 def test_two_equal_runs_are_equal_to_the_byte(place):
@@ -90,14 +92,10 @@ def test_two_equal_runs_are_equal_to_the_byte(place):
 
 
 def test_the_kernel_has_its_environment_and_this_process_its_own(place, monkeypatch):
-    import os
-
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    names = ["PYTHONHASHSEED", "BACKATTN_PROFILE", "MPLBACKEND"]
-    before = dict(os.environ)
-    place.write(
-        "01_good", "n = 3", f"import os\n(folder / 'e').write_text(str([*map(os.getenv, {names})]))"
-    )
+    names, before = ["PYTHONHASHSEED", "BACKATTN_PROFILE", "MPLBACKEND"], dict(os.environ)
+    say = f"import os\n(folder / 'e').write_text(str([*map(os.getenv, {names})]))"
+    place.write("01_good", "n = 3", say)
     assert run() == 0
     found = (place.build / "e").read_text()
     assert found.startswith("['0', 'smoke', ") and "Agg" not in found and os.environ == before
@@ -108,14 +106,9 @@ def test_a_failing_cell_is_shown_with_its_source_and_the_way_on(place, capsys):
     place.write("02_good")
     assert run() == 1
     shown, partial = capsys.readouterr().out, place.build / "notebooks/01_bad.partial.ipynb"
-    for part in (
-        "FAILED 01_bad.ipynb, cell 2",
-        "| total = n / (n - 3)  # the culprit",
-        "ZeroDivisionError",
-        "./run_all.sh --profile smoke --from 01",
-        str(partial),
-    ):
-        assert part in shown
+    said = ("FAILED 01_bad.ipynb, cell 2", "| total = n / (n - 3)  # the culprit")
+    said += ("ZeroDivisionError", "./run_all.sh --profile smoke --from 01", str(partial))
+    assert all(part in shown for part in said)
     assert "02_good" not in shown  # stopped at the failure
     assert '"fine\\n"' in partial.read_text()
     assert not (place.build / "notebooks/01_bad.ipynb").exists()
@@ -128,13 +121,11 @@ def test_a_failing_cell_is_shown_with_its_source_and_the_way_on(place, capsys):
 
 
 def test_a_dead_kernel_is_called_that(place, capsys):
-    place.write(
-        "01_dead", "n = 3", "n", "import os\nos._exit(9)  # as if the system killed it", "4"
-    )
+    place.write("01_dead", "n = 3", "n", "import os\nos._exit(9)  # the system killed it", "4")
     assert run() == 1
     shown = capsys.readouterr().out
-    assert "The kernel died" in shown and "memory" in shown
-    assert "cell 2:" in shown and "os._exit(9)" in shown and "--from 01" in shown
+    said = ("The kernel died", "memory", "cell 2:", "os._exit(9)", "--from 01")
+    assert all(part in shown for part in said)
 
 
 def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
@@ -152,30 +143,22 @@ def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
 def test_selection(place):
     found = [place.write(name, "n = 1") for name in ("00_a", "01_b", "03_c")]
     assert committed.notebooks() == found
-    for options, chosen in (
-        (("01,03", None, None), [1, 2]),
-        ((None, "01", None), [1, 2]),
-        ((None, None, "01"), [0, 1]),
-        (("1", None, None), [1]),
-        ((None, "1", "3"), [1, 2]),
-    ):
-        assert select(found, *options) == [found[k] for k in chosen]
+    assert select(found, "01,03", None, None) == select(found, None, "01", None) == found[1:]
+    assert (
+        select(found, None, None, "01") == found[:2] and select(found, None, "1", "3") == found[1:]
+    )
+    assert select(found, "1", None, None) == found[1:2]
     for wrong in (("01,07", None, None), (None, "07", None), (None, "03", "01")):
         with pytest.raises(SystemExit, match="00_a, 01_b, 03_c"):
             select(found, *wrong)
 
 
 def test_every_option_of_the_design_is_there(capsys):
-    names = (
-        "check html profile only from to list force keep-going update model device dtype cluster"
-    )
-    assert all(f"--{name}" in parser().format_help() for name in names.split())
+    names = "check html profile only from to list force keep-going update model device dtype"
+    assert all(f"--{name}" in parser().format_help() for name in [*names.split(), "cluster"])
     assert list(committed.profiles()) == ["smoke", "paper", "full"]
     assert main(["--list"]) == 0
     assert "01_stage_discovery" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- --update
 
 
 def test_update_after_a_finished_run_still_updates(place):
@@ -202,8 +185,8 @@ def test_update_of_the_full_profile_replaces_results_and_notes_their_checksum(pl
     assert noted["sha256"] == hashlib.sha256(b"new").hexdigest() and noted["hardware"]
     assert (paths.DATA / "runs.jsonl").exists() and not (paths.DATA / "01").exists()
     assert committed.took("full")["01_good"]["training_seconds"] == 5
-    executed = nbformat.read(path, as_version=4).cells[0].execution_count
-    assert executed is None  # the notebook is the paper profile's
+    cell = nbformat.read(path, as_version=4).cells[0]
+    assert cell.execution_count is None  # the notebook is the paper profile's
 
 
 def test_runs_of_several_notebooks_are_joined(tmp_path):
@@ -214,28 +197,21 @@ def test_runs_of_several_notebooks_are_joined(tmp_path):
     assert goal.read_text() == '{"key": "a", "n": 2}\n{"key": "b", "n": 2}\n{"key": "c", "n": 1}\n'
 
 
-def test_update_is_refused_for_other_profiles_and_models(monkeypatch):
+@pytest.mark.parametrize("option", ["--profile smoke", "--model tiny-llama", "--dtype bfloat16"])
+def test_update_is_refused_for_other_profiles_and_models(monkeypatch, option):
     monkeypatch.setenv("BACKATTN_DTYPE", "float32")  # as it was afterwards
-    for options in (["--profile", "smoke"], ["--model", "tiny-llama"], ["--dtype", "bfloat16"]):
-        with pytest.raises(SystemExit, match="--update replaces committed results"):
-            main(["--update", *options])
+    with pytest.raises(SystemExit, match="--update replaces committed results"):
+        main(["--update", *option.split()])
 
 
-def test_shipped_results_have_the_checksum_that_the_manifest_notes():
+def test_the_manifest_and_the_notebooks_are_as_the_runner_leaves_them():
     noted = committed.manifest()["results"]
     files = [*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")]
     shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert shipped == {name: entry["sha256"] for name, entry in noted.items()} and shipped
-
-
-def test_the_manifest_times_every_notebook():
     for path in committed.notebooks():
         run = committed.took("paper")[path.stem]
         assert run["seconds"] > 0 and run["hardware"]
-
-
-def test_committed_notebooks_are_as_the_runner_cleans_them():
-    for path in committed.notebooks():
         notebook = nbformat.read(path, as_version=4)
         before = json.dumps(notebook)
         clean(notebook)

@@ -10,27 +10,19 @@ from companion import paths
 from companion.runner import committed, site
 
 
-def pages() -> list[str]:
-    """What the table of contents lists."""
+def test_every_page_is_there_no_link_is_broken_and_code_is_folded(tmp_path):
+    root = site.build(tmp_path / "html").parent
     contents = yaml.safe_load((paths.NOTEBOOKS / "_toc.yml").read_text(encoding="utf-8"))
-    chapters = [page["file"] for part in contents["parts"] for page in part["chapters"]]
-    return [contents["root"], *chapters]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return site.build(tmp_path_factory.mktemp("html") / "html").parent
-
-
-def test_every_page_is_there_and_no_link_is_broken(root):
-    listed = [name for name in pages() if name.startswith("notebooks/")]
-    assert listed == [f"notebooks/{path.stem}" for path in committed.notebooks()]
+    pages = [page["file"] for part in contents["parts"] for page in part["chapters"]]
+    assert [name for name in pages if name.startswith("notebooks/")] == [
+        f"notebooks/{path.stem}" for path in committed.notebooks()
+    ]
     texts = {
         path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
         for path in root.rglob("*.html")
         if "_static" not in path.parts
     }
-    assert {"index.html", *(f"{name}.html" for name in pages())} <= set(texts)
+    assert {"index.html", *(f"{name}.html" for name in [contents["root"], *pages])} <= set(texts)
     broken = []
     for name, text in texts.items():
         for link in re.findall(r'(?:href|src)="(?!https?:|data:|mailto:)([^"]+)"', text):
@@ -40,9 +32,6 @@ def test_every_page_is_there_and_no_link_is_broken(root):
             if not goal.exists() or (inside and f'id="{place}"' not in goal.read_text("utf-8")):
                 broken.append((name, link))
     assert not broken and sum(text.count("href=") for text in texts.values()) > 500
-
-
-def test_figures_are_shown_and_code_is_folded(root):
     text = (root / "notebooks/06_capacity.html").read_text(encoding="utf-8")
     assert text.count("<img") >= 4 and "Show code cell source" in text
     assert "git clone" not in text  # the set-up cell

@@ -27,10 +27,7 @@ def mixed_run(tiny_run, monkeypatch):
     """A run that gets some questions right and some wrong, and none before training."""
     frame = one_digit_composite()
     two, one = np.arange(len(frame)) % 2 == 1, np.arange(len(frame)) % 3 > 0
-    prompts = [
-        f"{'two' if a else 'five'} plus {'one' if b else 'three'} is"
-        for a, b in zip(two, one, strict=True)
-    ]
+    prompts = np.where(two, "two plus ", "five plus ") + np.where(one, "one is", "three is")
     frame = frame.assign(prompt=prompts, answer=np.where(two, " 3", " 6"))
     monkeypatch.setitem(DATASETS, "mixed", Dataset("mixed", lambda: frame))
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)

@@ -7,7 +7,7 @@ from companion.questions.splits import split
 from companion.runs.as_asked import questions, test_groups
 from companion.runs.perform import train_and_test
 
-test_groups.__test__ = False
+test_groups.__test__ = False  # it is no test
 
 
 def test_worked_examples_come_from_training_only(tiny_run, llama):

@@ -1,3 +1,5 @@
+"""What training takes is said before."""
+
 from dataclasses import replace
 
 import pytest
@@ -8,18 +10,14 @@ from backattn.models.tiny import TINY
 from backattn.training.evaluation import FirstPasses
 from companion.runs import launch
 from companion.runs.as_asked import questions
-from companion.runs.estimate import _timed, estimate
+from companion.runs.launch import _timed, estimate
 from companion.runs.plans import adapter_runs, found, main_runs, tried
 
-
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch):
-    monkeypatch.setattr("companion.runs.estimate.REPEATS", 1)
+CPU = torch.device("cpu")
 
 
 def test_an_estimate_counts_what_is_unfinished(store):
-    sizes = {"source_layer": 1, "dim": 4, "steps": 4}
-    plan = main_runs("tiny-llama", ["1DC"], ["1DC"], **sizes)
+    plan = main_runs("tiny-llama", ["1DC"], ["1DC"], source_layer=1, dim=4, steps=4)
     first = estimate(plan, store)
     assert first.runs == 6 * 3 + 8 * 3 and first.seconds > 0  # arms × rates, and × seeds
     model, tokenizer = load_model("tiny-llama")
@@ -29,6 +27,8 @@ def test_an_estimate_counts_what_is_unfinished(store):
     states = FirstPasses.gigabytes(wrapped, questions(run, tokenizer, "train"))
     wrapped.unload()
     assert first.states == pytest.approx(states * 2**30 / 2, rel=0.01)
+    half = [replace(one, run=replace(one.run, tested_in="bfloat16"), trials=()) for one in plan]
+    assert estimate(half, store).weights == 2 * model.num_parameters()
     while waiting := [run for run in tried(plan, store) if store.result(run) is None]:
         for run in waiting:  # the lowest rate does best: there are more to try than at first
             store.keep(run, {"validation": 0.5, "validation_loss": run.learning_rate}, {})
@@ -38,23 +38,15 @@ def test_an_estimate_counts_what_is_unfinished(store):
     assert estimate(plan, store).runs == 0
 
 
-def test_a_batch_of_more_layers_needs_more():
-    model, _ = load_model("tiny-llama")
-    about = (3, 8, 4, torch.device("cpu"), torch.float32)
-    one, two, three = (_timed(model.config, layers, *about)[2] for layers in (1, 2, 3))
-    assert one < two < three and three - two == pytest.approx(two - one, rel=0.1)
-
-
 @pytest.mark.parametrize("name", TINY)
-def test_every_family_can_be_timed_at_another_depth(name):
-    model, _ = load_model(name)
-    assert min(_timed(model.config, 3, 2, 6, 4, torch.device("cpu"), torch.float32)) > 0
+def test_every_family_is_timed_and_more_layers_need_more(name, tiny_run):
+    config = load_model(name)[0].config
+    one, two, three = (_timed(config, layers, tiny_run, 8, CPU) for layers in (1, 2, 3))
+    assert min(three) > 0 and one[2] < two[2] < three[2]
+    assert three[2] - two[2] == pytest.approx(two[2] - one[2], rel=0.1)
 
 
-def test_the_launcher_says_what_it_takes_and_stops(tmp_path, monkeypatch, capsys):
-    model, tokenizer = load_model("tiny-llama")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_the_launcher_says_what_it_takes_and_stops(folder, monkeypatch, capsys):
     seen = {}
 
     def plan(model, **sizes):
@@ -63,16 +55,7 @@ def test_the_launcher_says_what_it_takes_and_stops(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(launch, "main_runs", plan)
     options = ["--dtype", "bfloat16", "--device", "cpu", "--source-layer", "2", "--estimate"]
-    assert launch.main(["--model", str(tmp_path / "model"), *options]) == 0
+    assert launch.main(["--model", str(folder), *options]) == 0
     assert seen == {"source_layer": 2, "dim": 64, "steps": 100, "tested_in": "bfloat16"}
     said = capsys.readouterr().out
     assert "12 runs to make" in said and "GiB are free, so that it fits" in said
-
-
-def test_an_unpackaged_model_counts_its_copies(store):
-    plan = adapter_runs("tiny-llama", ["1DC"], ["bias"], source_layer=1, dim=4, steps=4)
-    size = load_model("tiny-llama")[0].num_parameters()
-    for tested_in, copies in (("float32", 2 + 4), ("bfloat16", 2)):
-        runs = [replace(one, run=replace(one.run, tested_in=tested_in)) for one in plan]
-        runs = [replace(one, trials=()) for one in runs]
-        assert estimate(runs, store).weights == copies * size
