@@ -50,23 +50,17 @@ def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
 
 class MemoryProbe:
     """Questions asked as they are, with cells hidden or with another memory. The first pass is
-    kept, and after `read` hidden cells cost only positions from the first one they change.
-
-    frame: see `memory_places`; labels: the place of each token; places: those that occur.
-    """
+    kept, and after `read` hidden cells cost only positions from the first one they change. frame:
+    see `memory_places`, with seed, question, e2; labels: the place of each token."""
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
+        self.about = frame[["seed", "question", "e2"]]  # what rows of results are named by
         self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
         # Of whole questions, nothing hidden, by a batch's first row.
         self._caches: dict[int, Cache] = {}
-
-    def about(self) -> pd.DataFrame:
-        """seed, question and e2 of every question: what rows of results are named by."""
-        count = range(len(self.frame))
-        return self.frame[["seed", "e2"]].assign(question=count)[["seed", "question", "e2"]]
 
     def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
         """The cells at some places in some memory layers (None: all): [M, T] bool per question."""
@@ -76,13 +70,12 @@ class MemoryProbe:
     def states(self) -> list[Tensor]:
         """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
         among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
-        for rows, batch in self._batches():
-            self._passes(rows, batch)
+        for rows in by_length(self.items, BATCH):
+            self._passes(rows, collate(self.items, rows, input_device(self.wrapped)))
         return [self._passes.kept[row][among] for row in range(len(self.items))]
 
     def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """What each query reads, over cells (the mean over heads), [T, M, T] per question; and what
-        `ask` returns."""
+        """What queries read (mean over heads), [T, M, T] per question; and what `ask` returns."""
         weights = [np.empty(0)] * len(self.items)
         source = self.wrapped.back_attention_config.sources[0]
 
@@ -138,16 +131,13 @@ class MemoryProbe:
 
         return self._outcomes(edited)
 
-    def _batches(self) -> Iterator[tuple[list[int], Questions]]:
-        for rows in by_length(self.items, BATCH):
-            yield rows, collate(self.items, rows, input_device(self.wrapped))
-
     @torch.no_grad()
     def _outcomes(
         self, logits_of: Callable[[list[int], Questions], Tensor]
     ) -> tuple[np.ndarray, np.ndarray]:
         log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
-        for rows, batch in self._batches():
+        for rows in by_length(self.items, BATCH):
+            batch = collate(self.items, rows, input_device(self.wrapped))
             logits = logits_of(rows, batch)
             answer = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
             log_probs[rows] = answer.cpu().numpy()
@@ -163,6 +153,7 @@ def memory_probes(
         frame = asked(run, "test").head(count)
         spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
         frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
+        frame["question"] = range(len(frame))
         with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
             yield MemoryProbe(wrapped, tokenizer, items, frame)

@@ -43,10 +43,8 @@ def align_to_length(memory: Tensor, length: int) -> Tensor:
 
 def mean_of_others(memory: Sequence[Tensor]) -> list[Tensor]:
     """Per question the mean of all others' memory at its positions, aligned: [M, T, D] each."""
-    sums = {
-        length: torch.stack([align_to_length(other, length) for other in memory]).sum(0)
-        for length in {states.shape[1] for states in memory}
-    }
+    lengths = {states.shape[1] for states in memory}
+    sums = {k: torch.stack([align_to_length(x, k) for x in memory]).sum(0) for k in lengths}
     return [(sums[states.shape[1]] - states) / (len(memory) - 1) for states in memory]
 
 
@@ -98,7 +96,7 @@ def memory_tests(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
         alike = (relations == relations[donors(probe.frame)]).all(1)
         for key, label, edit in progress(memory_edits(probe), "another memory", unit="test"):
             log_probs, right = probe.ask(**edit)
-            part = probe.about().assign(alike=alike, key=key, test=label, log_prob=log_probs)
+            part = probe.about.assign(alike=alike, key=key, test=label, log_prob=log_probs)
             rows.append(part.assign(right=right.astype(float)))
     return pd.concat(rows, ignore_index=True)
 
@@ -129,19 +127,13 @@ def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     return table.assign(alike=groups["alike"].mean(), p=holm(p)["corrected"])
 
 
-def transitions(
-    runs: Sequence[Run],
-    store: Store,
-    device: str = "cpu",
-    dataset: str | None = None,
-    count: int | None = None,
-) -> pd.DataFrame:
+def transitions(runs: Sequence[Run], store: Store, device: str = "cpu", **other) -> pd.DataFrame:
     """Whom the model names without and with each run's adapter, by the first token, on its test, or
-    on the first `count` test questions of another dataset: arm, seed, question, e2, pair, collides
-    (see `candidates`), before, after (OUTCOMES), right (after is e3)."""
+    that of other fields (dataset, test_items): arm, seed, question, e2, pair, collides (see
+    `candidates`), before, after (OUTCOMES), right (after is e3)."""
     rows = []
     for run in progress(list(runs), "asking again", unit="run"):
-        there = replace(run, dataset=dataset, test_items=count) if dataset else run
+        there = replace(run, **other)
         with load_trained(run, store, device) as (model, tokenizer):
             facts = candidates(tokenizer, split(load(there.dataset), run.fold))
             keys = asked(there, "test")[TWO_HOP_KEYS]
@@ -172,7 +164,7 @@ def sample_means(frame: pd.DataFrame, value: str, by: list[str]) -> tuple[pd.Dat
     """Means of a column in groups of rows, and their weights: in the first row of all questions,
     then of each sample of bridge entities, [1 + R, groups]; NaN where none is drawn."""
     draws, groups = bootstrap(frame["e2"]), frame.groupby(by)
-    weights = np.vstack([np.full_like(draws[:1], 1 / len(frame)), draws])
+    weights = np.vstack([np.ones_like(draws[:1]), draws])
     inside = np.eye(groups.ngroups)[groups.ngroup()]  # [n, groups]
     totals = pd.DataFrame(weights @ inside, columns=groups.size().index)
     values = frame[value].to_numpy(dtype=float)[:, None]

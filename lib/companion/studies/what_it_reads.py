@@ -27,7 +27,7 @@ def attention(probes: Iterable[MemoryProbe]) -> tuple[pd.DataFrame, list[pd.Data
     parts, examples = [], []
     for probe in probes:
         maps, _, right = probe.read()
-        about = probe.about().assign(pair=probe.frame["pair"], right=right).to_dict("records")
+        about = probe.frame[UNITS[:-1]].assign(right=right).to_dict("records")
         axes = {"query": PLACES, "place": PLACES, "layer": probe.memory_layers}
         cells = pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
         for row, read, labels in zip(about, maps, probe.labels, strict=True):  # read: [T, M, T]
@@ -62,13 +62,11 @@ def high_share(read: pd.DataFrame, layers: Sequence[int]) -> pd.DataFrame:
     cells = (read["query"] == "last") & (read["place"] == "r1") & read["layer"].isin(layers)
     each = read[cells].groupby(UNITS, sort=False)[["weight", "chance"]].sum().reset_index()
     each["over"] = each["weight"] - each["chance"]
+    cases, trainings = each["right"].map({True: "right", False: "wrong"}), each["seed"].astype(str)
     kinds = [
-        each.assign(questions="all"),
-        each.assign(questions=np.where(each["right"], "right", "wrong")).sort_values("questions"),
-        each.assign(questions="training " + each["seed"].astype(str)),
-        each.assign(questions=each["pair"]).sort_values("questions"),
+        each.assign(questions=x) for x in ("all", cases, "training " + trainings, each["pair"])
     ]
-    frame = pd.concat(kinds)
+    frame = pd.concat([part.sort_values("questions", kind="stable") for part in kinds])
     share, over = (summary(frame, value, "questions") for value in ("weight", "over"))
     groups = frame.groupby("questions", sort=False)
     table = share.rename(columns={"mean": "share"}).drop(columns="n")
@@ -145,7 +143,7 @@ def knock_outs(
         sets = list(hidden_cells(probe, weights, share, draws, draw))
         for key, label, cells, queries in progress(sets, "hiding", unit="set"):
             after, still = probe.ask(cells, queries)
-            part = probe.about().assign(key=key, hidden=label, cells=[c.sum() for c in cells])
+            part = probe.about.assign(key=key, hidden=label, cells=[c.sum() for c in cells])
             held = [w[c].sum() for w, c in zip(weights, cells, strict=True)]
             part["weight"] = held if queries == ("last",) else np.nan
             part = part.assign(fall=before - after, lost=right.astype(float) - still)
@@ -185,7 +183,7 @@ def weight_against_fall(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
         weights, before, _ = probe.read()
         blocks = [(q, place) for k, q in enumerate(probe.places) for place in probe.places[: k + 1]]
         for query, place in progress(blocks, "blocks", unit="block"):
-            cells, part = probe.block([place]), probe.about().assign(query=query, place=place)
+            cells, part = probe.block([place]), probe.about.assign(query=query, place=place)
             read = [w[at == query].mean(0) for w, at in zip(weights, probe.labels, strict=True)]
             part["weight"] = [w[c].sum() for w, c in zip(read, cells, strict=True)]
             rows.append(part.assign(fall=before - probe.ask(cells, (query,))[0]))
@@ -206,7 +204,7 @@ def brought_forward(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
         for adapter in ("off", "on"):
             probe.wrapped.enabled = adapter == "on"
             for entity, readable in read_conflict(model, *ask, places=["last"]).readable.items():
-                about = probe.about().assign(entity=entity, adapter=adapter)
+                about = probe.about.assign(entity=entity, adapter=adapter)
                 grid = pd.DataFrame(readable[:, 0], index=pd.MultiIndex.from_frame(about))
                 rows.append(grid.rename_axis(columns="layer").stack().rename("readable"))
     return pd.concat(rows).reset_index()
