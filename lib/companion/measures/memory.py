@@ -59,8 +59,7 @@ class MemoryProbe:
         self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
-        # Of whole questions, nothing hidden, by a batch's first row.
-        self._caches: dict[int, Cache] = {}
+        self._caches: dict[int, Cache] = {}  # whole questions, nothing hidden, by a first row
 
     def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
         """The cells at some places in some memory layers (None: all): [M, T] bool per question."""

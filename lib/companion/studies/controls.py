@@ -1,8 +1,7 @@
 """07: is the gain of trained back attention flow from high layers, or training? (Q1, N2, N3, B3–B5)
 
-An adapter is asked with another memory than it was trained on. What it gains over the model without
-it, in log-probability of the answer, is the whole; what it keeps of that does not come from what
-was taken away. And whom do answers name without an adapter and with it?
+An adapter is asked with another memory than it was trained on: what it keeps of its gain in the
+answer's log-probability is not from what was taken away. And whom do answers name before and after?
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from companion.runs.perform import load_trained
 from companion.runs.run import Run
 from companion.runs.store import Store
 
+Tables = Mapping[str, pd.DataFrame]
 HALF, MOST = 0.5, 0.9  # shares of the gain
 NO_MORE = 0.02  # accuracy: what is surely less is nothing that a second pass would be run for
 
@@ -103,11 +103,8 @@ def memory_tests(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
 
 def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     """`memory_tests` by key: test, log_prob (mean), kept (share of the gain in it), low, high,
-    accuracy, n, names, alike (share), p (signed ranks of bridge entities' means against the adapter
-    as trained, Holm over all tests; NaN for both ends).
-
-    Raises ValueError unless the adapter gains something in every sample.
-    """
+    accuracy, n, names, alike (share), p (signed ranks of bridge entities' means against "trained",
+    Holm over all tests). Raises ValueError unless the adapter gains something in every sample."""
     groups = made.groupby("key", sort=False)
     table = groups.agg(test=("test", "first"), log_prob=("log_prob", "mean"))
     log_probs = made.pivot(index=["seed", "question", "e2"], columns="key", values="log_prob")
@@ -127,11 +124,12 @@ def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     return table.assign(alike=groups["alike"].mean(), p=holm(p)["corrected"])
 
 
+@torch.no_grad()
 def transitions(runs: Sequence[Run], store: Store, device: str = "cpu", **other) -> pd.DataFrame:
     """Whom the model names without and with each run's adapter, by the first token, on its test, or
     that of other fields (dataset, test_items): arm, seed, question, e2, pair, collides (see
     `candidates`), before, after (OUTCOMES), right (after is e3)."""
-    rows = []
+    parts = []
     for run in progress(list(runs), "asking again", unit="run"):
         there = replace(run, **other)
         with load_trained(run, store, device) as (model, tokenizer):
@@ -139,25 +137,19 @@ def transitions(runs: Sequence[Run], store: Store, device: str = "cpu", **other)
             keys = asked(there, "test")[TWO_HOP_KEYS]
             facts = keys.merge(facts, on=TWO_HOP_KEYS, validate="one_to_one")
             items = questions(there, tokenizer, "test")
-            with model.disable_adapter():
-                before = _next_tokens(model, items)
-            after = _next_tokens(model, items)
+            before, after = np.empty((2, len(items)), dtype=int)  # the likeliest tokens
+            for rows in by_length(items, BATCH):
+                batch = collate(items, rows, input_device(model))
+                after[rows] = answer_logits(model, batch)[:, -1].argmax(-1).cpu()
+                with model.disable_adapter():
+                    before[rows] = answer_logits(model, batch)[:, -1].argmax(-1).cpu()
         ids = facts[list(ID_COLUMNS)].set_axis(ENTITIES, axis=1).to_dict("records")
         table = facts[["e2", "pair", "collides"]].assign(arm=run.arm, seed=run.seed)
         table["question"] = range(len(table))
         for name, tokens in (("before", before), ("after", after)):
             table[name] = [outcome(int(t), own) for t, own in zip(tokens, ids, strict=True)]
-        rows.append(table.assign(right=table["after"] == "e3"))
-    return pd.concat(rows, ignore_index=True)
-
-
-@torch.no_grad()
-def _next_tokens(model, items) -> np.ndarray:
-    tokens = np.empty(len(items), dtype=int)
-    for rows in by_length(items, BATCH):
-        batch = collate(items, rows, input_device(model))
-        tokens[rows] = answer_logits(model, batch)[:, -1].argmax(-1).cpu().numpy()
-    return tokens
+        parts.append(table.assign(right=table["after"] == "e3"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def sample_means(frame: pd.DataFrame, value: str, by: list[str]) -> tuple[pd.DataFrame, ...]:
@@ -210,9 +202,8 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
 
     Raises ValueError when no pair has enough.
     """
-    parts = [known.assign(kind="known"), unknown.assign(kind="unknown")]
-    both = pd.concat(parts, ignore_index=True)
-    both = both[~both["collides"]]
+    both = [known.assign(kind="known"), unknown.assign(kind="unknown")]
+    both = pd.concat(both, ignore_index=True).query("not collides")
     counts = both.groupby(["pair", "kind"]).size().unstack(fill_value=0)
     pairs = counts.index[(counts.reindex(columns=["known", "unknown"]) >= least).all(axis=1)]
     if pairs.empty:
@@ -235,21 +226,19 @@ def _kept(table: pd.DataFrame, keys: Sequence[str]) -> str:
     return ", ".join(f"{row['test']} {percent(row, 'kept')}" for row in rows)
 
 
-def several_layers_help(
-    accuracy: pd.DataFrame, against_one: pd.DataFrame, against_lora: pd.DataFrame
-) -> dict:
+def several_layers_help(accuracy: pd.DataFrame, one: pd.DataFrame, lora: pd.DataFrame) -> dict:
     """Q1. Tables by `sources`: accuracy; difference, low, high, n from one source layer of as many
     weights, and from residual LoRA at the same layers. One check per choice of layers: it is ahead
     of one layer with its whole interval."""
-    lora, by = against_lora.set_index("sources"), accuracy.set_index("sources")
+    one, lora, by = (table.set_index("sources") for table in (one, lora, accuracy))
     each = ", ".join(
         f"{name}: {by.loc[name, 'accuracy']:.0%}, {points(row)} points against one layer, "
         f"{points(lora.loc[name])} against residual LoRA there"
-        for name, row in against_one.set_index("sources").iterrows()
+        for name, row in one.iterrows()
     )
-    n = int(against_one["n"].iloc[0])
+    n = int(one["n"].iloc[0])
     ours = f"two-hop, equal weights, rates found for each: {each}; n = {n} questions"
-    return claim("Q1", ours, against_one["low"] > 0, against_one["high"] < 0)
+    return claim("Q1", ours, one["low"] > 0, one["high"] < 0)
 
 
 def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> dict:
@@ -269,7 +258,7 @@ def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> d
     return claim("N2", ours, checked["low"] > 0, checked["high"] < 0)
 
 
-def high_states_of_r1_matter(models: Mapping[str, pd.DataFrame]) -> dict:
+def high_states_of_r1_matter(models: Tables) -> dict:
     """N3. models: name -> `memory_table`. Two checks per model, with whole intervals: r1's high
     layers, read by the last position alone, keep more than HALF of the gain (against: less), and
     more than e1's; with r1 hidden less than MOST is kept (against: more), and less than without e1.
@@ -287,9 +276,7 @@ def high_states_of_r1_matter(models: Mapping[str, pd.DataFrame]) -> dict:
     return claim("N3", ours, passed, against)
 
 
-def gain_is_flow(
-    models: Mapping[str, pd.DataFrame], control: pd.DataFrame, difference: pd.DataFrame
-) -> dict:
+def gain_is_flow(models: Tables, control: pd.DataFrame, difference: pd.DataFrame) -> dict:
     """B3, put as its opposite: the gain is flow, not training. models, control (the same module on
     its own layer): `memory_table`; difference: `results.difference_table`. With whole intervals:
     with another question's memory of the same relations, and with the mean, less than HALF is kept
@@ -310,7 +297,7 @@ def gain_is_flow(
     return claim("B3", ours, passed, against)
 
 
-def r1_is_needed(against_donor: pd.DataFrame, models: Mapping[str, pd.DataFrame]) -> dict:
+def r1_is_needed(against_donor: pd.DataFrame, models: Tables) -> dict:
     """B4. against_donor: notebook 02's table; models: name -> `memory_table`. Checks, with whole
     intervals: r1's own high states mend more wrong cases than another prompt's; and, per model,
     with r1 hidden less than MOST of the gain is kept (against: more)."""

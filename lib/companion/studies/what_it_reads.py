@@ -165,8 +165,8 @@ def knock_out_tests(made: pd.DataFrame) -> pd.DataFrame:
     """How much more it costs to hide what is read most, and r1's high layers, than their controls:
     key, hidden, control (labels), more (nats, paired by question), low, high, n."""
     rows, label = [], made.drop_duplicates("key").set_index("key")["hidden"]
-    tests = (("most", "random count"), ("most", "random weight"), ("r1 high", "random r1"))
-    for key, control in tests:
+    controls = {"random count": "most", "random weight": "most", "random r1": "r1 high"}
+    for control, key in controls.items():
         units = made.loc[made["key"] == control, ["seed", "question"]]
         both = made.merge(units, on=["seed", "question"])  # some have no control of equal weight
         if len(both):
@@ -191,13 +191,9 @@ def weight_against_fall(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
 
 
 def brought_forward(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
-    """From which layer on e2 and e3 can be read at the last position, without the adapter and with,
-    by the logit lens; as control those of another question with the same relations, since an
-    adapter may raise all names of a kind.
-
-    Returns: seed, question, e2, entity ("e3", "e2", "e3 shuffled", "e2 shuffled"), adapter ("off",
-    "on"), layer (that the state enters), readable.
-    """
+    """Where the logit lens reads e3 and e2 at the last position, and ("shuffled", since an adapter
+    may raise all names of a kind) those of another question with the same relations: seed,
+    question, e2, entity, adapter ("off", "on"), layer (that the state enters), readable."""
     rows = []
     for probe in probes:
         model, ask = probe.wrapped.base_model, (probe.tokenizer, probe.frame)
@@ -210,9 +206,7 @@ def brought_forward(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
     return pd.concat(rows).reset_index()
 
 
-def brings_high_states(
-    models: Mapping[str, tuple[pd.DataFrame, pd.DataFrame, Sequence[int]]],
-) -> dict:
+def brings_high_states(models: Mapping[str, tuple]) -> dict:
     """C10. models: name -> (`high_share`, `knock_out_tests`, the layers). Two checks per model: the
     last position gives r1's high layers more weight than chance, with the whole interval and in
     every training; hiding them costs at least NOTICEABLE more than as many random cells."""

@@ -1,5 +1,4 @@
-"""What trained back attention reads: on a tiny model whose module is made to read what the test
-knows."""
+"""What trained back attention reads, and needs: on a tiny model whose module matters."""
 
 import numpy as np
 import pandas as pd
@@ -8,16 +7,9 @@ import torch
 
 from backattn import load_model
 from backattn.training.evaluation import answer_logits
-from companion.measures.memory import PLACES, high_layers, memory_places, memory_probes
+from companion.measures.memory import PLACES, high_layers, memory_places
 from companion.questions.prompts import two_hop_spans
 from companion.studies import what_it_reads as study
-
-
-@pytest.fixture
-def probe(kept):
-    run, store = kept
-    probes = memory_probes([run], store)  # kept: at its end the adapter comes off
-    yield next(probes)
 
 
 def test_places_follow_the_words(probe):
