@@ -1,10 +1,11 @@
-"""Answers of made-up runs, as `results.answers` has them."""
+"""Answers of made-up runs, as `results.answers` has them; and a module that reads."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from companion import paths
+from companion.measures.memory import memory_probes
 
 
 @pytest.fixture
@@ -24,6 +25,13 @@ def answers_of():
         return pd.DataFrame({**about, **more})
 
     return make
+
+
+@pytest.fixture
+def probe(kept):
+    """The questions of the run `kept`, to be asked."""
+    probes = memory_probes(kept[:1], kept[1])  # at its end the adapter comes off
+    yield next(probes)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ layer, can read. Places are e1's, r1's and r2's tokens, what stands before e1 (w
 puts something there), after e1 and after r1 ("'s"), and the last token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from backattn.models.devices import input_device
 from backattn.models.next_token import in_window
 from backattn.runtime import progress
 from backattn.training.batches import Items, Questions, collate
-from backattn.training.evaluation import FirstPasses, answer_logits, right_answers
+from backattn.training.evaluation import FirstPasses, answer_logits, by_length, right_answers
 from companion.measures.two_hop import place_labels
 from companion.questions.prompts import two_hop_spans
 from companion.runs.as_asked import asked, questions
@@ -37,10 +37,8 @@ def high_layers(layers: int) -> tuple[int, ...]:
 
 
 def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
-    """The place of each token of questions in the wording "possessive", [T] per question.
-
-    frame: two_hop (the prompt) and the spans of e1, r1 and r2.
-    """
+    """The place of each token of questions in the wording "possessive", [T] per question. frame:
+    two_hop (the prompt) and the spans of e1, r1 and r2."""
     labels = place_labels(tokenizer, frame)
     for row in labels:
         between, order = row == "context", np.arange(len(row))
@@ -51,41 +49,36 @@ def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
 
 
 class MemoryProbe:
-    """Questions asked as they are, with cells hidden or with another memory.
-
-    The first pass is kept for `ask`, and after `read` hidden cells cost only positions from the
-    first one they change. frame: the questions, with two_hop (the prompt) and the spans of e1, r1
-    and r2; labels: the place of each token, an array per question; places: those that occur;
-    memory_layers: what is read.
-    """
+    """Questions asked as they are, with cells hidden or with another memory. The first pass is
+    kept, and after `read` hidden cells cost only positions from the first one they change. frame:
+    see `memory_places`, with seed, question, e2; labels: the place of each token."""
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
+        self.about = frame[["seed", "question", "e2"]]  # what rows of results are named by
         self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._passes = FirstPasses(wrapped, items, group=BATCH)
-        # Of whole questions, nothing hidden, by a batch's first row.
-        self._caches: dict[int, Cache] = {}
+        self._caches: dict[int, Cache] = {}  # whole questions, nothing hidden, by a first row
 
-    def about(self) -> pd.DataFrame:
-        """seed, question and e2 of every question: what rows of results are named by."""
-        count = range(len(self.frame))
-        return self.frame[["seed", "e2"]].assign(question=count)[["seed", "question", "e2"]]
+    def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The cells at some places in some memory layers (None: all): [M, T] bool per question."""
+        among = np.isin(self.memory_layers, self.memory_layers if layers is None else layers)
+        return [among[:, None] & np.isin(row, source) for row in self.labels]
 
-    def _batches(self) -> Iterator[tuple[list[int], Questions]]:
-        order, device = np.argsort(self.items.lengths, kind="stable"), input_device(self.wrapped)
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH].tolist()
-            yield rows, collate(self.items, rows, device)
+    def states(self) -> list[Tensor]:
+        """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
+        among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
+        for rows in by_length(self.items, BATCH):
+            self._passes(rows, collate(self.items, rows, input_device(self.wrapped)))
+        return [self._passes.kept[row][among] for row in range(len(self.items))]
 
-    @torch.no_grad()
     def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """What each query reads, over cells (the mean over heads), [T, M, T] per question; and what
-        `ask` returns."""
+        """What queries read (mean over heads), [T, M, T] per question; and what `ask` returns."""
         weights = [np.empty(0)] * len(self.items)
-        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
         source = self.wrapped.back_attention_config.sources[0]
-        for rows, batch in self._batches():
+
+        def whole(rows: list[int], batch: Questions) -> Tensor:
             ids = batch.input_ids
             last = torch.tensor([ids.shape[1] - 1], device=ids.device)
             options = {"position_ids": batch.position_ids, "logits_to_keep": last}
@@ -93,83 +86,62 @@ class MemoryProbe:
                 out = self.wrapped(ids, batch.attention_mask, **options, use_cache=True)
             if in_window(self.wrapped, batch):
                 self._caches[rows[0]] = out.past_key_values
-            log_probs[rows], right[rows] = self._outcome(rows, batch, out.logits.float())
             maps = recorded[source].mean(1).float().cpu().numpy()  # [B, T, M, T]
-            for place, row in enumerate(rows):
+            for read, row in zip(maps, rows, strict=True):
                 length = len(self.labels[row])
-                weights[row] = maps[place, -length:, :, -length:]
-        return weights, log_probs, right
+                weights[row] = read[-length:, :, -length:]
+            return out.logits.float()
 
-    def _outcome(
-        self, rows: list[int], batch: Questions, logits: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        answer = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
-        return answer.cpu().numpy(), right_answers(logits, self.items, rows, batch).numpy()
+        return weights, *self._outcomes(whole)
 
-    def states(self) -> list[Tensor]:
-        """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
-        states: list[Tensor] = [torch.empty(0)] * len(self.items)
-        among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
-        for rows, batch in self._batches():
-            first = self._passes(rows, batch)
-            for place, row in enumerate(rows):
-                states[row] = first[among, place, -len(self.labels[row]) :]
-        return states
-
-    @torch.no_grad()
     def ask(
         self,
         hidden: Sequence[np.ndarray] | None = None,
         queries: Sequence[str] = ("last",),
         memory: Sequence[Tensor] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(log-probability of the answer's first token [n], whether an accepted one is likeliest
-        [n]).
+        """(log-probability of the answer's first token, whether an accepted one is likeliest): [n].
 
         hidden: per question [M, T] bool, the cells that queries at the places `queries` may not
-        read, or [T, M, T] for each query its own. memory: per question [M, T, D], states that are
-        read instead of its own.
+        read, or [T, M, T] for each its own. memory: per question [M, T, D], read instead of its.
         """
-        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
-        for rows, batch in self._batches():
+
+        def edited(rows: list[int], batch: Questions) -> Tensor:
             first, cells, cache, other = self._passes(rows, batch), None, None, None
+            count, (size, width) = len(self.memory_layers), batch.input_ids.shape
             if hidden is not None:
-                cells = self._visible(rows, batch, hidden, queries)
+                cells = torch.ones(size, width, count, width, dtype=torch.bool)
+                for visible, row in zip(cells, rows, strict=True):
+                    length = len(self.labels[row])
+                    affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
+                    visible[-length:, :, -length:] = torch.from_numpy(~(affected & hidden[row]))
+                cells = cells.to(first.device)
                 cache = self._caches.get(rows[0]) if memory is None else None
             if cache is not None:
                 same = int(cells.flatten(2).all(-1).all(0).long().cumprod(0).sum())
-                same = min(same, cells.shape[1] - 1)  # positions before the first one that changes
+                same = min(same, width - 1)  # positions before the first one that changes
                 cells, first = cells[:, same:], first[:, :, same:]
             if memory is not None:
-                other = first.new_zeros(len(self.memory_layers), *first.shape[1:])
+                other = first.new_zeros(count, *first.shape[1:])
                 for place, row in enumerate(rows):
                     other[:, place, -len(self.labels[row]) :] = memory[row]
             with self.wrapped.edited(cells, other):
-                logits = answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
-            log_probs[rows], right[rows] = self._outcome(rows, batch, logits)
+                return answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
+
+        return self._outcomes(edited)
+
+    @torch.no_grad()
+    def _outcomes(
+        self, logits_of: Callable[[list[int], Questions], Tensor]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+        for rows in by_length(self.items, BATCH):
+            batch = collate(self.items, rows, input_device(self.wrapped))
+            logits = logits_of(rows, batch)
+            answer = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
+            log_probs[rows] = answer.cpu().numpy()
+            right[rows] = right_answers(logits, self.items, rows, batch).numpy()
         return log_probs, right
-
-    def _visible(
-        self,
-        rows: list[int],
-        batch: Questions,
-        hidden: Sequence[np.ndarray],
-        queries: Sequence[str],
-    ) -> Tensor:
-        """[B, T, M, T] bool: which cells each query may read."""
-        width = batch.input_ids.shape[1]
-        cells = torch.ones(len(rows), width, len(self.memory_layers), width, dtype=torch.bool)
-        for place, row in enumerate(rows):
-            length = len(self.labels[row])
-            affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
-            allowed = torch.from_numpy(~(affected & hidden[row]))
-            cells[place, -length:, :, -length:] = allowed
-        return cells.to(batch.input_ids.device)
-
-    def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
-        """The cells at some places in some memory layers (None: all): [M, T] bool per question."""
-        among = np.isin(self.memory_layers, self.memory_layers if layers is None else layers)
-        return [among[:, None] & np.isin(row, source) for row in self.labels]
 
 
 def memory_probes(
@@ -180,6 +152,7 @@ def memory_probes(
         frame = asked(run, "test").head(count)
         spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
         frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
+        frame["question"] = range(len(frame))
         with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
             yield MemoryProbe(wrapped, tokenizer, items, frame)

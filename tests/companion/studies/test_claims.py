@@ -10,10 +10,16 @@ from companion.measures.gains import gain_claim
 from companion.report import tables
 from companion.report.verdicts import CLAIMS, VERDICTS
 from companion.studies import back_attention_training as training
-from companion.studies import capacity, composition, layer_ablation, stage_discovery, what_it_reads
+from companion.studies import (
+    capacity,
+    composition,
+    controls,
+    layer_ablation,
+    stage_discovery,
+    what_it_reads,
+)
 from companion.studies import other_reasoning_and_cost as reasoning
 from companion.studies.claims import IDS, whole_ledger
-from companion.studies.controls import memory, transitions
 from companion.studies.failure_analysis import census, conflict, patching_grid
 
 TABLES = paths.FIGURES / "tables"
@@ -55,11 +61,10 @@ def test_no_row_and_no_file_that_it_names_is_missing(ledger):
 
 def memory_of(name: str) -> pd.DataFrame:
     """A committed table of `memory_table` by key again."""
+    keys = ["trained", "off", "same relations", "any relations", "mean", "r1 hidden", "e1 hidden"]
+    keys += ["only r1", "third low", "third middle", "third high", "last reads"]
     table = read(name)
-    labels = {label.partition(", {")[0]: key for key, label in memory.LABELS.items()}
-    whole = {label: key for key, label in memory.LABELS.items()}
-    keys = [whole.get(test) or labels[test.rpartition(", ")[0]] for test in table["test"]]
-    return table.set_index(pd.Index(keys, name="key"))
+    return table.set_index(pd.Index([*keys, "r1 route", "e1 route"][: len(table)], name="key"))
 
 
 def reading_of(prefix: str, high: tuple[int, int]) -> tuple:
@@ -106,7 +111,7 @@ def rules() -> list[dict]:
         capacity.small_keeps_its_gain(
             sizes.loc[(sizes["share"] - 2e-5).abs().idxmin()], read("06_kept"), read("06_nearest")
         ),
-        memory.several_layers_help(
+        controls.several_layers_help(
             back,
             less[less["less"] == "layer 6 alone"],
             less[less["less"] == "residual LoRA there"],
@@ -116,11 +121,11 @@ def rules() -> list[dict]:
         ),
         reasoning.other_prompts_too(read("09_prompts_differences"), arms[:2]),
         reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
-        transitions.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
-        memory.high_states_of_r1_matter(both),
-        memory.gain_is_flow(both, memory_of("07_same_layer_memory"), read("03_differences")),
-        memory.r1_is_needed(read("02_against_donor"), both),
-        transitions.no_knowledge_no_gain(read("07_knowledge")),
+        controls.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
+        controls.high_states_of_r1_matter(both),
+        controls.gain_is_flow(both, memory_of("07_same_layer_memory"), read("03_differences")),
+        controls.r1_is_needed(read("02_against_donor"), both),
+        controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
     ]
 

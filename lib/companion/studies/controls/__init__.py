@@ -1,1 +1,0 @@
-"""07: flow or training?"""
