@@ -1,8 +1,10 @@
-"""Notebook 01: two answers in conflict, and the verdicts on C1, C2 and B1."""
+"""Notebook 01: small normalisers, two answers in conflict, and the verdicts on C1, C2 and B1."""
 
 import pandas as pd
 import pytest
+from conftest import PROMPTS
 
+from backattn import logit_flow
 from backattn.models.activations import capture
 from backattn.models.tokens import encode
 from companion.questions.facts import facts
@@ -10,11 +12,23 @@ from companion.questions.prompts import position_groups, single_hop
 from companion.studies.stage_discovery import (
     contest,
     entity_cannot_tell,
+    normaliser_diagnostics,
     one_after_the_other,
-    other_entity,
-    other_relation,
     stages_in_order,
 )
+
+
+def test_diagnostics_report_amplification_where_the_normaliser_is_small(tiny):
+    flow = logit_flow(*tiny, PROMPTS, method="exact")
+    table = normaliser_diagnostics(*tiny, flow, prompts=[0, 2])
+    assert set(table["prompt"]) == {0, 2}
+    assert table["normaliser"].between(0, 1 + 1e-5).all()
+    assert (table["amplification"] >= 1 - 1e-5).all()
+    small = table["normaliser"] < table["normaliser"].quantile(0.1)
+    typical = table["amplification"].groupby(small).median()
+    assert typical[True] > 3 * typical[False]
+    with pytest.raises(ValueError, match="no neurons"):
+        normaliser_diagnostics(*tiny, logit_flow(*tiny, PROMPTS, level="layer"), [0])
 
 
 def test_contest_reads_the_models_own_logits_at_the_end(llama):
@@ -32,30 +46,13 @@ def test_contest_reads_the_models_own_logits_at_the_end(llama):
 def test_the_entity_cannot_tell_in_the_bare_form(tiny):
     """The entity stands first, so its states do not depend on the relation: balance makes zero."""
     rows = single_hop(facts(), shots=0, per_relation=6)
-    rows = other_relation(rows.assign(answer_id=range(3, len(rows) + 3)))
+    rows = rows.assign(answer_id=range(3, len(rows) + 3))
+    others = rows[["subject", "answer_id"]]
+    rows = rows.merge(others, on="subject", suffixes=("", "_other"))
+    rows = rows.query("answer_id != answer_id_other")
     table = contest(*tiny, rows, position_groups(tiny[1], rows))
     largest = table.assign(mean=table["mean"].abs()).groupby("position")["mean"].max()
     assert largest["entity"] < 1e-4 < largest["last"]
-
-
-def test_conflicting_answers_are_other_answers():
-    rows = [
-        ("France", "capital", "Paris", 1),
-        ("France", "continent", "Europe", 2),
-        ("Spain", "capital", "Madrid", 3),
-        ("France", "language", "Paris", 1),
-    ]
-    known = pd.DataFrame(rows, columns=["subject", "relation", "answer", "answer_id"])
-    both = other_relation(known)
-    pairs = sorted(zip(both["answer_id"], both["answer_id_other"], strict=True))
-    assert pairs == [(1, 2), (1, 2), (2, 1), (2, 1)]  # never the same token or another subject
-    other = other_entity(known)  # the other relations have one answer each
-    assert other[["answer_id", "answer_id_other"]].to_numpy().tolist() == [[1, 3], [3, 1]]
-    with pytest.raises(ValueError, match="nothing conflicts"):
-        other_entity(known[1:2])
-
-
-# ---------------------------------------------------------------- verdicts
 
 
 def contest_table(**since) -> pd.DataFrame:
@@ -105,10 +102,10 @@ def test_c1_by_rule(after, needed, verdict):
 @pytest.mark.parametrize(
     ("ends", "verdict"),
     [
-        (((1, 2), (1, 2), (1, 2)), "reproduced"),
-        (((1, 2), (-2, -1), (-1, 2)), "partly"),
-        (((-1, 2), (-2, -1), (-1, 2)), "not at this scale"),
-        (((-2, -1), (-2, -1), (-2, -1)), "contradicted"),
+        ([(1, 2), (1, 2), (1, 2)], "reproduced"),
+        ([(1, 2), (-2, -1), (-1, 2)], "partly"),
+        ([(-1, 2), (-2, -1), (-1, 2)], "not at this scale"),
+        ([(-2, -1), (-2, -1), (-2, -1)], "contradicted"),
     ],
 )
 def test_b1_by_rule(ends, verdict):

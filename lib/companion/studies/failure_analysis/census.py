@@ -71,7 +71,7 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8) -> pd.DataFrame:
-    """Let the model write on after each two-hop prompt, greedily, up to the line's end: `frame` with
+    """Let the model write on after each two-hop prompt, greedily, to the line's end: `frame` with
     `named`, the outcome whose name or alias stands first (the longest where two begin together)."""
     options = {"max_new_tokens": new_tokens, "do_sample": False}
     options["pad_token_id"], written = tokenizer.pad_token_id or 0, []

@@ -106,8 +106,8 @@ def load_grid(path: Path, model_name: str) -> dict[str, Patched]:
 
 
 def back_patching_helps(repairs: pd.DataFrame, difference: pd.DataFrame) -> dict[str, str]:
-    """C6. repairs: by arm the shares of wrong cases repaired (honest, oracle) and net, what accuracy
-    gains; difference: those shares less a donor's, by place and how; all with intervals.
+    """C6. repairs: by arm the shares of wrong cases repaired (honest, oracle) and net, what is
+    gained; difference: those shares less a donor's, by place and how; all with intervals.
 
     Three checks at r1, each with its whole interval above zero: the honest pair makes more prompts
     right; it, and the oracle, repair more wrong cases than with a donor's states.
