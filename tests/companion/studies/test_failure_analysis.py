@@ -11,17 +11,13 @@ from companion.questions.prompts import TEMPLATES, two_hop_prompts
 from companion.report.verdicts import VERDICTS
 from companion.studies.failure_analysis import census, conflict, patching_grid
 
-FACTS = pd.DataFrame(
-    [
-        ("Milan", "Italy", "Rome"),
-        ("Lyon", "France", "Paris"),
-        ("Munich", "Germany", "Berlin"),
-        ("Osaka", "Japan", "Tokyo"),
-        ("Bergen", "Norway", "Oslo"),
-        ("Nice", "France", "Paris"),
-    ],
-    columns=["e1", "e2", "e3"],
-).assign(pair="x", r1="country", r2="capital", shortcut="", e2_aliases="", e3_aliases="")
+NAMES = {
+    "e1": ["Milan", "Lyon", "Munich", "Osaka", "Bergen", "Nice"],
+    "e2": ["Italy", "France", "Germany", "Japan", "Norway", "France"],
+    "e3": ["Rome", "Paris", "Berlin", "Tokyo", "Oslo", "Paris"],
+}
+NONE = {"shortcut": "", "e2_aliases": "", "e3_aliases": ""}
+FACTS = pd.DataFrame(NAMES).assign(pair="x", r1="country", r2="capital", **NONE)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +27,8 @@ def asked(llama):
 
 def test_what_is_written_is_matched_by_words_and_aliases(llama, asked):
     row = next(FACTS.assign(e3_aliases="Urbs Aeterna", shortcut="Milano").head(1).itertuples())
-    texts = {
-        "the Urbs Aeterna": "e3",
-        "Romeo": "other",
-        "Italy, whose capital is Rome": "e2",
-        "Milano": "shortcut",
-    }
+    texts = {"the Urbs Aeterna": "e3", "Romeo": "other", "Milano": "shortcut"}
+    texts["Italy, whose capital is Rome"] = "e2"
     assert {text: census._named(text, row) for text in texts} == texts
     assert set(census.generated(*llama, asked, new_tokens=3)["named"]) <= set(OUTCOMES)
 
@@ -70,9 +62,8 @@ def test_the_filter_asks_step_by_step(asked, monkeypatch):
 
     monkeypatch.setattr("companion.studies.failure_analysis.census.ask", ask)
     found = census.hops(None, None, frame)
-    assert found["knows_first"].tolist() == [True, True, True, False]
-    assert found["known"].tolist() == [True, True, False, False]
-    assert found["kept"].tolist() == [True, False, False, False]
+    steps = found[["knows_first", "known", "kept"]].to_numpy().tolist()
+    assert steps == [[True] * 3, [True, True, False], [True, False, False], [False] * 3]
     assert asked_of == [("first", 4), ("second", 3), ("shortcut_prompt", 2)]
     with pytest.raises(ValueError, match="No fact is left to ask for 'first'"):
         census.hops(None, None, frame.assign(collides=True))
@@ -136,9 +127,8 @@ def test_the_honest_pair_is_chosen_on_the_other_half():
     )
     assert not tried["honest"].any()  # neither pair helps the half on which it was not chosen
     assert tried["oracle"].tolist() == hits.any((1, 2)).tolist()
-    twice = pd.concat([asked, asked])  # an entity is never in both halves
-    tried = patching_grid.attempts({"r1": np.concatenate([hits, hits])}, twice)
-    assert set(tried["pairs"]) == {"0 ← 2, 1 ← 3"} and not tried["honest"].any()
+    both = np.concatenate([hits, hits])  # an entity is never in both halves
+    assert not patching_grid.attempts({"r1": both}, pd.concat([asked, asked]))["honest"].any()
 
 
 def test_a_grid_is_saved_and_read(llama, asked, tmp_path):
@@ -150,18 +140,16 @@ def test_a_grid_is_saved_and_read(llama, asked, tmp_path):
     shipped = patching_grid.load_grid(path, "tiny-llama")
     assert list(shipped) == patching_grid.grid_keys(asked)
     for new, old in zip(whole.values(), shipped.values(), strict=True):
-        assert (new.said == old.said).all()
-        assert np.array_equal(new.log_prob, old.log_prob, equal_nan=True)
-    first = patching_grid.back_patching(*llama, asked, count=1)
-    assert list(first) == list(whole)[:1]
-    assert (first[next(iter(whole))].said == next(iter(whole.values())).said).all()
+        assert np.array_equal(new, old, equal_nan=True)
+    ((key, first),) = patching_grid.back_patching(*llama, asked, count=1).items()
+    assert key == next(iter(whole)) and (first.said == whole[key].said).all()
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         patching_grid.load_grid(path, "tiny-llama")
 
 
 def by_verdict(*columns) -> list[tuple]:
-    """Cases that must come out as the first four verdicts, in turn."""
+    """Cases that must come out as the first four of VERDICTS, in turn."""
     return list(zip(*columns, VERDICTS, strict=False))
 
 
@@ -170,20 +158,18 @@ def around(name: str, middle: float) -> dict[str, float]:
     return {name: middle, f"{name}_low": middle - 0.1, f"{name}_high": middle + 0.1}
 
 
-# One of three at 0.05 is chance.
-P = ([0.001] * 3, [0.001, 0.5, 0.5], [0.04, 0.5, 0.5], [0.001] * 3)
+LOW = [0.001] * 3
+P = LOW, [0.001, 0.5, 0.5], [0.04, 0.5, 0.5], LOW  # one of three at 0.05 is chance
 
 
-@pytest.mark.parametrize(("mean", "p", "verdict"), by_verdict([1, 1, 1, -1], P))
+@pytest.mark.parametrize("mean, p, verdict", by_verdict([1, 1, 1, -1], P))
 def test_c4_by_rule(mean, p, verdict):
     table = pd.DataFrame({"question": list("abc"), "mean": mean, "p": p, "n": 9})
     table = table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / 3))
     assert conflict.late_influence(table)["verdict"] == verdict
 
 
-@pytest.mark.parametrize(
-    ("net", "honest", "verdict"), by_verdict([0.2, 0, 0, -0.2], [0.2, 0.2, 0, -0.2])
-)
+@pytest.mark.parametrize("net, honest, verdict", by_verdict([0.2, 0, 0, -0.2], [0.2, 0.2, 0, -0.2]))
 def test_c6_by_rule(net, honest, verdict):
     row = {**around("oracle", 0.5), **around("honest", 0.1), **around("net", net), "wrong": 50}
     repairs = pd.DataFrame([{"arm": arm, **row} for arm in patching_grid.PATCHES])
@@ -193,7 +179,7 @@ def test_c6_by_rule(net, honest, verdict):
 
 
 @pytest.mark.parametrize(
-    ("lead", "share", "verdict"), by_verdict([0.3, 0.3, 0, -0.3], [0.8, 0.3, 0.5, 0.2])
+    "lead, share, verdict", by_verdict([0.3, 0.3, 0, -0.3], [0.8, 0.3, 0.5, 0.2])
 )
 def test_c3_by_rule(lead, share, verdict):
     pairs = pd.MultiIndex.from_product([TEMPLATES, OUTCOMES], names=["wording", "outcome"])
@@ -204,7 +190,7 @@ def test_c3_by_rule(lead, share, verdict):
 
 
 @pytest.mark.parametrize(
-    ("right", "bridge", "verdict"), by_verdict([0.2, 0.2, 0.5, 0.8], [0.5, 0.3, 0.3, 0.0])
+    "right, bridge, verdict", by_verdict([0.2, 0.2, 0.5, 0.8], [0.5, 0.3, 0.3, 0])
 )
 def test_b2_by_rule(right, bridge, verdict):
     table = pd.DataFrame({"outcome": ["e3", "e2", "other"], "share": [right, bridge, 0.25]})
