@@ -1,5 +1,4 @@
-"""The stages of single-hop recall: which flow they are, in which layers, in which order, and what
-knocking them out costs (claim C1).
+"""The stages of single-hop recall: their layers, their order, what knocking them out costs (C1).
 
 Flow is what `flow_back` sends through a node, direct the part of it that goes straight to the
 answer, onward the part that later neurons read.
@@ -7,7 +6,6 @@ answer, onward the part that later neurons read.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,48 +16,23 @@ from backattn.runtime import progress
 from companion.measures.layers import flow_grid, mean_by_layer
 from companion.report.intervals import bootstrap, interval, mean_interval
 
-
-@dataclass(frozen=True)
-class Stage:
-    """What the paper calls it, and the flow that defines it.
-
-    parts: (kind of sub-layer, position group, "flow", "direct" or "onward"), added up.
-    """
-
-    about: str
-    parts: tuple[tuple[str, str, str], ...]
-
-    def knockouts(self, layers: Sequence[int]) -> tuple[Knockout, ...]:
-        """The components whose flow defines the stage, in these layers."""
-        groups: dict[str, tuple[str, ...]] = {}
-        for kind, group, _ in self.parts:
-            groups[kind] = (*groups.get(kind, ()), group)
-        chosen = tuple(int(layer) for layer in layers)
-        return tuple(Knockout(kind, chosen, where) for kind, where in groups.items())
-
-
 RELATION, LAST = ("ffn", "relation", "flow"), ("ffn", "last", "onward")
 READS = tuple(("attention", group, "flow") for group in ("relation", "last"))
-STAGES = {
-    "A": Stage("entity subject enrichment", (("ffn", "entity", "flow"),)),
-    "B": Stage("entity attribute extraction", (("attention", "entity", "flow"),)),
-    "C": Stage("relation subject enrichment", (RELATION, LAST)),
-    "D": Stage("relation attribute extraction", (*READS, ("ffn", "last", "direct"))),
-    "C relation": Stage("stage C at the relation's word", (RELATION,)),
-    "C last": Stage("stage C at the last position", (LAST,)),
+STAGES = {  # (kind of sub-layer, position group, "flow", "direct" or "onward"), added up
+    "A": (("ffn", "entity", "flow"),),
+    "B": (("attention", "entity", "flow"),),
+    "C": (RELATION, LAST),
+    "D": (*READS, ("ffn", "last", "direct")),
+    "C relation": (RELATION,),
+    "C last": (LAST,),
 }
 STEPS = (("A", "B"), ("B", "C"), ("C", "D"))  # the paper's order
-
-SHARE = 0.1  # of its positive flow has passed where a stage begins, and is left where it ends
 BOUNDARIES = ("begin", "middle", "end", "peak")
 
 
 def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
-    """`back.frame` summed over the tokens of each position group, without the embedding.
-
-    groups: one array of labels per prompt, one label per token.
-    Returns: prompt, layer, kind, group, flow, direct.
-    """
+    """`back.frame` over each position group's tokens, without the embedding: prompt, layer, kind,
+    group, flow, direct. groups: one array of labels per prompt, one label per token."""
     frame = back.frame[back.frame["kind"] != "embedding"].astype({"kind": str})
     places = zip(frame["prompt"], frame["position"], strict=True)
     frame["group"] = [groups[prompt][position] for prompt, position in places]
@@ -70,17 +43,14 @@ def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
 def stage_profiles(flow: pd.DataFrame) -> dict[str, np.ndarray]:
     """Flow of each of STAGES, from `grouped_flow`: stage -> [prompts, layers]."""
     flow = flow.assign(onward=flow["flow"] - flow["direct"])
-    return {
-        name: sum(flow_grid(flow, *part) for part in stage.parts) for name, stage in STAGES.items()
-    }
+    return {stage: sum(flow_grid(flow, *part) for part in parts) for stage, parts in STAGES.items()}
 
 
 def boundaries(profile: np.ndarray) -> np.ndarray:
-    """Begin, middle, end and peak of mean profiles [..., layers] -> [..., 4], in layers.
+    """BOUNDARIES of mean profiles [..., layers] -> [..., 4], in layers; NaN without positive flow.
 
     Begin, middle and end are where 10, 50 and 90 per cent of the positive flow have passed, a
-    layer's flow being spread over l − ½ … l + ½; the peak is a whole layer. NaN without positive
-    flow.
+    layer's flow being spread over l − ½ … l + ½; the peak is a whole layer.
     """
     positive = np.clip(profile, 0, None)
     total = positive.sum(-1, keepdims=True)
@@ -94,42 +64,31 @@ def boundaries(profile: np.ndarray) -> np.ndarray:
         return (layer + 0.5 - (here - share) / step)[..., 0]
 
     peak = np.where(np.isnan(total[..., 0]), np.nan, profile.argmax(-1))
-    return np.stack([at(SHARE), at(0.5), at(1 - SHARE), peak], axis=-1)
+    return np.stack([at(0.1), at(0.5), at(0.9), peak], axis=-1)
 
 
 def stage_table(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
-    """Where each stage begins, has its middle, ends and peaks, with 95 % bootstrap intervals.
-
-    Returns: stage, n, and for each of BOUNDARIES its layer, _low and _high.
-    """
+    """Each stage's BOUNDARIES with their 95 % intervals in _low and _high: stage, n, begin, …"""
     rows, weights = [], bootstrap(clusters)
+    names = [name + end for name in BOUNDARIES for end in ("", "_low", "_high")]
     for stage, profile in profiles.items():
         ends = np.nanpercentile(boundaries(weights @ profile), [2.5, 97.5], axis=0)
-        row = {"stage": stage, "n": len(profile)}
-        for name, *found in zip(BOUNDARIES, boundaries(profile.mean(0)), *ends, strict=True):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
-        rows.append(row)
+        found = np.stack([boundaries(profile.mean(0)), *ends], axis=1).ravel()
+        rows.append({"stage": stage, "n": len(profile), **dict(zip(names, found, strict=True))})
     return pd.DataFrame(rows)
 
 
 def profile_bands(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.DataFrame:
-    """Each stage's mean flow by layer as a share of its positive total: stage, layer, share, low,
-    high."""
-    tables = []
-    for stage, profile in profiles.items():
-        total = max(np.clip(profile.mean(0), 0, None).sum(), 1e-12)
-        tables.append(mean_by_layer((profile / total)[:, None], clusters, [stage], "stage"))
-    return pd.concat(tables, ignore_index=True).rename(columns={"mean": "share"})
+    """Mean flow as a share of a stage's positive total: stage, layer, share, low, high."""
+    stages = np.stack([*profiles.values()], axis=1)  # [prompts, stages, layers]
+    totals = np.clip(stages.mean(0), 0, None).sum(-1, keepdims=True)
+    shares = stages / np.maximum(totals, 1e-12)
+    return mean_by_layer(shares, clusters, [*profiles], "stage").rename(columns={"mean": "share"})
 
 
-def order_table(
-    profiles: dict[str, np.ndarray], clusters: Sequence, more: Sequence[tuple[str, str]] = ()
-) -> pd.DataFrame:
-    """How many layers the middle of each stage lies behind that of the one before it.
-
-    Returns: earlier, later, gap, low, high, after (the whole 95 % interval is above zero), step
-    (True for the paper's STEPS, which come first, then the pairs in `more`).
-    """
+def order_table(profiles: dict, clusters: Sequence, more: Sequence = ()) -> pd.DataFrame:
+    """How many layers (gap) the middle of a stage lies behind another's, for the paper's STEPS and
+    the pairs in `more`: earlier, later, gap, low, high, after (the interval is above 0), step."""
     weights, middle, rows = bootstrap(clusters), BOUNDARIES.index("middle"), []
     point = {name: boundaries(x.mean(0))[middle] for name, x in profiles.items()}
     draws = {name: boundaries(weights @ x)[:, middle] for name, x in profiles.items()}
@@ -141,10 +100,8 @@ def order_table(
 
 
 def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
-    """The fewest layers that carry half of a stage's positive mean flow, in order.
-
-    profile: [prompts, layers]; without: layers left out beforehand.
-    """
+    """The fewest layers but those `without` that carry half of the positive mean flow of a profile
+    [prompts, layers], in order."""
     positive = np.clip(profile.mean(0), 0, None)
     positive[list(without)] = 0
     order = np.argsort(-positive, kind="stable")
@@ -153,8 +110,7 @@ def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
 
 
 def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
-    """Up to `draws` different random sets, each of as many layers as `taken` and none of them, out
-    of `layers`."""
+    """Up to `draws` different random sets of as many layers as `taken` and none of them."""
     generator = np.random.default_rng(seed)
     rest = [layer for layer in range(layers) if layer not in taken]
     size = min(len(taken), len(rest))
@@ -164,15 +120,29 @@ def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> li
     return [list(chosen) for chosen in sets]
 
 
-def knockout_table(
-    drops: dict[str, tuple[list[int], np.ndarray, np.ndarray]], clusters: Sequence
-) -> pd.DataFrame:
-    """Drop of the answer's log-probability per stage against random layers, from `against_random`.
+def against_random(probe: KnockoutProbe, cores: dict, draws: int, seed: int) -> dict[str, tuple]:
+    """Drops of log p(answer) without each stage's layers, and without random others but layer 0 (it
+    acts as a part of the embedding): stage -> (layers, drops [n], of the sets [draws, n]).
 
-    Returns: stage, layers, n, draws, drop (mean, with its 95 % interval in _low and _high),
-    difference (drop less the mean over the random sets, the same), random, random_min, random_max
-    (mean and range over the sets), needed: the difference's whole interval is above zero and the
-    drop exceeds that of every random set (by chance at most 1 in draws + 1).
+    cores: stage (its first letter says which) -> layers.
+    """
+    total, base, drops = len(probe.arch.blocks), probe.log_probs().numpy(), {}
+    with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
+        for stage, layers in cores.items():
+            lost = []
+            for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
+                parts = STAGES[stage[0]]
+                knockouts = [Knockout(kind, tuple(chosen), (group,)) for kind, group, _ in parts]
+                lost.append(base - probe.log_probs(knockouts).numpy())
+                bar.update()
+            drops[stage] = (layers, lost[0], np.stack(lost[1:]))
+    return drops
+
+
+def knockout_table(drops: dict[str, tuple], clusters: Sequence) -> pd.DataFrame:
+    """`against_random` by stage: layers, n, draws, drop and difference (from the mean over the
+    sets), with their 95 % intervals in _low and _high, random, random_min, random_max (over the
+    sets), needed: the difference's interval is above zero and the drop exceeds that of every set.
     """
     rows = []
     for stage, (layers, drop, random) in drops.items():
@@ -186,22 +156,3 @@ def knockout_table(
         needed = row["difference_low"] > 0 and row["drop"] > means.max()
         rows.append({**row, "needed": bool(needed)})
     return pd.DataFrame(rows)
-
-
-def against_random(
-    probe: KnockoutProbe, cores: dict[str, list[int]], draws: int, seed: int
-) -> dict[str, tuple[list[int], np.ndarray, np.ndarray]]:
-    """Drops for each stage's layers and for `draws` random sets of others.
-
-    cores: stage (its first letter says which) -> layers. Layer 0 is never drawn: it acts as a part
-    of the embedding. Returns: stage -> (its layers, drops [prompts], of the sets [draws, prompts]).
-    """
-    total, base, drops = len(probe.arch.blocks), probe.log_probs().numpy(), {}
-    with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
-        for stage, layers in cores.items():
-            lost = []
-            for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
-                lost.append(base - probe.log_probs(STAGES[stage[0]].knockouts(chosen)).numpy())
-                bar.update()
-            drops[stage] = (layers, lost[0], np.stack(lost[1:]))
-    return drops

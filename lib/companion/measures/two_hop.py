@@ -1,5 +1,4 @@
-"""What several studies measure of two-hop prompts: places, what can be read there, donors,
-contrasts of right and wrong cases.
+"""What several studies measure of two-hop prompts: what can be read at places, donors, contrasts.
 
 A place is the last token of e1's, r1's or r2's words in the two-hop prompt, or the last position.
 """
@@ -16,7 +15,6 @@ from companion.questions.prompts import label_tokens, last_token_positions
 from companion.questions.splits import place_of
 
 PLACES = ("e1", "r1", "r2", "last")
-
 READABLE = 10  # an entity can be read where its first token is among this many
 
 
@@ -36,10 +34,9 @@ def first_token_pairs(tokenizer, frame: pd.DataFrame) -> list[tuple[int, int]]:
 class Reading:
     """What can be read in the states of two-hop prompts, all [n, places, L+1].
 
-    difference: logit of e3 less that of e2. readable: entity -> whether its first token is among
-    the READABLE highest; "e2 shuffled" and "e3 shuffled" belong to other prompts. wins: entity ->
-    whether its logit is above that of the shuffled one (½ where both are the same token, as
-    expected without information).
+    difference: logit of e3 less that of e2. readable: of e3, e2, "e3 shuffled" (another prompt's)
+    and "e2 shuffled", whether the first token is among the READABLE highest. wins: of e3 and e2,
+    whether its logit is above the shuffled one's (½ where both are the same token).
     """
 
     places: tuple[str, ...]
@@ -48,11 +45,8 @@ class Reading:
     wins: dict[str, np.ndarray]
 
 
-def read_conflict(
-    model, tokenizer, frame: pd.DataFrame, seed: int = 0, places: Sequence[str] = PLACES
-) -> Reading:
-    """Read e3 and e2 in the state that enters each layer at some places, and the same for shuffled
-    labels: the e2 and e3 of each prompt's donor (see `donors`)."""
+def read_conflict(model, tokenizer, frame: pd.DataFrame, seed=0, places=PLACES) -> Reading:
+    """Read each prompt's e3 and e2, and its donor's, in the states that enter each layer."""
     ids = np.array(first_token_pairs(tokenizer, frame))
     tokens = np.concatenate([ids, ids[donors(frame, seed)]], axis=1)
     where = last_token_positions(place_labels(tokenizer, frame), places)
@@ -69,14 +63,11 @@ def read_conflict(
 
 
 def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.ndarray:
-    """Per prompt the row number of another one whose e2 and e3 are none of its right answers, nor
-    its e2.
+    """Per prompt the row of another one whose e2 and e3 are neither right answers nor its e2, drawn
+    by a hash of both facts, so that a prompt more or less leaves the others' donors what they are.
 
-    relations: "same" draws among the prompts with the same relations where there is one, else of
-    the same pair, else among all; "any" draws among all. The draw goes by a hash of both prompts'
-    facts, so that a prompt more or less leaves the donors of the others what they are.
-
-    Raises ValueError when there is none, or for another value of `relations`.
+    relations: "same" draws among prompts with the same relations, else of the same pair, else all;
+    "any" among all. Raises ValueError when there is none, or for another value of `relations`.
     """
     if relations not in ("same", "any"):
         raise ValueError(f'Unknown relations {relations!r}; choose "same" or "any".')
@@ -91,31 +82,22 @@ def donors(frame: pd.DataFrame, seed: int = 0, relations: str = "same") -> np.nd
                 f"No other prompt is about other entities than {e2[row]!r} and {e3[row]!r}: "
                 "ask more facts."
             )
-        fits = [other]
-        if relations == "same":
-            fits = [other & (same == same[row]), other & (pair == pair[row]), other]
+        fits = [other & (same == same[row]), other & (pair == pair[row]), other]
+        fits = fits if relations == "same" else [other]
         fit = np.flatnonzero(next(fit for fit in fits if fit.any()))
         chosen[row] = min(fit, key=lambda place: place_of(f"{seed}|{fact[row]}|{fact[place]}"))
     return chosen
 
 
 def contrast(
-    values: np.ndarray,
-    right: Sequence[bool],
-    strata: Sequence,
-    clusters: Sequence,
-    permutations: int = 2000,
-    seed: int = 0,
+    values: np.ndarray, right: Sequence, strata: Sequence, clusters: Sequence, permutations=2000
 ) -> dict[str, np.ndarray]:
     """Right against wrong cases within strata (pairs of relations), at every point of [n, ...].
 
-    Prompts of one cluster (bridge entity) and stratum are not independent, so they are averaged and
-    count as one, with the share of them that is right.
-
-    Returns difference: right less wrong, from a regression on that share with one intercept per
-    stratum; p: permutation test (shares exchanged within strata), corrected for all points at once
-    by the largest |difference / its permutation spread|. Raises ValueError when no stratum has both
-    right and wrong cases.
+    Prompts of one cluster (bridge entity) and stratum count as one, with the share that is right.
+    difference: right less wrong, by regression on that share with an intercept per stratum; p: by
+    permutation within strata, corrected for all points by the largest |difference / its spread|.
+    Raises ValueError when no stratum has both right and wrong cases.
     """
     shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
     frame = pd.DataFrame(flat).assign(right=np.asarray(right, dtype=float))
@@ -126,13 +108,10 @@ def contrast(
     total = (centred**2).sum()
     if total < 1e-12:
         raise ValueError("No pair of relations has both right and wrong cases: ask more facts.")
-    draw, order, null = np.random.default_rng(seed), np.argsort(stratum, kind="stable"), []
-    for _ in range(permutations):
-        shuffled = np.empty_like(centred)
-        exchanged = np.lexsort((draw.random(len(centred)), stratum[order]))
-        shuffled[order] = centred[order][exchanged]
-        null.append(shuffled @ flat / total)
-    null, difference = np.array(null), centred @ flat / total
+    draw = np.random.default_rng(0)
+    orders = (np.lexsort((draw.random(len(share)), stratum)) for _ in range(permutations))
+    null = np.array([centred[order] @ flat / total for order in orders])
+    difference = centred @ flat / total
     spread = np.maximum(null.std(0), 1e-12)
     largest = np.abs(null / spread).max(1)
     p = (1 + (largest[:, None] >= np.abs(difference / spread)).sum(0)) / (permutations + 1)
