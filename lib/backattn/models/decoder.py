@@ -1,6 +1,5 @@
 """A decoder seen through its family's row: its modules, and its weights in one orientation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +57,7 @@ class Norm:
 
 @dataclass
 class Block:
-    """One decoder layer: its modules, and its weights in one orientation for all families."""
+    """One decoder layer: its own modules, and its weights in one orientation for all families."""
 
     family: Family
     module: nn.Module
@@ -130,12 +129,37 @@ class Block:
             return gate, up
         return None if self.family.gate is None else self.linear(self.family.gate), up
 
-    def split_ffn_in(self, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Pre-activations (gate, up) from the outputs of the modules `gate` and `up`."""
-        return up.chunk(2, dim=-1) if self.family.fused_gate else (gate, up)
+    def per_head(self, values: Tensor) -> Tensor:
+        """Values [..., kv_heads, head_dim], each repeated for the heads that read it."""
+        return values.repeat_interleave(self.heads // self.kv_heads, dim=-2)
+
+    def _normed(self, name: str, states: Tensor) -> Tensor:
+        norm = self.get(getattr(self.family, name))
+        states = states.to(next(self.module.parameters()).dtype)
+        return states if norm is None else norm(states)
+
+    @torch.no_grad()
+    def values(self, states: Tensor) -> Tensor:
+        """The values of states before attention's norm, to the bit as the model makes them:
+        [B, T, width] -> [B, T, kv_heads, head_dim]."""
+        fused = self.get(self.family.value)(self._normed("attention_norm", states))
+        return self.value_part(fused).float()
+
+    @torch.no_grad()
+    def neurons(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(m, g, u) of states before the FFN's norm, to the bit as the model makes them: neurons
+        m = act(g) u, or act(u) where there is no gate: [B, T, width] -> each [B, T, neurons]."""
+        x, gate = self._normed("ffn_norm", states), None
+        up = self.get(self.family.up)(x)
+        if self.family.fused_gate:
+            gate, up = up.chunk(2, dim=-1)
+        elif self.family.gate is not None:
+            gate = self.get(self.family.gate)(x)
+        m = self.activation(up) if gate is None else self.activation(gate) * up
+        return m.float(), None if gate is None else gate.float(), up.float()
 
     @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
+    def activation(self) -> nn.Module:
         return self.get(self.family.activation)
 
 
@@ -179,11 +203,9 @@ def describe(model: nn.Module) -> Arch:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = config.hidden_size, heads, kv_heads, head_dim
     try:
-        blocks = [
-            Block(family, layer, config.hidden_size, heads, kv_heads, head_dim)
-            for layer in model.get_submodule(family.layers)
-        ]
+        blocks = [Block(family, layer, *sizes) for layer in model.get_submodule(family.layers)]
         for name in ("attention", "attention_out", "value", "ffn_out", "up"):
             blocks[0].get(getattr(family, name))
         final_norm = model.get_submodule(family.final_norm)
@@ -197,12 +219,6 @@ def describe(model: nn.Module) -> Arch:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no unembedding. Load it with AutoModelForCausalLM."
         )
-    return Arch(
-        model=model,
-        family=family,
-        blocks=blocks,
-        final_norm_module=final_norm,
-        unembedding_module=unembedding,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        parallel=bool(getattr(config, "use_parallel_residual", False)),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    parallel = bool(getattr(config, "use_parallel_residual", False))
+    return Arch(model, family, blocks, final_norm, unembedding, softcap, parallel)

@@ -32,6 +32,12 @@ class Batch:
         return self.attention_mask.sum(-1)
 
     @property
+    def rows(self) -> list[list[int]]:
+        """Each prompt's token ids without the padding."""
+        pairs = zip(self.input_ids, self.attention_mask.bool(), strict=True)
+        return [ids[real].tolist() for ids, real in pairs]
+
+    @property
     def position_ids(self) -> Tensor:
         """Positions counted from each prompt's first token, so that padding does not shift them."""
         return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
