@@ -83,47 +83,38 @@ def flow_back(
 ) -> FlowBack:
     """Trace the answer's log-probability back to every layer and position.
 
-    Args:
-        model, tokenizer: those that made `flow`.
-        flow: result of `logit_flow`; route "parts" starts from its neurons, so its level must be
-            "neuron". The forward passes that it kept are used; without them its prompts run again.
-        route: "parts" or "linear", see the module's text.
-        batch_size: prompts per pass, where they run again.
+    Route "parts" starts from the flow's neurons, so its level must be "neuron". The forward passes
+    that the flow kept are used; without them its prompts run again, `batch_size` at a time.
 
-    Returns a `FlowBack`. Raises ValueError for an unknown route, a flow without neurons, and
-    another model or tokenizer than made the flow.
+    Raises ValueError for an unknown route, a flow without neurons, and another model or tokenizer
+    than made the flow.
 
     Example:
         >>> from backattn import flow_back, logit_flow
         >>> flow = logit_flow(model, tokenizer, "France's capital is", "Paris")
-        >>> back = flow_back(model, tokenizer, flow)
-        >>> back.check() < 1e-3
+        >>> flow_back(model, tokenizer, flow).check() < 1e-3
         True
-        >>> list(back.frame["kind"].cat.categories)
-        ['attention', 'embedding', 'ffn']
     """
     if route not in ROUTES:
         raise ValueError(f"route={route!r} is unknown; choose one of {', '.join(ROUTES)}.")
     if route == "parts" and flow.level != "neuron":
         raise ValueError('Route "parts" starts from neurons: call logit_flow with level="neuron".')
-    frames, balances = [], []
+    frames, totals = [], []
     for start, stream in _streams(model, tokenizer, flow, batch_size):
-        prompts = slice(start, start + len(stream.batch.input_ids))
-        neurons = None
+        stop = start + len(stream.batch.input_ids)
+        entering = torch.tensor(flow.answer_ids[start:stop], device=stream.hidden.device)
         if route == "parts":
-            inside = flow.frame["prompt"].between(prompts.start, prompts.stop - 1)
-            neurons = flow.frame[inside & flow.frame["neuron"].notna()]
-            neurons = neurons.assign(prompt=neurons["prompt"] - start)
-        answers = torch.tensor(flow.answer_ids[prompts], device=stream.hidden.device)
-        nodes, totals = _sweep(stream, answers, neurons)
-        frames.append(_frame(stream, nodes, tokenizer))
-        balances.append(_balance(totals, nodes))
-        for table in (frames[-1], balances[-1]):
-            table["prompt"] += start
-    frame = pd.concat(frames, ignore_index=True)
-    frame[["kind", "token"]] = frame[["kind", "token"]].astype("category")
+            inside = flow.frame["prompt"].between(start, stop - 1) & flow.frame["neuron"].notna()
+            entering = flow.frame[inside].assign(prompt=flow.frame["prompt"] - start)
+        nodes, total = _sweep(stream, entering)
+        frames.append(_frame(stream, nodes, start, tokenizer))
+        totals.append(pd.DataFrame({name: x.cpu().numpy() for name, x in total.items()}))
+    frame = pd.concat(frames, ignore_index=True).astype({"kind": "category", "token": "category"})
+    table = pd.concat(totals, ignore_index=True).rename_axis("prompt").reset_index()
+    table["error"] = (table["entering"] - table["leaving"] - table["withheld"]).abs()
+    columns = ["prompt", "entering", "leaving", "in_biases", "withheld", "error", "scale"]
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    return FlowBack(frame, pd.concat(balances, ignore_index=True), route, tolerance)
+    return FlowBack(frame, table[columns], route, tolerance)
 
 
 def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Stream]]:
@@ -141,29 +132,25 @@ def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
         yield start, flow.streams[start // batch_size] if flow.streams else capture(model, batch)
 
 
-def _sweep(
-    stream: Stream, answers: Tensor, neurons: pd.DataFrame | None
-) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """One pass from the top layer to the embedding; neurons: rows that enter, None: the logit does.
+def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[str, Tensor]]:
+    """One pass from the top layer to the embedding. What enters is the logits of tokens [B] (route
+    "linear") or neurons, rows of a logit flow (route "parts").
 
-    Returns (kind, layer) -> (flow, direct), each [B, T], and the totals of `_balance`, each [B].
+    Returns (kind, layer) -> (flow, direct), each [B, T], and totals per prompt, each [B].
     """
-    linear, covector = neurons is None, torch.zeros_like(stream.hidden[0])  # [B, T, D]
+    linear, covector = isinstance(entering, Tensor), torch.zeros_like(stream.hidden[0])  # [B, T, D]
     names = ("entering", "in_biases", "withheld", "scale")
     totals = {name: covector.new_zeros(len(covector), dtype=torch.float64) for name in names}
     nodes, groups = {}, {}
     if linear:  # the answer's logit less the mean logit, the final norm's scale frozen
         lens, last = Lens(stream.arch), stream.batch.at_last(stream.hidden[-1])  # [B, D]
-        gradient = lens.norm.adjoint(lens.weight[answers] - lens.weight.mean(0), lens.scale(last))
+        gradient = lens.norm.adjoint(lens.weight[entering] - lens.weight.mean(0), lens.scale(last))
         covector[torch.arange(len(last), device=last.device), stream.batch.last] = gradient
         totals["entering"] = (gradient * last).sum(-1).double()
         totals["scale"] = totals["entering"].abs()
     else:
-        groups = dict(list(neurons.groupby(["kind", "layer"], observed=True)))
+        groups = dict(list(entering.groupby(["kind", "layer"], observed=True)))
     top = covector  # the part that reads the answer directly
-
-    def lose(mass: Tensor) -> None:  # [B, T], what ends in a bias
-        totals["in_biases"] += mass.sum(-1).double()
 
     for layer in reversed(range(stream.layers)):
         block, above = stream.arch.blocks[layer], covector
@@ -171,18 +158,21 @@ def _sweep(
             state, units, bias, to_units, to_input = sublayer(stream, layer, linear)
             post, scale = block.norm(f"{kind}_post"), stream.post_scale(kind, layer)
             raw = post.adjoint(above if stream.arch.parallel else covector, scale)
-            entering = torch.zeros_like(units)
+            direct = torch.zeros_like(units)
             if (kind, layer) in groups:
-                entering = _enter(stream.batch, kind, units, groups[kind, layer], totals)
-            per_unit = to_units(raw) + entering
-            direct = to_units(post.adjoint(top, scale)) if linear else entering
+                direct = _enter(stream.batch, kind, units, groups[kind, layer], totals)
+            per_unit = to_units(raw) + direct
+            if linear:
+                direct = to_units(post.adjoint(top, scale))
             axes = tuple(range(2, units.dim()))
             nodes[kind, layer] = tuple((x * units).sum(axes) for x in (per_unit, direct))
             on_input, in_bias = to_input(per_unit)
             norm = block.norm(f"{kind}_norm")
-            lose(raw @ bias + in_bias + on_input @ norm.bias)
+            in_bias = in_bias + raw @ bias + on_input @ norm.bias  # [B, T]
+            totals["in_biases"] += in_bias.sum(-1).double()
             covector = covector + norm.adjoint(on_input, norm.scale(state))
     nodes["embedding", 0] = tuple((x * stream.hidden[0]).sum(-1) for x in (covector, top))
+    totals["leaving"] = nodes["embedding", 0][0].double().sum(-1) + totals["in_biases"]
     return nodes, totals
 
 
@@ -192,14 +182,15 @@ def _ffn(stream: Stream, layer: int, linear: bool) -> tuple:
     """
     block, state = stream.arch.blocks[layer], stream.ffn_input(layer)
     down, (gate, up), (m, g, u) = block.ffn_out, block.ffn_in, block.neurons(state)
+    act = block.get(block.family.activation)
 
     def to_input(per_unit: Tensor) -> tuple[Tensor, Tensor]:
         if gate is None:  # m = act(u): the gate is act(u) / u
             to_up = per_unit * _ratio(m, u)
         elif linear:  # act(g) is frozen
-            to_up = per_unit * block.activation(g)
+            to_up = per_unit * act(g)
         else:  # half by g, half by u
-            half = per_unit * _ratio(block.activation(g), g) / 2
+            half = per_unit * _ratio(act(g), g) / 2
             to_up, to_gate = half * g, half * u
             on_input = to_up @ up.weight + to_gate @ gate.weight
             return on_input, to_up @ up.bias + to_gate @ gate.bias
@@ -253,34 +244,23 @@ def _enter(batch: Batch, kind: str, units: Tensor, rows: pd.DataFrame, totals: d
     return entering
 
 
-def _frame(stream: Stream, nodes: dict, tokenizer) -> pd.DataFrame:
-    """Rows of `FlowBack.frame`, prompts counted within the batch."""
-    batch = stream.batch
+def _frame(stream: Stream, nodes: dict, first: int, tokenizer) -> pd.DataFrame:
+    """Rows of `FlowBack.frame`; first: the index of the batch's first prompt."""
+    batch, kinds = stream.batch, ("attention", "ffn")
     real = batch.attention_mask.bool().cpu()
     prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
-    token = [tokenizer.decode([i]) for row in batch.rows for i in row]
-    names = [("embedding", 0)]
-    names += [(kind, k) for k in range(stream.layers) for kind in ("attention", "ffn")]
+    token = np.array([tokenizer.decode([i]) for row in batch.rows for i in row], dtype=object)
+    names = [("embedding", 0), *((kind, k) for k in range(stream.layers) for kind in kinds)]
     found = torch.stack([torch.stack(nodes[name]) for name in names]).cpu()
     flow, direct = found.transpose(0, 1)[..., real].flatten(1).numpy()  # [nodes · positions]
     return pd.DataFrame(
         {
-            "prompt": np.tile(prompt, len(names)),
+            "prompt": np.tile(prompt + first, len(names)),
             "layer": np.repeat([layer for _, layer in names], len(prompt)),
             "kind": np.repeat([kind for kind, _ in names], len(prompt)),
             "position": np.tile(place - batch.start.cpu().numpy()[prompt], len(names)),
-            "token": np.tile(np.array(token, dtype=object), len(names)),
+            "token": np.tile(token, len(names)),
             "flow": flow,
             "direct": direct,
         }
     )
-
-
-def _balance(totals: dict[str, Tensor], nodes: dict) -> pd.DataFrame:
-    """Rows of `FlowBack.conservation`, prompts counted within the batch."""
-    table = pd.DataFrame({name: total.cpu().numpy() for name, total in totals.items()})
-    leaving = nodes["embedding", 0][0].double().sum(-1).cpu().numpy() + table["in_biases"]
-    table.insert(1, "leaving", leaving)
-    table.insert(4, "error", (table["entering"] - leaving - table["withheld"]).abs())
-    table.insert(0, "prompt", np.arange(len(table)))
-    return table

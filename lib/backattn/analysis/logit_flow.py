@@ -28,31 +28,29 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from backattn.analysis.neuron_scores import Reading, exact, screened, sublayers
-from backattn.models.activations import Stream, capture, head_contributions, self_check
-from backattn.models.tokens import answer_ids, encode
+from backattn.analysis.neuron_scores import Reading, Sublayer, exact, screened, sublayers
+from backattn.models.activations import Stream, capture, self_check
+from backattn.models.tokens import Batch, answer_ids, encode
 from backattn.runtime import progress
 
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
-OPTIONS = {
-    "level": ("layer", "head", "neuron"),
-    "norm": ("final", "own"),
-    "method": ("exact", "screen"),
-}
+LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 CHUNK = 256  # states whose logits are in memory at once
 KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
 def _layers(reading: Reading) -> Iterator[dict]:
     """The definition, equation by equation, for whole sub-layers."""
-    h, a, f = _last_states(reading.stream)  # [L+1, B, D], [L, B, D], [L, B, D]
+    stream, at_last = reading.stream, reading.stream.batch.at_last
+    terms = stream.hidden, stream.attention, stream.ffn
+    h, a, f = ([at_last(x) for x in term] for term in terms)  # of each layer [B, D]
 
     # (1) Running sums, not the captured states: a term that is wrong in any layer spoils the end.
     sums = [(0, "embedding", h[0])]
     for layer in range(len(a)):
         sums.append((layer, "attention", sums[-1][2] + a[layer]))
         sums.append((layer, "ffn", sums[-1][2] + f[layer]))
-        if reading.stream.arch.model.dtype != torch.float32:
+        if stream.arch.model.dtype != torch.float32:
             sums.append((layer, "rounding", h[layer + 1]))
 
     before = reading.log_prob(torch.zeros_like(h[0]))  # (2) of an empty state: [B]
@@ -64,24 +62,22 @@ def _layers(reading: Reading) -> Iterator[dict]:
 
 def _heads(reading: Reading) -> Iterator[dict]:
     """Equation 3 for each head × source position, and for each FFN as one part."""
-    h, a, f = _last_states(reading.stream)
-    for layer in range(len(a)):
-        parts = head_contributions(reading.stream, layer)  # [B, H, T, D]
-        before = reading.log_prob(h[layer])
-        for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
-            states = h[layer, b] + parts[b, :, real]  # [H, sources, D]
+    stream = reading.stream
+    for sub in sublayers(stream):
+        if sub.kind == "ffn":
+            yield _part(reading, sub, "ffn", stream.batch.at_last(stream.ffn[sub.layer]))
+            continue
+        heads = (-1, sub.head_dim)
+        c, vectors = sub.coefficient.unflatten(2, heads), sub.vectors.unflatten(0, heads)
+        parts, before = torch.einsum("bthd,hdw->bhtw", c, vectors), reading.log_prob(sub.base)
+        for b, real in enumerate(stream.batch.attention_mask.bool()):
+            states = sub.base[b] + parts[b, :, real]  # [H, sources, D]
             chunks = states.flatten(0, 1).split(CHUNK)
             after = torch.cat([reading.log_prob(chunk, b) for chunk in chunks])
-            yield {
-                "prompt": b,
-                "layer": layer,
-                "kind": "attention",
-                "head": torch.arange(len(states))[:, None],
-                "position": torch.arange(states.shape[1]),
-                "before": before[b],
-                "increase": after.unflatten(0, states.shape[:2]) - before[b],
-            }
-        yield _part(reading, layer, "ffn", h[layer] + a[layer], f[layer])
+            increase = after.unflatten(0, states.shape[:2]) - before[b]
+            head, position = np.arange(len(states))[:, None], np.arange(states.shape[1])
+            where = {"prompt": b, "layer": sub.layer, "head": head, "position": position}
+            yield {**where, "kind": "attention", "before": before[b], "increase": increase}
 
 
 def _neurons(reading: Reading, method: str, top_k: int) -> Iterator[dict]:
@@ -89,65 +85,52 @@ def _neurons(reading: Reading, method: str, top_k: int) -> Iterator[dict]:
     yield from exact(reading) if method == "exact" else screened(reading, top_k)
     for sub in sublayers(reading.stream):
         if sub.bias is not None:
-            yield _part(reading, sub.layer, f"{sub.kind}_bias", sub.base, sub.bias)
+            yield _part(reading, sub, f"{sub.kind}_bias", sub.bias)
 
 
-def _part(reading: Reading, layer: int, kind: str, base: Tensor, part: Tensor) -> dict:
-    """Equation 3 for one part [B, D] of the last position and its base [B, D]."""
-    before = reading.log_prob(base)
-    increase = reading.log_prob(base + part) - before
-    return {"layer": layer, "kind": kind, "before": before, "increase": increase}
+def _part(reading: Reading, sub: Sublayer, kind: str, part: Tensor) -> dict:
+    """Equation 3 for one part [B, D] of a sub-layer at the last position."""
+    before, after = reading.log_prob(sub.base), reading.log_prob(sub.base + part)
+    return {"layer": sub.layer, "kind": kind, "before": before, "increase": after - before}
 
 
-def _last_states(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """h, a and f at each prompt's last position: [L+1, B, D], [L, B, D], [L, B, D]."""
-    parts = stream.hidden, stream.attention, stream.ffn
-    return tuple(torch.stack([stream.batch.at_last(x) for x in part]) for part in parts)
-
-
-def _frame(parts: Iterable[dict], lengths: np.ndarray, tokens: list[list[str]]) -> pd.DataFrame:
-    """A batch's parts in the order of the residual sum. Left out: every prompt, its last position,
-    no head, no neuron. Each entry of a part is broadcast against its increase."""
+def _frame(parts: Iterable[dict], batch: Batch, first: int, tokenizer) -> pd.DataFrame:
+    """A batch's parts in the order of the residual sum; first: the index of its first prompt. A
+    part may leave out: every prompt, its last position, no head, no neuron."""
+    rows, lengths = batch.rows, batch.lengths.cpu().numpy()
+    usual = {"prompt": np.arange(len(rows)), "position": lengths - 1, "head": -1, "neuron": -1}
     names = ("prompt", "layer", "kind", "head", "neuron", "position", "before", "increase")
     columns = {name: [] for name in names}
-    usual = {"prompt": np.arange(len(lengths)), "position": lengths - 1, "head": -1, "neuron": -1}
     for part in parts:
         part = {**usual, **part, "kind": KINDS.index(part["kind"])}
         for name, found in columns.items():
-            x = part[name]
-            x = np.asarray(x.cpu() if isinstance(x, Tensor) else x)
+            x = part[name].cpu() if isinstance(part[name], Tensor) else part[name]
             found.append(np.broadcast_to(x, tuple(part["increase"].shape)).ravel())
-    joined = {name: np.concatenate(found) for name, found in columns.items()}
-    order = np.lexsort([joined[name] for name in reversed(names[:6])])
-    prompt, layer, kind, head, neuron, position, before, increase = (
-        joined[name][order] for name in names
-    )
-    token = np.array([text for row in tokens for text in row], dtype=object)
-    first = lengths.cumsum() - lengths  # each prompt's first token among all
+    x = {name: np.concatenate(columns.pop(name)) for name in names}
+    order = np.lexsort([x[name] for name in reversed(names[:6])])
+    x = {name: column[order] for name, column in x.items()}
+    token = np.array([tokenizer.decode([i]) for row in rows for i in row], dtype=object)
+    start = lengths.cumsum() - lengths  # each prompt's first token among all
+    before, increase = x["before"].astype(np.float64), x["increase"].astype(np.float64)
     return pd.DataFrame(
         {
-            "prompt": prompt.astype(np.int32),
-            "layer": layer.astype(np.int16),
-            "kind": pd.Categorical.from_codes(kind, KINDS),
-            "head": pd.arrays.IntegerArray(head.astype(np.int16), head < 0),
-            "neuron": pd.arrays.IntegerArray(neuron.astype(np.int32), neuron < 0),
-            "position": position.astype(np.int32),
-            "token": token[first[prompt] + position],
-            "log_prob_before": before.astype(np.float64),
-            "log_prob_after": before + increase.astype(np.float64),
-            "increase": increase.astype(np.float64),
+            "prompt": (x["prompt"] + first).astype(np.int32),
+            "layer": x["layer"].astype(np.int16),
+            "kind": pd.Categorical.from_codes(x["kind"], KINDS),
+            "head": pd.arrays.IntegerArray(x["head"].astype(np.int16), x["head"] < 0),
+            "neuron": pd.arrays.IntegerArray(x["neuron"].astype(np.int32), x["neuron"] < 0),
+            "position": x["position"].astype(np.int32),
+            "token": token[start[x["prompt"]] + x["position"]],
+            "log_prob_before": before,
+            "log_prob_after": before + increase,
+            "increase": increase,
         }
     )
 
 
 def fingerprint(model: nn.Module) -> str:
     """Hash of the sums of all weights' bits by column and by row, in which the change of any entry
-    shows. It reads every weight twice, which is quicker by far than a forward pass.
-
-    Example:
-        >>> fingerprint(model) == fingerprint(model)
-        True
-    """
+    shows. It reads every weight twice, which is quicker by far than a forward pass."""
     digest, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     for weight in model.parameters():
         bits = weight.detach().view(integers.get(weight.element_size(), torch.int64))
@@ -170,17 +153,17 @@ class LogitFlow:
         where they would take more than KEEP_BYTES, or at level "layer".
     """
 
-    frame: pd.DataFrame
-    layers: pd.DataFrame
     prompts: list[str]
-    input_ids: list[list[int]]
-    answers: list[str]
-    answer_ids: list[int]
-    log_prob: np.ndarray
     level: str
     tolerance: float
     weights: str  # the model's `fingerprint`
-    streams: list[Stream] = field(repr=False)
+    input_ids: list[list[int]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+    log_prob: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    streams: list[Stream] = field(default_factory=list, repr=False)
 
     def errors(self) -> np.ndarray:
         """|log p(w | 0) + sum of layer importances − the model's log-probability| per prompt."""
@@ -234,61 +217,42 @@ def logit_flow(
         >>> flow.check() < 1e-4, len(flow.frame.dropna(subset="neuron"))
         (True, 5)
     """
-    for name, value in (("level", level), ("norm", norm), ("method", method)):
-        if value not in OPTIONS[name]:
-            known = ", ".join(OPTIONS[name])
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {known}.")
+    choices = (("level", level, LEVELS), ("norm", norm, NORMS), ("method", method, METHODS))
+    for name, value, known in choices:
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-    prompts, chosen = _checked(tokenizer, prompts, answers)
+    prompts, ids = _checked(tokenizer, prompts, answers)
     self_check(model)
-
-    room, streams = KEEP_BYTES if level != "layer" else 0, []
-    layers, frames, input_ids, ids, log_prob = [], [], [], [], []
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    flow = LogitFlow(prompts, level, tolerance, weights=fingerprint(model))
+    room, layers, parts = KEEP_BYTES if level != "layer" else 0, [], []
     starts = range(0, len(prompts), batch_size)
     for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, prompts[part], device=model.device)
-        stream = capture(model, batch, detail=level != "layer")
-        answer = stream.logits.argmax(-1)
-        if chosen is not None:
-            answer = torch.tensor(chosen[part], device=model.device)
-        reading = Reading(stream, answer, norm)
-        tokens = [[tokenizer.decode([i]) for i in row] for row in batch.rows]
-        lengths = batch.lengths.cpu().numpy()
-        layers.append(_frame(_layers(reading), lengths, tokens))
-        if level == "neuron":
-            frames.append(_frame(_neurons(reading, method, top_k), lengths, tokens))
-        elif level == "head":
-            frames.append(_frame(_heads(reading), lengths, tokens))
-        for table in (*layers[-1:], *frames[-1:]):
-            table["prompt"] += start
-        logs = stream.logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
-        log_prob.append(logs.cpu().numpy())
-        input_ids += batch.rows
-        ids += answer.tolist()
-        empty = stream.logits.new_empty(0)
-        slim = replace(stream, logits=empty, ffn=empty, values=(), neurons=())
+        reading = Reading(capture(model, batch, level != "layer"), norm, ids and ids[part])
+        layers.append(_frame(_layers(reading), batch, start, tokenizer))
+        if level != "layer":
+            found = _heads(reading) if level == "head" else _neurons(reading, method, top_k)
+            parts.append(_frame(found, batch, start, tokenizer))
+        logs = reading.stream.logits.log_softmax(-1).gather(1, reading.answer[:, None])[:, 0]
+        flow.log_prob = np.append(flow.log_prob, logs.cpu().numpy())
+        flow.input_ids += batch.rows
+        flow.answer_ids += reading.answer.tolist()
+        empty = logs.new_empty(0)
+        slim = replace(reading.stream, logits=empty, ffn=empty, values=(), neurons=())
         room -= sum(x.nbytes for x in (slim.hidden, slim.attention, *slim.weights))
-        streams = [*streams, slim] if room >= 0 else []
-    return LogitFlow(
-        frame=_joined(frames or layers),
-        layers=_joined(layers),
-        prompts=prompts,
-        input_ids=input_ids,
-        answers=[tokenizer.decode([i]) for i in ids],
-        answer_ids=ids,
-        log_prob=np.concatenate(log_prob),
-        level=level,
-        tolerance=1e-4 if model.dtype == torch.float32 else 0.1,
-        weights=fingerprint(model),
-        streams=streams,
+        flow.streams = [*flow.streams, slim] if room >= 0 else []
+        del reading  # before the next batch needs its memory
+    flow.answers = [tokenizer.decode([i]) for i in flow.answer_ids]
+    flow.layers, flow.frame = (
+        pd.concat(tables, ignore_index=True).astype({"token": "category"})
+        for tables in (layers, parts or layers)
     )
-
-
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat(tables, ignore_index=True).astype({"token": "category"})
+    return flow
 
 
 def _checked(tokenizer, prompts, answers) -> tuple[list[str], list[int] | None]:

@@ -15,7 +15,7 @@ One matrix product gives the directions of many neurons, for all prompts and sou
 (6) c v · ∇_b log p(w | b).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +26,21 @@ from backattn.models.lens import Lens
 from backattn.runtime import progress
 
 CHUNK = 256  # neurons whose directions over the vocabulary are in memory at once
-
 SOFTMAXES = 64  # taken at once
-
 CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it the softmax is taken
 
 
 class Reading:
-    """A batch of B prompts, an answer [B] to each, and the lens that reads the answers.
+    """A batch of B prompts, and the lens that reads the answer to each: token ids, or None for the
+    model's own next tokens.
 
     frozen: [B, 1] the final norm's scale at the end, None: recomputed at each state.
     """
 
-    def __init__(self, stream: Stream, answer: Tensor, norm: str):
-        self.stream, self.answer, self.lens = stream, answer, Lens(stream.arch)
+    def __init__(self, stream: Stream, norm: str, answers: Sequence[int] | None = None):
+        self.stream, self.lens, self.answer = stream, Lens(stream.arch), stream.logits.argmax(-1)
+        if answers is not None:
+            self.answer = torch.tensor(answers, device=self.answer.device)
         end = stream.batch.at_last(stream.hidden[-1])
         self.frozen = self.lens.scale(end) if norm == "final" else None
 
@@ -47,11 +48,10 @@ class Reading:
         return None if self.frozen is None else self.frozen[b]
 
     def log_prob(self, states: Tensor, b: int | slice = slice(None)) -> Tensor:
-        """Equation 2: the answer's log-probability in a state of each prompt [B, D], or in some
-        states of prompt b [n, D]."""
-        log_probs = self.lens.log_probs(states, self.scale(b))
-        answer = self.answer[b].expand(len(states))
-        return log_probs.gather(1, answer[:, None])[:, 0].double()
+        """Equation 2 of `logit_flow`: the answer's log-probability in a state of each prompt
+        [B, D], or in some states of prompt b [n, D]."""
+        log_probs, answer = self.lens.log_probs(states, self.scale(b)), self.answer[b]
+        return log_probs.gather(1, answer.expand(len(states))[:, None])[:, 0].double()
 
 
 @dataclass
@@ -169,9 +169,7 @@ def _part(reading: Reading, sub: Sublayer, b: int, place, neuron, before, increa
     return {**where, "position": position, "before": before, "increase": increase}
 
 
-def _factors(
-    lens: Lens, base: Tensor, vectors: Tensor, c: Tensor, frozen: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _factors(lens: Lens, base: Tensor, vectors: Tensor, c: Tensor, frozen: Tensor | None):
     """s'/s and c·s' of equation 5: base [D] or [k, D], vectors [k, D], c [k] -> two [k, 1]."""
     if frozen is not None:
         return torch.ones_like(c)[:, None], (c * frozen)[:, None]
@@ -188,9 +186,7 @@ def _after(lens: Lens, raw: Tensor, q: Tensor, directions: Tensor, answer: Tenso
     return (logits[:, answer].double() - _logsumexp(logits)).cpu()
 
 
-def _by_moments(
-    directions: Tensor, c: Tensor, base: Tensor, answer: Tensor
-) -> tuple[Tensor, Tensor]:
+def _by_moments(directions: Tensor, c: Tensor, base: Tensor, answer: Tensor):
     """Importances from the moments of each direction, and whether their error is certified.
 
     With X the direction's entry at a random token of the base distribution and Y = X − E X,

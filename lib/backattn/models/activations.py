@@ -113,21 +113,20 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
 
     taps = [(arch.final_norm_module, "input", record("hidden", len(arch.blocks)))]
     for layer, block in enumerate(arch.blocks):
-        family = block.family
-        taps += [
-            (block.module, "input", record("hidden", layer)),
-            (block.attention_result, "output", record("attention", layer)),
-            (block.ffn_result, "output", record("ffn", layer)),
+        family, get = block.family, block.get
+        wanted = [
+            ("hidden", block.module, "input"),
+            ("attention", block.attention_result, "output"),
+            ("ffn", block.ffn_result, "output"),
         ]
-        if not detail:
-            continue
-        taps += [
-            (block.get(family.value), "output", record("values", layer, block.value_part)),
-            (block.attention, "whole output", record("weights", layer, lambda output: output[1])),
-            (block.get(family.ffn_out), "input", record("neurons", layer)),
-            (block.attention, "output", record("raw_attention", layer)),
-            (block.get(family.ffn), "output", record("raw_ffn", layer)),
+        wanted += detail * [
+            ("values", get(family.value), "output", block.value_part),
+            ("weights", block.attention, "whole output", lambda output: output[1]),
+            ("neurons", get(family.ffn_out), "input"),
+            ("raw_attention", block.attention, "output"),
+            ("raw_ffn", get(family.ffn), "output"),
         ]
+        taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     if detail:
@@ -149,36 +148,14 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     return Stream(arch, batch, batch.at_last(logits).float(), **parts)
 
 
-def head_contributions(stream: Stream, layer: int) -> Tensor:
-    """What each head brings from each source position to each prompt's last position.
-
-    Returns [B, H, T, D]; the sum over heads and sources, plus the output bias, is a_l there.
-
-    Example:
-        >>> stream = capture(model, encode(tokenizer, ["France's capital is"]))
-        >>> head_contributions(stream, 2).shape
-        torch.Size([1, 4, 5, 32])
-    """
-    block, batch = stream.arch.blocks[layer], stream.batch
-    alpha = batch.at_last(stream.weights[layer].transpose(1, 2))  # [B, H, T]
-    mixed = alpha[..., None] * stream.expanded_values(layer).transpose(1, 2)  # [B, H, T, d]
-    w_o = block.attention_out.weight.unflatten(-1, (block.heads, block.head_dim))  # [D, H, d]
-    raw = torch.einsum("bhtd,whd->bhtw", mixed, w_o)
-    scale = batch.at_last(stream.post_scale("attention", layer))[:, None, None]
-    return block.norm("attention_post").linear(raw, scale)
-
-
 _checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def self_check(model: nn.Module) -> None:
     """Verify the family's row on this very model with one short pass; remembered per model object.
 
-    Raises UnsupportedModelError with the measured error when residual contributions, attention
-    neurons or FFN neurons do not sum to what the model computed.
-
-    Example:
-        >>> self_check(model)
+    Raises UnsupportedModelError with the measured error when residual contributions or neurons do
+    not sum to what the model computed.
     """
     if model in _checked:
         return

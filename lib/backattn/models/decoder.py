@@ -51,9 +51,6 @@ class Norm:
         """Transpose of `linear`: hands a covector on the norm's output back to its input."""
         return self.centre(self.weight * covector) * scale if self.present else covector
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.scale(x)) + self.bias if self.present else x
-
 
 @dataclass
 class Block:
@@ -87,24 +84,23 @@ class Block:
         """`name`: attention_norm, attention_post, ffn_norm or ffn_post."""
         return Norm(self.get(getattr(self.family, name)), self.width, self.family.norm_offset)
 
-    def linear(self, path: str) -> Linear:
+    def _linear(self, path: str) -> Linear:
         module = self.get(path)
         weight, bias = module.weight.detach().float(), module.bias
         if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             weight = weight.T
-        return Linear(
-            weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
-        )
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+        return Linear(weight, bias)
 
     @property
     def attention_out(self) -> Linear:
         """W_O: [width, heads * head_dim]."""
-        return self.linear(self.family.attention_out)
+        return self._linear(self.family.attention_out)
 
     @property
     def ffn_out(self) -> Linear:
         """W_down: [width, neurons]."""
-        return self.linear(self.family.ffn_out)
+        return self._linear(self.family.ffn_out)
 
     def value_part(self, fused: Tensor) -> Tensor:
         """View of the values [..., kv_heads, head_dim] in the value module's output [..., out]."""
@@ -116,51 +112,48 @@ class Block:
     @property
     def value(self) -> Linear:
         """W_V: [kv_heads * head_dim, width]."""
-        fused = self.linear(self.family.value)
+        fused = self._linear(self.family.value)
         weight = self.value_part(fused.weight.T).flatten(-2).T
         return Linear(weight, self.value_part(fused.bias).flatten(-2))
 
     @property
     def ffn_in(self) -> tuple[Linear | None, Linear]:
         """(gate, up): [neurons, width] each; gate is None where the FFN has no gate."""
-        up = self.linear(self.family.up)
+        up = self._linear(self.family.up)
         if self.family.fused_gate:
             gate, up = map(Linear, up.weight.chunk(2), up.bias.chunk(2))
             return gate, up
-        return None if self.family.gate is None else self.linear(self.family.gate), up
+        return None if self.family.gate is None else self._linear(self.family.gate), up
 
     def per_head(self, values: Tensor) -> Tensor:
         """Values [..., kv_heads, head_dim], each repeated for the heads that read it."""
         return values.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
-    def _normed(self, name: str, states: Tensor) -> Tensor:
-        norm = self.get(getattr(self.family, name))
-        states = states.to(next(self.module.parameters()).dtype)
-        return states if norm is None else norm(states)
-
     @torch.no_grad()
+    def run(self, paths: tuple[str | None, ...], states: Tensor) -> Tensor:
+        """What modules, one after the other, make of states [B, T, width]: the model's own bits."""
+        x = states.to(next(self.module.parameters()).dtype)
+        for module in map(self.get, filter(None, paths)):
+            x = module(x)
+        return x
+
     def values(self, states: Tensor) -> Tensor:
-        """The values of states before attention's norm, to the bit as the model makes them:
-        [B, T, width] -> [B, T, kv_heads, head_dim]."""
-        fused = self.get(self.family.value)(self._normed("attention_norm", states))
-        return self.value_part(fused).float()
+        """The values of states before attention's norm: [B, T, kv_heads, head_dim]."""
+        family = self.family
+        return self.value_part(self.run((family.attention_norm, family.value), states)).float()
 
-    @torch.no_grad()
     def neurons(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(m, g, u) of states before the FFN's norm, to the bit as the model makes them: neurons
-        m = act(g) u, or act(u) where there is no gate: [B, T, width] -> each [B, T, neurons]."""
-        x, gate = self._normed("ffn_norm", states), None
-        up = self.get(self.family.up)(x)
-        if self.family.fused_gate:
+        """(m, g, u) of states before the FFN's norm: neurons m = act(g) u, or act(u) where there is
+        no gate, each [B, T, neurons]."""
+        family, gate = self.family, None
+        up = self.run((family.ffn_norm, family.up), states)
+        if family.fused_gate:
             gate, up = up.chunk(2, dim=-1)
-        elif self.family.gate is not None:
-            gate = self.get(self.family.gate)(x)
-        m = self.activation(up) if gate is None else self.activation(gate) * up
+        elif family.gate is not None:
+            gate = self.run((family.ffn_norm, family.gate), states)
+        act = self.get(family.activation)
+        m = act(up) if gate is None else act(gate) * up
         return m.float(), None if gate is None else gate.float(), up.float()
-
-    @property
-    def activation(self) -> nn.Module:
-        return self.get(self.family.activation)
 
 
 @dataclass
@@ -178,10 +171,6 @@ class Arch:
     @property
     def width(self) -> int:
         return self.blocks[0].width
-
-    @property
-    def final_norm(self) -> Norm:
-        return Norm(self.final_norm_module, self.width, self.family.norm_offset)
 
 
 def describe(model: nn.Module) -> Arch:

@@ -8,24 +8,14 @@ MEMORY_SHARE = 0.8  # share of the free memory that weights may take
 
 
 def one_device(device: str | torch.device) -> torch.device:
-    """A device by its name; "auto": a GPU where there is one.
-
-    Example:
-        >>> one_device("cpu")
-        device(type='cpu')
-    """
+    """A device by its name; "auto": a GPU where there is one."""
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
 
 
 def runs_on(module: nn.Module) -> torch.device:
-    """The device on which a module computes, wherever accelerate keeps its weights until then.
-
-    Example:
-        >>> runs_on(model.model.layers[0])
-        device(type='cpu')
-    """
+    """The device on which a module computes, wherever accelerate keeps its weights until then."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", [hook]):  # execution_device may be 0, the first GPU
         if (device := getattr(one, "execution_device", None)) is not None:
@@ -37,19 +27,14 @@ def input_device(model: nn.Module) -> torch.device:
     """The device on which a model takes its tokens.
 
     Example:
-        >>> input_device(model)
-        device(type='cpu')
+        >>> input_device(model), in_one_place(model)
+        (device(type='cpu'), True)
     """
     return runs_on(model.get_input_embeddings())
 
 
 def in_one_place(model: nn.Module) -> bool:
-    """Whether all weights lie on one device, not spread by a device_map of accelerate's.
-
-    Example:
-        >>> in_one_place(model)
-        True
-    """
+    """Whether all weights lie on one device, not spread by a device_map of accelerate's."""
     devices = set(getattr(model, "hf_device_map", {}).values())
     return len(devices) < 2 and "disk" not in devices
 

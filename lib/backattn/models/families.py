@@ -38,10 +38,7 @@ class Family:
         return self.gate == self.up
 
 
-_SANDWICH = {
-    "attention_post": "post_attention_layernorm",
-    "ffn_post": "post_feedforward_layernorm",
-}
+_SANDWICH = dict(attention_post="post_attention_layernorm", ffn_post="post_feedforward_layernorm")
 _GEMMA = Family(**_SANDWICH, ffn_norm="pre_feedforward_layernorm", norm_offset=1.0)
 
 FAMILIES: dict[str, Family] = {

@@ -1,6 +1,7 @@
 """Hooks that are always removed."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -26,33 +27,27 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
     with contextlib.ExitStack() as attached:
         for module, side, function in hooked:
             if side in ("input", "arguments"):
-                hook = _before(function, first=side == "input")
+                hook = functools.partial(_before, function, side == "input")
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                handle = module.register_forward_hook(_after(function, first=side == "output"))
+                hook = functools.partial(_after, function, side == "output")
+                handle = module.register_forward_hook(hook)
             attached.callback(handle.remove)
         yield
 
 
-def _before(function: Callable, first: bool) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict):
-        if not first:
-            return function(args, kwargs)
-        if args:
-            new = function(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        key = next(k for k in ("hidden_states", "input") if k in kwargs)
-        new = function(kwargs[key])
-        return None if new is None else (args, {**kwargs, key: new})
-
-    return hook
+def _before(function: Callable, first: bool, module: nn.Module, args: tuple, kwargs: dict):
+    if not first:
+        return function(args, kwargs)
+    key = None if args else next(k for k in ("hidden_states", "input") if k in kwargs)
+    new = function(args[0] if args else kwargs[key])
+    if new is None:
+        return None
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
 
 
-def _after(function: Callable, first: bool) -> Callable:
-    def hook(module: nn.Module, args: tuple, output):
-        if not (first and isinstance(output, tuple)):
-            return function(output)
-        new = function(output[0])
-        return None if new is None else (new, *output[1:])
-
-    return hook
+def _after(function: Callable, first: bool, module: nn.Module, args: tuple, output):
+    if not (first and isinstance(output, tuple)):
+        return function(output)
+    new = function(output[0])
+    return None if new is None else (new, *output[1:])

