@@ -2,13 +2,12 @@
 
 Two independent routes to one picture, by position and layer:
 
-"parts"   (1) Each value neuron's importance I (from `logit_flow`) enters per unit of its
-          coefficient. (2) It is handed to the parts of the neuron's residual input in proportion to
-          each part's inner product with the neuron's input weights w, norms frozen: an attention
-          neuron with coefficient v = w·x gives part k the share w·x_k / v. A gated FFN neuron
-          m = act(g)·u has two input rows; half its importance goes by g_k / g and half by u_k / u.
-          (3) From those parts it goes on to theirs, down to the embedding. The normalisers v, g, u
-          may come near zero.
+"parts"   (1) Each value neuron's importance (from `logit_flow`) enters per unit of its coefficient.
+          (2) It is handed to the parts of the neuron's residual input in proportion to each part's
+          inner product with the neuron's input weights w, norms frozen: an attention neuron with
+          coefficient v = w·x gives part k the share w·x_k / v. A gated FFN neuron m = act(g)·u has
+          two input rows; half goes by g_k / g and half by u_k / u. (3) From those parts it goes on
+          to theirs, down to the embedding. The normalisers v, g, u may come near zero.
 
 "linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in
           its residual parts, and one backward pass from the answer's logit less the vocabulary's
@@ -16,12 +15,11 @@ Two independent routes to one picture, by position and layer:
           Nothing is divided by anything, and the total is conserved exactly. The gradient of the
           log-probability itself would not do: it vanishes where the model is sure.
 
-Both are one sweep from the top layer down with a covector per position; they differ in what enters
-and in how a gate shares. What is not handed to the embedding ends in biases, so that what enters
-equals what leaves.
+Both are one sweep from the top layer down with a covector per position, which says how much flow
+each unit of a state, or of a neuron's coefficient, brings: flow = covector · state. What is not
+handed to the embedding ends in biases, so that what enters equals what leaves.
 
-Shapes: B prompts, T positions, D width, F neurons, H heads, d channels. A covector says how much
-flow each unit of a state, or of a neuron's coefficient, brings: flow = covector · state.
+Shapes: B prompts, T positions, D width, F neurons, H heads, d channels.
 """
 
 from collections.abc import Iterator
@@ -47,10 +45,9 @@ FLOOR = 1e-4  # neurons with a coefficient below this share of the sub-layer's l
 class FlowBack:
     """Result of `flow_back`.
 
-    frame: prompt, layer, kind (embedding, attention, ffn), position (source position for
-        attention), token, flow (all that passes through this node), direct (the part that goes
-        straight to the answer; the rest reaches it through later neurons). Flow passes through
-        many nodes: sums over layers are no shares.
+    frame: prompt, layer, kind (embedding, attention, ffn), position (attention's source), token,
+        flow (all that passes through this node), direct (what goes straight to the answer; the rest
+        reaches it through later neurons). Flow passes many nodes: sums over layers are no shares.
     conservation: prompt, entering, leaving (of which in_biases), withheld,
         error = |entering − leaving − withheld|, scale (Σ|what entered|, which errors refer to).
     """
@@ -182,7 +179,7 @@ def _ffn(stream: Stream, layer: int, linear: bool) -> tuple:
     """
     block, state = stream.arch.blocks[layer], stream.ffn_input(layer)
     down, (gate, up), (m, g, u) = block.ffn_out, block.ffn_in, block.neurons(state)
-    act = block.get(block.family.activation)
+    act = block.get("activation")
 
     def to_input(per_unit: Tensor) -> tuple[Tensor, Tensor]:
         if gate is None:  # m = act(u): the gate is act(u) / u

@@ -145,7 +145,6 @@ class KnockoutProbe(CachedPrompts):
     def _edit(self, kind: str, layer: int, group: str, where: Tensor) -> tuple:
         """The hook that puts a group's mean at some positions [B, T]."""
         block, mean = self.arch.blocks[layer], self.means[kind][group][layer]
-        module = block.ffn_result if kind == "ffn" else block.get(block.family.value)
 
         def replace(output: Tensor) -> Tensor:
             output = output.clone()
@@ -153,7 +152,7 @@ class KnockoutProbe(CachedPrompts):
             part[where[:, -output.shape[1] :]] = mean.to(output.dtype)
             return output
 
-        return module, "output", replace
+        return block.result("ffn") if kind == "ffn" else block.get("value"), "output", replace
 
 
 def blocked_log_probs(
@@ -184,12 +183,9 @@ def blocked_log_probs(
             mask[:, :, -1] = mask[:, :, -1].masked_fill(hidden[:, None], never)
             return args, {**kwargs, "attention_mask": mask}
 
-        attentions = (prompts.arch.blocks[layer].attention for layer in layers)
+        attentions = (prompts.arch.blocks[layer].get("attention") for layer in layers)
         last = batch.input_ids.shape[1] - 1  # all that changes
         return last, [(module, "arguments", hide) for module in attentions]
 
-    result: list[Tensor] = [torch.empty(0)] * len(sources)
-    for rows, log_probs in prompts.changed(edits):
-        for row, found in zip(rows, log_probs.cpu(), strict=True):
-            result[row] = found
-    return torch.stack(result)
+    rows, log_probs = zip(*prompts.changed(edits), strict=True)
+    return torch.cat(log_probs).cpu()[np.argsort(np.concatenate(rows))]

@@ -261,10 +261,9 @@ def _checked(tokenizer, prompts, answers) -> tuple[list[str], list[int] | None]:
         raise ValueError(f"prompts is {prompts!r}; give one string or several.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encode(tokenizer, prompts)
-    ids = answers.tolist() if isinstance(answers, Tensor) else answers
-    if ids is not None and list(map(type, ids)) != [int] * len(prompts):
-        ids = answer_ids(tokenizer, ids, len(prompts))
-    if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
+    if answers is None:
+        return prompts, None
+    if any(prompt[-1].isspace() for prompt in prompts):
         message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
         warnings.warn(message, stacklevel=3)
-    return prompts, ids
+    return prompts, answer_ids(tokenizer, answers, len(prompts))

@@ -74,12 +74,9 @@ class Stream:
 def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     """One forward pass with every residual contribution recorded.
 
-    Args:
-        model: a supported Hugging Face decoder; its mode, hooks and attention kind are left as they
-            were. While it carries back attention, layers that run twice are recorded in their
-            second run.
-        batch: see `encode`. Padding on either side.
-        detail: also record values, attention weights and neurons; False saves memory.
+    model: a supported Hugging Face decoder; its mode, hooks and attention kind stay as they were.
+    While it carries back attention, layers that run twice are recorded in their second run.
+    batch: padded on either side. detail: also record values, attention weights and neurons.
 
     Raises UnsupportedModelError (see `describe`) and ValueError when a prompt is longer than the
     model's context, or when the model is spread over several places.
@@ -113,18 +110,14 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
 
     taps = [(arch.final_norm_module, "input", record("hidden", len(arch.blocks)))]
     for layer, block in enumerate(arch.blocks):
-        family, get = block.family, block.get
-        wanted = [
-            ("hidden", block.module, "input"),
-            ("attention", block.attention_result, "output"),
-            ("ffn", block.ffn_result, "output"),
-        ]
+        wanted = [("hidden", block.module, "input")]
+        wanted += [(kind, block.result(kind), "output") for kind in ("attention", "ffn")]
         wanted += detail * [
-            ("values", get(family.value), "output", block.value_part),
-            ("weights", block.attention, "whole output", lambda output: output[1]),
-            ("neurons", get(family.ffn_out), "input"),
-            ("raw_attention", block.attention, "output"),
-            ("raw_ffn", get(family.ffn), "output"),
+            ("values", block.get("value"), "output", block.value_part),
+            ("weights", block.get("attention"), "whole output", lambda output: output[1]),
+            ("neurons", block.get("ffn_out"), "input"),
+            ("raw_attention", block.get("attention"), "output"),
+            ("raw_ffn", block.get("ffn"), "output"),
         ]
         taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
     was_training, implementation = model.training, model.config._attn_implementation
