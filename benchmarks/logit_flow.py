@@ -25,7 +25,6 @@ from backattn import load_model, logit_flow
 from backattn.models.activations import capture
 from backattn.models.lens import Lens
 from backattn.models.tokens import encode
-from backattn.runtime import use_threads
 from companion.questions import asking
 from companion.questions.asking import score
 from companion.questions.facts import facts
@@ -93,7 +92,7 @@ def main() -> int:
     )
     options.add_argument("--threads", type=int, default=1)
     chosen = options.parse_args()
-    use_threads(chosen.threads)
+    torch.set_num_threads(chosen.threads)
 
     model, tokenizer = load_model("smollm2")
     asked = single_hop(facts(), per_relation=30)
@@ -104,9 +103,7 @@ def main() -> int:
     batch = slice(0, chosen.prompts)
 
     begin = time.perf_counter()
-    screen = logit_flow(
-        model, tokenizer, prompts[batch], answers[batch], batch_size=16, keep_bytes=0
-    )
+    screen = logit_flow(model, tokenizer, prompts[batch], answers[batch], batch_size=16)
     screen_seconds = (time.perf_counter() - begin) / chosen.prompts
     begin = time.perf_counter()
     exact = logit_flow(
@@ -116,7 +113,6 @@ def main() -> int:
         answers[batch],
         method="exact",
         batch_size=16,
-        keep_bytes=0,
     )
     exact_seconds = (time.perf_counter() - begin) / chosen.prompts
     screen.check()

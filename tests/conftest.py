@@ -63,7 +63,7 @@ def folder(tmp_path):
 @pytest.fixture
 def spread(folder, tmp_path, monkeypatch):
     """The saved model, half of which fits into memory: the rest is on the disk until it is used."""
-    monkeypatch.setattr("backattn.models.devices.CACHE", tmp_path)
+    monkeypatch.setattr("backattn.models.load.CACHE", tmp_path)
     whole = weight_bytes(load_model("tiny-llama")[0].config, torch.float32)
     monkeypatch.setattr(runtime, "free_bytes", lambda device="cpu": whole)  # MEMORY_SHARE of it
     return load_model(folder)

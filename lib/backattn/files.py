@@ -13,13 +13,8 @@ from filelock import FileLock, Timeout
 
 _FULL = "the disk is full or your quota is used up: free some space"
 _CLOSED = "the folder is not writable: change its permissions"
-_ADVICE = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EACCES: _CLOSED,
-    errno.EPERM: _CLOSED,
-    errno.EROFS: "the file system is read-only",
-}
+_ADVICE = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EACCES: _CLOSED, errno.EPERM: _CLOSED}
+_ADVICE[errno.EROFS] = "the file system is read-only"
 
 
 @contextlib.contextmanager
@@ -43,13 +38,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty staging folder that becomes `folder` on success and vanishes on failure.
 
     Raises OSError with a plain message when the disk is full or the place is not writable.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     with atomic_folder(Path(place) / "results") as staging:
-        ...         _ = (staging / "one.csv").write_text("a,b")
-        ...     os.listdir(place)
-        ['results']
     """
     with _disk_errors(folder):
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -64,10 +52,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` that replaces it on success and vanishes on failure.
-
-    Raises OSError as `atomic_folder` does, where there is an example too.
-    """
+    """Yield a path beside `path` that replaces it on success and vanishes on failure."""
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     with _disk_errors(path):
         try:

@@ -24,27 +24,15 @@ PROGRESS_FILE = "BACKATTN_PROGRESS_FILE"  # the runner shows that file's last li
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def use_threads(count: int | None = None) -> int:
-    """Use `count` CPU threads (None: 1, or BACKATTN_THREADS of the environment); return it.
-
-    Example:
-        >>> use_threads(1)
-        1
-    """
-    if count is None:
-        count = int(os.environ.get("BACKATTN_THREADS", "1"))
-    torch.set_num_threads(count)
-    return count
+def use_threads() -> None:
+    """Use as many CPU threads as BACKATTN_THREADS of the environment says, else one."""
+    torch.set_num_threads(int(os.environ.get("BACKATTN_THREADS", "1")))
 
 
 def dtype() -> torch.dtype:
     """What models are loaded in: BACKATTN_DTYPE of the environment, else fp32.
 
     Raises ValueError for another than float32, bfloat16 and float16.
-
-    Example:
-        >>> dtype()
-        torch.float32
     """
     name = os.environ.get(DTYPE, "float32")
     if name not in DTYPES:
@@ -74,10 +62,8 @@ def free_bytes(device: str | torch.device = "cpu") -> int:
 
 
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:
-    """A tqdm bar on the terminal or, under the runner, in the file that the runner watches.
-
-    It never writes into a notebook that is being executed for the record.
-    """
+    """A tqdm bar on the terminal or, under the runner, in the file that the runner watches; never
+    in a notebook that is being executed for the record."""
     options |= {"desc": description}
     if target := os.environ.get(PROGRESS_FILE):
         stream = open(target, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the bar)
@@ -91,11 +77,7 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        name = next(models, name)
-    threads, memory = (
-        os.environ.get("BACKATTN_THREADS", "1"),
-        psutil.virtual_memory().total // 2**30,
-    )
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    threads, memory = os.environ.get("BACKATTN_THREADS", "1"), psutil.virtual_memory().total
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {threads} of {os.cpu_count()} threads, {memory} GiB{gpu}"
+    return f"{name}, {threads} of {os.cpu_count()} threads, {memory // 2**30} GiB{gpu}"

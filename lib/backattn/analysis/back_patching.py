@@ -19,20 +19,17 @@ from torch import Tensor
 from backattn.models.activations import capture
 from backattn.models.decoder import Arch, describe
 from backattn.models.hooks import hooks
-from backattn.models.tokens import Batch, encode
+from backattn.models.lens import Lens
+from backattn.models.tokens import encode
 from backattn.runtime import progress
 
 
 @dataclass
 class Patched:
-    """Result of `back_patch`: what the model says after each patch.
+    """What the model says after each patch; -1 and NaN where the source is not above the target."""
 
-    said: [n, targets, sources] token ids, -1 where the source does not lie above the target.
-    log_probs: [n, targets, sources, K] of the wanted tokens, NaN there.
-    """
-
-    said: Tensor
-    log_probs: Tensor
+    said: Tensor  # [n, targets, sources] token ids
+    log_probs: Tensor  # [n, targets, sources, K] of the wanted tokens
 
 
 def back_patch(
@@ -49,57 +46,52 @@ def back_patch(
     Args:
         positions: per prompt the patched position, counted from its first token, not the first.
         tokens: per prompt the K token ids whose log-probabilities are wanted.
-        donors: per prompt another prompt and a position in it, whence the states are taken instead
-            (control).
+        donors: per prompt another prompt and a position in it, which give the states (control).
         rows: pairs that run at once; fewer need less memory.
 
     Returns `Patched` with L targets and L+1 sources. Raises ValueError for a position outside its
     prompt.
 
     Example:
-        >>> from backattn import load_model
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> patched = back_patch(model, tokenizer, ["France's capital is"], [2], [[5]])
         >>> patched.log_probs.shape  # four layers
         torch.Size([1, 4, 5, 1])
     """
-    arch = describe(model)
-    layers = len(arch.blocks)
+    arch, layers = describe(model), len(describe(model).blocks)
     said = torch.full((len(prompts), layers, layers + 1), -1)
     log_probs = torch.full((*said.shape, len(tokens[0])), float("nan"))
     target, source = torch.triu_indices(layers, layers + 1, 1)  # in the order in which pairs join
     for index in progress(range(len(prompts)), "back-patching", unit="prompt"):
-        prompt, position = prompts[index], positions[index]
-        batch, states = _states(model, tokenizer, prompt, position)  # [L+1, T, D]
-        donor = _states(model, tokenizer, *donors[index])[1] if donors else states
-        patches = donor[:, donors[index][1] if donors else position]  # [L+1, D]
-        entering = states[:, position:]  # [L+1, P, D]
+        place = prompts[index], positions[index]
+        donor, spot = donors[index] if donors else place
+        ids, states = _states(model, tokenizer, *place)  # [L+1, T, D]
+        patches = _states(model, tokenizer, donor, spot)[1][:, spot] if donors else states[:, spot]
+        entering = states[:, place[1] :]  # [L+1, P, D]
         active = entering[:0]  # [pairs, P, D]
-        arguments = _replay_arguments(arch, batch.input_ids, position)
         with torch.no_grad():
-            for layer, (block, (args, kwargs)) in enumerate(
-                zip(arch.blocks, arguments, strict=True)
-            ):
+            for layer, (args, kwargs) in enumerate(_replay_arguments(arch, ids, place[1])):
                 joining = entering[layer].repeat(layers - layer, 1, 1)
                 joining[:, 0] = patches[layer + 1 :]
                 parts = torch.cat([active, joining]).split(rows)
-                outputs = [block.module(part, *args, **kwargs) for part in parts]
+                outputs = [arch.blocks[layer].module(part, *args, **kwargs) for part in parts]
                 active = torch.cat([x[0] if isinstance(x, tuple) else x for x in outputs])
-            read = _read(arch, active[:, -1])  # [pairs, V]
+            raw = arch.unembedding_module(arch.final_norm_module(active[:, -1])).float()
+            read = Lens(arch).cap(raw).log_softmax(-1)  # [pairs, V]
         said[index, target, source] = read.argmax(-1).cpu()
         log_probs[index, target, source] = read[:, list(tokens[index])].cpu()
     return Patched(said, log_probs)
 
 
-def _states(model, tokenizer, prompt: str, position: int) -> tuple[Batch, Tensor]:
-    """A prompt and the states that enter its layers and leave the model, in the model's dtype."""
+def _states(model, tokenizer, prompt: str, position: int) -> tuple[Tensor, Tensor]:
+    """A prompt's token ids [1, T] and states [L+1, T, D], in the model's dtype."""
     batch = encode(tokenizer, [prompt], device=model.device)
     last = batch.input_ids.shape[1] - 1
     if not 0 < position <= last:
         raise ValueError(
             f"Position {position} cannot be patched: {prompt!r} has positions 1 to {last}."
         )
-    return batch, capture(model, batch, detail=False).hidden[:, 0].to(model.dtype)
+    states = capture(model, batch, detail=False).hidden[:, 0].to(model.dtype)
+    return batch.input_ids, states
 
 
 class _Past:
@@ -113,61 +105,38 @@ class _Past:
         return torch.cat([past_keys, keys], dim=-2), torch.cat([past_values, values], dim=-2)
 
 
-def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[tuple, dict]]:
+@torch.no_grad()
+def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[list, dict]]:
     """Per layer the arguments beside the states with which it runs from `position` on."""
     seen: list[tuple[tuple, dict]] = []
 
-    def note(module, args, kwargs):
+    def note(args: tuple, kwargs: dict) -> None:
         seen.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-    handles = []
-    with torch.no_grad():
-        options = {"use_cache": True, "logits_to_keep": 1}
-        cache = arch.model(input_ids=ids[:, :position], **options).past_key_values
-        past = _Past(cache)
-        try:
-            for block in arch.blocks:
-                hook = block.module.register_forward_pre_hook(note, with_kwargs=True)
-                handles.append(hook)
-            arch.model(input_ids=ids[:, position:], past_key_values=cache, **options)
-        finally:
-            for handle in handles:
-                handle.remove()
+    options = {"use_cache": True, "logits_to_keep": 1}
+    cache = arch.model(input_ids=ids[:, :position], **options).past_key_values
+    past = _Past(cache)  # before it grows
+    with hooks(*((block.module, "arguments", note) for block in arch.blocks)):
+        arch.model(input_ids=ids[:, position:], past_key_values=cache, **options)
 
     def swap(value):
         return past if value is cache else value
 
-    return [(tuple(map(swap, args)), {k: swap(v) for k, v in kw.items()}) for args, kw in seen]
-
-
-def _read(arch: Arch, states: Tensor) -> Tensor:
-    """The model's log-probabilities from states before the final norm: [n, D] -> [n, V]."""
-    logits = arch.unembedding_module(arch.final_norm_module(states)).float()
-    if arch.softcap is not None:
-        logits = arch.softcap * torch.tanh(logits / arch.softcap)
-    return logits.log_softmax(-1)
+    return [(list(map(swap, args)), {k: swap(v) for k, v in kw.items()}) for args, kw in seen]
 
 
 def back_patch_one(
-    model,
-    tokenizer,
-    prompt: str,
-    position: int,
-    source: int,
-    target: int,
-    donor: tuple[str, int] | None = None,
+    model, tokenizer, prompt: str, position: int, source: int, target: int, donor=None
 ) -> Tensor:
     """One pair of `back_patch` by one plain forward pass, its reference: log-probabilities [V].
 
     Example:
-        >>> from backattn import load_model
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> back_patch_one(model, tokenizer, "France's capital is", 2, 3, 1).exp().sum().round()
         tensor(1.)
     """
     given, place = donor or (prompt, position)
     patch = _states(model, tokenizer, given, place)[1][source, place]
-    batch = _states(model, tokenizer, prompt, position)[0]
+    ids, _ = _states(model, tokenizer, prompt, position)
 
     def put(states: Tensor) -> Tensor:
         states = states.clone()
@@ -175,5 +144,5 @@ def back_patch_one(
         return states
 
     with torch.no_grad(), hooks((describe(model).blocks[target].module, "input", put)):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
     return logits[0, -1].float().log_softmax(-1)

@@ -1,28 +1,23 @@
 """Knock-outs: what the answer loses without some components, or without some positions in view.
 
 Mean ablation keeps the model's shape and removes what is specific to the prompt: a component's
-contribution is replaced by its mean over other prompts at the same kind of position.
-
-1. `group_means`: the mean FFN output and attention value per layer and position group.
-2. `CachedPrompts`: what stands before the first changed position is computed once.
-3. `KnockoutProbe.log_probs`: the rest runs with the means in place, for each set of `Knockout`s.
-
-`blocked_log_probs` is the attention knock-out (Geva et al. 2023): it hides positions from the last.
+contribution is replaced by its mean over other prompts at the same kind of position (`group_means`,
+`KnockoutProbe`). `blocked_log_probs` is the attention knock-out (Geva et al. 2023): it hides
+positions from the last. What stands before the first changed position is computed once.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from backattn.models.activations import capture
 from backattn.models.decoder import describe
 from backattn.models.hooks import hooks
-from backattn.models.next_token import cache_prefix, next_log_probs, whole_cache
+from backattn.models.next_token import cache_prefix, in_window, next_log_probs
 from backattn.models.tokens import Batch, encode
 
 BATCH = 16
@@ -30,23 +25,12 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Knockout:
-    """What to knock out: `kind` at the position groups `groups` in `layers`.
-
-    kind: "ffn" replaces what the FFN adds at those positions; "attention" replaces the values that
-    later positions read there (an attention neuron is "at" its source position).
-    """
+    """At the positions of some groups, in some layers: kind "ffn" replaces what the FFN adds there,
+    "attention" the values that later positions read there."""
 
     kind: str
     layers: tuple[int, ...]
     groups: tuple[str, ...]
-
-
-@dataclass
-class Means:
-    """Mean FFN contribution and mean value per layer: group -> [L, D], group -> [L, G, d]."""
-
-    ffn: dict[str, Tensor]
-    attention: dict[str, Tensor]
 
 
 def _where(groups: Sequence, batch: Batch, wanted: Collection[str]) -> Tensor:
@@ -59,48 +43,61 @@ def _where(groups: Sequence, batch: Batch, wanted: Collection[str]) -> Tensor:
 
 def group_means(
     model, tokenizer, prompts: Sequence[str], groups: Sequence, batch_size: int = 16
-) -> Means:
-    """Means over the positions of each group in `prompts`.
+) -> dict[str, dict[str, Tensor]]:
+    """Mean FFN contribution and mean value over the positions of each group in `prompts`.
 
     groups: one array of labels per prompt, one label per token.
+    Returns {"ffn": group -> [L, D], "attention": group -> [L, key/value heads, d]}.
 
     Example:
-        >>> from backattn import load_model
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> labels = ["a"] * len(tokenizer("France is")["input_ids"])
-        >>> group_means(model, tokenizer, ["France is"], [labels]).ffn["a"].shape
+        >>> group_means(model, tokenizer, ["France is"], [labels])["ffn"]["a"].shape
         torch.Size([4, 32])
     """
     names = sorted({label for labels in groups for label in labels})
-    ffn, attention, counts = defaultdict(float), defaultdict(float), defaultdict(int)
+    totals, counts = {"ffn": defaultdict(float), "attention": defaultdict(float)}, defaultdict(int)
     for start in range(0, len(prompts), batch_size):
         batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
         stream = capture(model, batch)
-        values = torch.stack(stream.values)  # [L, B, T, G, d]
+        parts = {"ffn": stream.ffn, "attention": torch.stack(stream.values)}  # [L, B, T, …]
         for name in names:
             where = _where(groups[start : start + batch_size], batch, [name])
             counts[name] += int(where.sum())
-            ffn[name] = ffn[name] + stream.ffn[:, where].sum(1)
-            attention[name] = attention[name] + values[:, where].sum(1)
-    return Means(*({k: total[k] / counts[k] for k in names} for total in (ffn, attention)))
+            for kind, part in parts.items():
+                totals[kind][name] = totals[kind][name] + part[:, where].sum(1)
+    return {kind: {k: total[k] / counts[k] for k in names} for kind, total in totals.items()}
 
 
 class CachedPrompts:
     """Prompts to ask again and again with something changed inside; what stands before is cached.
 
-    batches: (rows, the batch padded on the left, keys and values of it unchanged or None); similar
-    lengths together. Keys and values of all prompts are held: 46 kB a token for SmolLM2.
+    batches: (rows, the batch padded on the left, its keys and values, or None where a sliding
+    window is shorter); similar lengths together. SmolLM2 takes 46 kB a token.
     """
 
+    @torch.no_grad()
     def __init__(self, model, tokenizer, prompts: Sequence[str]):
-        self.arch = describe(model)
-        self.batches: list[tuple[list[int], Batch, Cache | None]] = []
+        self.arch, self.batches = describe(model), []
         lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
         order = np.argsort(lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+            rows, cache = order[start : start + BATCH], None
             batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
-            self.batches.append((rows, batch, whole_cache(model, batch)))
+            if in_window(model, batch):
+                cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
+            self.batches.append((rows, batch, cache))
+
+    def changed(self, edits: Callable) -> Iterator[tuple[list[int], Tensor]]:
+        """Per batch its rows and its next-token log-probabilities [B, V] under hooks.
+
+        edits(rows, batch) -> (the first column that changes, hooks, which may see no earlier one).
+        """
+        for rows, batch, cache in self.batches:
+            start, edited = edits(rows, batch)
+            cache = None if cache is None else cache_prefix(cache, start)
+            with hooks(*edited):
+                log_probs = next_log_probs(self.arch.model, batch, cache=cache)
+            yield rows, log_probs
 
 
 class KnockoutProbe(CachedPrompts):
@@ -109,8 +106,6 @@ class KnockoutProbe(CachedPrompts):
     groups: one array of labels per prompt, one label per token; means: from `group_means`.
 
     Example:
-        >>> from backattn import load_model
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> prompts = ["France is", "Rome is"]
         >>> groups = [["x"] * len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
         >>> means = group_means(model, tokenizer, prompts, groups)
@@ -119,108 +114,78 @@ class KnockoutProbe(CachedPrompts):
         torch.Size([2])
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        prompts: Sequence[str],
-        answer_ids: Sequence[int],
-        groups: Sequence,
-        means: Means,
-    ):
+    def __init__(self, model, tokenizer, prompts, answer_ids, groups, means):
         super().__init__(model, tokenizer, prompts)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
 
     def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
-        """The answers' log-probabilities with `knockouts` in force (none: the model's own): [n].
-
-        Raises ValueError for an unknown kind.
-        """
+        """The answers' log-probabilities with `knockouts` in force: [n]; ValueError for a kind that
+        is none."""
         for kind in {knockout.kind for knockout in knockouts} - {"ffn", "attention"}:
             raise ValueError(f'Cannot knock out {kind!r}; choose "ffn" or "attention".')
         touched = {group for knockout in knockouts if knockout.layers for group in knockout.groups}
-        result = torch.empty(len(self.answer_ids))
-        for rows, batch, cache in self.batches:
-            labels, start = [self.groups[row] for row in rows], 0
-            if cache is not None:  # begin at the first position that is knocked out in some prompt
-                reached = _where(labels, batch, touched).any(0).int()
-                last = batch.input_ids.shape[1] - 1
-                start = int(reached.argmax()) if reached.any() else last
-                cache = cache_prefix(cache, start)
-            edits = [
-                self._edit(knockout.kind, layer, group, _where(labels, batch, [group])[:, start:])
+
+        def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
+            labels = [self.groups[row] for row in rows]
+            reached = _where(labels, batch, touched).any(0).int()
+            last = batch.input_ids.shape[1] - 1
+            return int(reached.argmax()) if reached.any() else last, [
+                self._edit(knockout.kind, layer, group, _where(labels, batch, [group]))
                 for knockout in knockouts
                 for group in knockout.groups
                 for layer in knockout.layers
             ]
-            with hooks(*edits):
-                log_probs = next_log_probs(self.arch.model, batch, cache=cache)  # [B, V]
+
+        result = torch.empty(len(self.answer_ids))
+        for rows, log_probs in self.changed(edits):
             ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
             result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
         return result
 
     def _edit(self, kind: str, layer: int, group: str, where: Tensor) -> tuple:
-        """The hook that puts a group's mean at some positions [B, T']."""
-        block, mean = self.arch.blocks[layer], getattr(self.means, kind)[group][layer]
-        module = block.ffn_result if kind == "ffn" else block.get(block.family.value)
+        """The hook that puts a group's mean at some positions [B, T]."""
+        block, mean = self.arch.blocks[layer], self.means[kind][group][layer]
 
         def replace(output: Tensor) -> Tensor:
             output = output.clone()
             part = output if kind == "ffn" else block.value_part(output)  # a view
-            part[where] = mean.to(output.dtype)
+            part[where[:, -output.shape[1] :]] = mean.to(output.dtype)
             return output
 
-        return module, "output", replace
+        return block.result("ffn") if kind == "ffn" else block.get("value"), "output", replace
 
 
 def blocked_log_probs(
     prompts: CachedPrompts, sources: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> Tensor:
-    """Next-token log-probabilities while the last position cannot attend to some: [n, V].
-
-    sources: per prompt the positions, counted from its first token, that are hidden from the last;
-    layers: in which.
+    """Next-token log-probabilities while, in `layers`, the last position cannot attend to some: per
+    prompt those in `sources`, counted from its first token. Returns [n, V].
 
     Example:
-        >>> from backattn import load_model
-        >>> prompts = CachedPrompts(*load_model("tiny-llama"), ["Rome is"])
+        >>> prompts = CachedPrompts(model, tokenizer, ["Rome is"])
         >>> blocked_log_probs(prompts, [[0]], layers=[2, 3]).exp().sum().round()
         tensor(1.)
     """
-    result: list[Tensor] = [torch.empty(0)] * len(sources)
-    for rows, batch, cache in prompts.batches:
+
+    def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
         hidden = torch.zeros_like(batch.attention_mask, dtype=torch.bool)  # [B, T]
         for place, row in enumerate(rows):
             hidden[place, [int(batch.start[place]) + int(source) for source in sources[row]]] = True
-        if cache is not None:  # only the last position changes
-            cache = cache_prefix(cache, batch.input_ids.shape[1] - 1)
-        hide, handles = _hide(batch, hidden), []
-        try:
-            for layer in layers:
-                attention = prompts.arch.blocks[layer].attention
-                handles.append(attention.register_forward_pre_hook(hide, with_kwargs=True))
-            log_probs = next_log_probs(prompts.arch.model, batch, cache=cache).cpu()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for row, found in zip(rows, log_probs, strict=True):
-            result[row] = found
-    return torch.stack(result)
 
+        def hide(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            mask, time = kwargs.get("attention_mask"), batch.input_ids.shape[1]
+            if mask is None:  # the implementation would have masked causally by itself
+                queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+                causal = torch.ones(time, time, dtype=torch.bool, device=hidden.device).tril()
+                mask = (batch.attention_mask.bool()[:, None, None] & causal)[:, :, -queries:]
+            mask = mask.expand(len(hidden), -1, -1, -1).clone()
+            never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask[:, :, -1] = mask[:, :, -1].masked_fill(hidden[:, None], never)
+            return args, {**kwargs, "attention_mask": mask}
 
-def _hide(batch: Batch, hidden: Tensor) -> Callable:
-    """Pre-hook of an attention module that hides positions [B, T] from the last query."""
+        attentions = (prompts.arch.blocks[layer].get("attention") for layer in layers)
+        last = batch.input_ids.shape[1] - 1  # all that changes
+        return last, [(module, "arguments", hide) for module in attentions]
 
-    def hook(module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        if mask is None:  # the implementation would have masked causally by itself
-            queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
-            time = batch.input_ids.shape[1]
-            causal = torch.ones(time, time, dtype=torch.bool, device=hidden.device).tril()
-            mask = (batch.attention_mask.bool()[:, None, None] & causal)[:, :, -queries:]
-        mask = mask.expand(len(hidden), -1, -1, -1).clone()
-        never = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask[:, :, -1] = mask[:, :, -1].masked_fill(hidden[:, None], never)
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
+    rows, log_probs = zip(*prompts.changed(edits), strict=True)
+    return torch.cat(log_probs).cpu()[np.argsort(np.concatenate(rows))]

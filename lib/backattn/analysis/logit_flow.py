@@ -14,105 +14,129 @@ At the last position of a prompt, with embedding h_0, attention outputs a_l and 
 A part of a_l is a head at a source position, or a neuron of it: a value channel times its attention
 weight times a column of W_O. A part of f_l is a neuron: a coefficient times a column of W_down.
 
-`_layer_rows` is the definition; `neuron_scores` is (3) for hundreds of thousands of neurons;
+`_layers` is the definition; `neuron_scores` is (3) for hundreds of thousands of neurons;
 `flow_back` goes on from the neurons at the last position to what switched them on.
 """
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backattn.analysis.components import Reading, frame, rows
-from backattn.analysis.kept_streams import KeptStreams
-from backattn.analysis.neuron_scores import exact_rows, screened_rows, sublayers
-from backattn.models.activations import Stream, capture, head_contributions, self_check
-from backattn.models.lens import Lens
-from backattn.models.tokens import answer_ids, encode
+from backattn.analysis.neuron_scores import Reading, Sublayer, exact, screened, sublayers
+from backattn.models.activations import Stream, capture, self_check
+from backattn.models.tokens import Batch, answer_ids, encode
 from backattn.runtime import progress
 
+KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
-
 CHUNK = 256  # states whose logits are in memory at once
+KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
-def _layer_rows(reading: Reading) -> list[dict]:
+def _layers(reading: Reading) -> Iterator[dict]:
     """The definition, equation by equation, for whole sub-layers."""
-    stream, lens, answer = reading.stream, reading.lens, reading.answer
-    h, a, f = _last_states(stream)  # [L+1, B, D], [L, B, D], [L, B, D]
+    stream, at_last = reading.stream, reading.stream.batch.at_last
+    terms = stream.hidden, stream.attention, stream.ffn
+    h, a, f = ([at_last(x) for x in term] for term in terms)  # of each layer [B, D]
 
     # (1) Running sums, not the captured states: a term that is wrong in any layer spoils the end.
     sums = [(0, "embedding", h[0])]
-    for layer in range(stream.layers):
+    for layer in range(len(a)):
         sums.append((layer, "attention", sums[-1][2] + a[layer]))
         sums.append((layer, "ffn", sums[-1][2] + f[layer]))
         if stream.arch.model.dtype != torch.float32:
             sums.append((layer, "rounding", h[layer + 1]))
 
-    found = []
-    before = lens.cap(lens.offset).log_softmax(-1)[answer].double()  # of an empty state
+    before = reading.log_prob(torch.zeros_like(h[0]))  # (2) of an empty state: [B]
     for layer, kind, state in sums:
-        log_probs = lens.log_probs(state, reading.frozen)  # (2) [B, V]
-        after = log_probs.gather(1, answer[:, None])[:, 0].double()
-        found.append(_at_last(reading, layer, kind, before, after - before))  # (3)
+        after = reading.log_prob(state)  # (2)
+        yield {"layer": layer, "kind": kind, "before": before, "increase": after - before}  # (3)
         before = after  # (4) the sum so far is the next term's base
-    return found
 
 
-def _part_rows(reading: Reading, layer: int, kind: str, base: Tensor, part: Tensor) -> dict:
-    """Equation 3 for one part [B, D] of the last position and its base [B, D]."""
-    before = _log_prob(reading, base)
-    return _at_last(reading, layer, kind, before, _log_prob(reading, base + part) - before)
-
-
-def _head_rows(reading: Reading) -> list[dict]:
+def _heads(reading: Reading) -> Iterator[dict]:
     """Equation 3 for each head × source position, and for each FFN as one part."""
-    (h, a, f), lens, found = _last_states(reading.stream), reading.lens, []
-    for layer in range(reading.stream.layers):
-        parts = head_contributions(reading.stream, layer)  # [B, H, T, D]
-        before = _log_prob(reading, h[layer])
-        for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
-            states = h[layer, b] + parts[b, :, real]  # [H, sources, D]
-            chunks, scale = states.flatten(0, 1).split(CHUNK), reading.scale(b)
-            after = torch.cat([lens.log_probs(x, scale)[:, reading.answer[b]] for x in chunks])
-            increase = (after - before[b]).unflatten(0, states.shape[:2])
+    stream = reading.stream
+    for sub in sublayers(stream):
+        if sub.kind == "ffn":
+            yield _part(reading, sub, "ffn", stream.batch.at_last(stream.ffn[sub.layer]))
+            continue
+        heads = (-1, sub.head_dim)
+        c, vectors = sub.coefficient.unflatten(2, heads), sub.vectors.unflatten(0, heads)
+        parts, before = torch.einsum("bthd,hdw->bhtw", c, vectors), reading.log_prob(sub.base)
+        for b, real in enumerate(stream.batch.attention_mask.bool()):
+            states = sub.base[b] + parts[b, :, real]  # [H, sources, D]
+            chunks = states.flatten(0, 1).split(CHUNK)
+            after = torch.cat([reading.log_prob(chunk, b) for chunk in chunks])
+            increase = after.unflatten(0, states.shape[:2]) - before[b]
             head, position = np.arange(len(states))[:, None], np.arange(states.shape[1])
-            where = {"layer": layer, "head": head, "position": position, "before": before[b]}
-            found.append(rows(increase, "attention", prompt=reading.first + b, **where))
-        found.append(_part_rows(reading, layer, "ffn", h[layer] + a[layer], f[layer]))
-    return found
+            where = {"prompt": b, "layer": sub.layer, "head": head, "position": position}
+            yield {**where, "kind": "attention", "before": before[b], "increase": increase}
 
 
-def _neuron_rows(reading: Reading, method: str, top_k: int) -> list[dict]:
+def _neurons(reading: Reading, method: str, top_k: int) -> Iterator[dict]:
     """Equation 3 for neurons, and for the biases of sub-layers, which are no neuron's."""
-    found = exact_rows(reading) if method == "exact" else screened_rows(reading, top_k)
+    yield from exact(reading) if method == "exact" else screened(reading, top_k)
     for sub in sublayers(reading.stream):
         if sub.bias is not None:
-            found.append(_part_rows(reading, sub.layer, f"{sub.kind}_bias", sub.base, sub.bias))
-    return found
+            yield _part(reading, sub, f"{sub.kind}_bias", sub.bias)
 
 
-def _log_prob(reading: Reading, state: Tensor) -> Tensor:
-    """Equation 2: log p(answer | state), [B, D] -> [B]."""
-    log_probs = reading.lens.log_probs(state, reading.frozen)
-    return log_probs.gather(1, reading.answer[:, None])[:, 0]
+def _part(reading: Reading, sub: Sublayer, kind: str, part: Tensor) -> dict:
+    """Equation 3 for one part [B, D] of a sub-layer at the last position."""
+    before, after = reading.log_prob(sub.base), reading.log_prob(sub.base + part)
+    return {"layer": sub.layer, "kind": kind, "before": before, "increase": after - before}
 
 
-def _last_states(stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """h, a and f at each prompt's last position: [L+1, B, D], [L, B, D], [L, B, D]."""
-    parts = stream.hidden, stream.attention, stream.ffn
-    return tuple(torch.stack([stream.batch.at_last(x) for x in part]) for part in parts)
+def _frame(parts: Iterable[dict], batch: Batch, first: int, tokenizer) -> pd.DataFrame:
+    """A batch's parts in the order of the residual sum; first: the index of its first prompt. A
+    part may leave out: every prompt, its last position, no head, no neuron."""
+    rows, lengths = batch.rows, batch.lengths.cpu().numpy()
+    usual = {"prompt": np.arange(len(rows)), "position": lengths - 1, "head": -1, "neuron": -1}
+    names = ("prompt", "layer", "kind", "head", "neuron", "position", "before", "increase")
+    columns = {name: [] for name in names}
+    for part in parts:
+        part = {**usual, **part, "kind": KINDS.index(part["kind"])}
+        for name, found in columns.items():
+            x = part[name].cpu() if isinstance(part[name], Tensor) else part[name]
+            found.append(np.broadcast_to(x, tuple(part["increase"].shape)).ravel())
+    x = {name: np.concatenate(columns.pop(name)) for name in names}
+    order = np.lexsort([x[name] for name in reversed(names[:6])])
+    x = {name: column[order] for name, column in x.items()}
+    token = np.array([tokenizer.decode([i]) for row in rows for i in row], dtype=object)
+    start = lengths.cumsum() - lengths  # each prompt's first token among all
+    before, increase = x["before"].astype(np.float64), x["increase"].astype(np.float64)
+    return pd.DataFrame(
+        {
+            "prompt": (x["prompt"] + first).astype(np.int32),
+            "layer": x["layer"].astype(np.int16),
+            "kind": pd.Categorical.from_codes(x["kind"], KINDS),
+            "head": pd.arrays.IntegerArray(x["head"].astype(np.int16), x["head"] < 0),
+            "neuron": pd.arrays.IntegerArray(x["neuron"].astype(np.int32), x["neuron"] < 0),
+            "position": x["position"].astype(np.int32),
+            "token": token[start[x["prompt"]] + x["position"]],
+            "log_prob_before": before,
+            "log_prob_after": before + increase,
+            "increase": increase,
+        }
+    )
 
 
-def _at_last(reading: Reading, layer: int, kind: str, before: Tensor, increase: Tensor) -> dict:
-    """Rows of one part per prompt at the last position."""
-    prompt, position = reading.first + np.arange(len(before)), reading.stream.batch.lengths - 1
-    where = {"prompt": prompt, "position": position}
-    return rows(increase, kind, layer=layer, before=before, **where)
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the sums of all weights' bits by column and by row, in which the change of any entry
+    shows. It reads every weight twice, which is quicker by far than a forward pass."""
+    digest, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    for weight in model.parameters():
+        bits = weight.detach().view(integers.get(weight.element_size(), torch.int64))
+        for dim in () if bits.is_meta else (0, -1):
+            digest.update(bits.sum(dim, dtype=torch.int32).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -125,20 +149,21 @@ class LogitFlow:
         they do not apply.
     layers: the layer-level rows, whatever the level.
     log_prob: the model's own log-probability of each answer, [prompts].
-    streams: forward passes kept for `flow_back`, see `keep_bytes` of `logit_flow`.
+    streams: forward passes kept for `flow_back`, without what it makes again from the states; none
+        where they would take more than KEEP_BYTES, or at level "layer".
     """
 
-    frame: pd.DataFrame
-    layers: pd.DataFrame
     prompts: list[str]
-    answers: list[str]
-    answer_ids: list[int]
-    log_prob: np.ndarray
     level: str
-    norm: str
-    method: str
     tolerance: float
-    streams: KeptStreams = field(repr=False)
+    weights: str  # the model's `fingerprint`
+    input_ids: list[list[int]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+    log_prob: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    streams: list[Stream] = field(default_factory=list, repr=False)
 
     def errors(self) -> np.ndarray:
         """|log p(w | 0) + sum of layer importances − the model's log-probability| per prompt."""
@@ -168,13 +193,10 @@ def logit_flow(
     method: str = "screen",
     top_k: int = 300,
     batch_size: int = 16,
-    keep_bytes: int = 2**30,
 ) -> LogitFlow:
     """Importance of every layer, head or neuron for the answer at the last position.
 
     Args:
-        model, tokenizer: a Hugging Face decoder (see `backattn.models.families`), its tokenizer.
-        prompts: one prompt or several.
         answers: one per prompt: words, scored on the first token of " answer", or token ids. None
             takes the model's own next token.
         level: "layer" (embedding, attention and FFN of each layer), "head" (each head × source
@@ -183,10 +205,6 @@ def logit_flow(
             it (logit lens).
         method: for neurons, "exact" scores all; "screen" scores all to first order and exactly the
             `top_k` with the largest first-order increase, and returns those.
-        top_k: neurons returned per prompt by "screen".
-        batch_size: prompts per forward pass.
-        keep_bytes: the result keeps its forward passes for `flow_back` if no batch takes more than
-            its share of this memory; 0 keeps none. Level "layer" records too little to keep.
 
     Returns a `LogitFlow`; call `.check()` to see that the layer scores telescope.
 
@@ -194,70 +212,58 @@ def logit_flow(
     UnsupportedModelError for a model whose parts do not add up (see `activations.self_check`).
 
     Example:
-        >>> from backattn import load_model, logit_flow
-        >>> model, tokenizer = load_model("tiny-llama")
+        >>> from backattn import logit_flow
         >>> flow = logit_flow(model, tokenizer, "France's capital is", "Paris", top_k=5)
-        >>> flow.check() < 1e-4
-        True
-        >>> len(flow.frame.dropna(subset="neuron"))
-        5
+        >>> flow.check() < 1e-4, len(flow.frame.dropna(subset="neuron"))
+        (True, 5)
     """
-    _check_options(level, norm, method, top_k=top_k, batch_size=batch_size)
-    if not isinstance(prompts, str | Iterable):
-        raise ValueError(f"prompts is {prompts!r}; give one string or several.")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    encode(tokenizer, prompts)  # all input errors before any work
-    ids = answers.tolist() if isinstance(answers, Tensor) else answers
-    if ids is not None and list(map(type, ids)) != [int] * len(prompts):
-        ids = answer_ids(tokenizer, ids, len(prompts))
-    if ids is not None and any(prompt[-1].isspace() for prompt in prompts):
-        message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
-        warnings.warn(message, stacklevel=2)
-    self_check(model)
-
-    layer_rows, part_rows, tokens, log_prob, chosen = [], [], [], [], []
-    starts = range(0, len(prompts), batch_size)
-    kept = KeptStreams(0 if level == "layer" else keep_bytes / len(starts))
-    for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
-        batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
-        stream = capture(model, batch, detail=level != "layer")
-        answer = stream.logits.argmax(-1)
-        if ids is not None:
-            answer = torch.tensor(ids[start : start + batch_size], device=model.device)
-        lens, h_end = Lens(stream.arch), batch.at_last(stream.hidden[-1])
-        frozen = lens.scale(h_end) if norm == "final" else None
-        reading = Reading(stream, lens, answer, frozen, start)
-        layer_rows += _layer_rows(reading)
-        if level == "head":
-            part_rows += _head_rows(reading)
-        elif level == "neuron":
-            part_rows += _neuron_rows(reading, method, top_k)
-        for row, real in zip(batch.input_ids, batch.attention_mask.bool(), strict=True):
-            tokens.append([tokenizer.decode([i]) for i in row[real].tolist()])
-        logs = stream.logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
-        log_prob.append(logs.cpu().numpy())
-        chosen += answer.tolist()
-        kept.add(stream)
-    return LogitFlow(
-        frame=frame(part_rows or layer_rows, tokens),
-        layers=frame(layer_rows, tokens),
-        prompts=prompts,
-        answers=[tokenizer.decode([i]) for i in chosen],
-        answer_ids=chosen,
-        log_prob=np.concatenate(log_prob),
-        level=level,
-        norm=norm,
-        method=method,
-        tolerance=1e-4 if model.dtype == torch.float32 else 0.1,
-        streams=kept,
-    )
-
-
-def _check_options(level: str, norm: str, method: str, **counts: int) -> None:
     choices = (("level", level, LEVELS), ("norm", norm, NORMS), ("method", method, METHODS))
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
-    for name, value in counts.items():
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    prompts, ids = _checked(tokenizer, prompts, answers)
+    self_check(model)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    flow = LogitFlow(prompts, level, tolerance, weights=fingerprint(model))
+    room, layers, parts = KEEP_BYTES if level != "layer" else 0, [], []
+    starts = range(0, len(prompts), batch_size)
+    for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
+        part = slice(start, start + batch_size)
+        batch = encode(tokenizer, prompts[part], device=model.device)
+        reading = Reading(capture(model, batch, level != "layer"), norm, ids and ids[part])
+        layers.append(_frame(_layers(reading), batch, start, tokenizer))
+        if level != "layer":
+            found = _heads(reading) if level == "head" else _neurons(reading, method, top_k)
+            parts.append(_frame(found, batch, start, tokenizer))
+        logs = reading.stream.logits.log_softmax(-1).gather(1, reading.answer[:, None])[:, 0]
+        flow.log_prob = np.append(flow.log_prob, logs.cpu().numpy())
+        flow.input_ids += batch.rows
+        flow.answer_ids += reading.answer.tolist()
+        empty = logs.new_empty(0)
+        slim = replace(reading.stream, logits=empty, ffn=empty, values=(), neurons=())
+        room -= sum(x.nbytes for x in (slim.hidden, slim.attention, *slim.weights))
+        flow.streams = [*flow.streams, slim] if room >= 0 else []
+        del reading  # before the next batch needs its memory
+    flow.answers = [tokenizer.decode([i]) for i in flow.answer_ids]
+    flow.layers, flow.frame = (
+        pd.concat(tables, ignore_index=True).astype({"token": "category"})
+        for tables in (layers, parts or layers)
+    )
+    return flow
+
+
+def _checked(tokenizer, prompts, answers) -> tuple[list[str], list[int] | None]:
+    """Prompts as a list and answers as ids: all input errors before any work."""
+    if not isinstance(prompts, str | Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give one string or several.")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    encode(tokenizer, prompts)
+    if answers is None:
+        return prompts, None
+    if any(prompt[-1].isspace() for prompt in prompts):
+        message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
+        warnings.warn(message, stacklevel=3)
+    return prompts, answer_ids(tokenizer, answers, len(prompts))

@@ -15,22 +15,43 @@ One matrix product gives the directions of many neurons, for all prompts and sou
 (6) c v · ∇_b log p(w | b).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from backattn.analysis.components import Reading, rows
 from backattn.models.activations import Stream
 from backattn.models.lens import Lens
 from backattn.runtime import progress
 
 CHUNK = 256  # neurons whose directions over the vocabulary are in memory at once
-
 SOFTMAXES = 64  # taken at once
-
 CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it the softmax is taken
+
+
+class Reading:
+    """A batch of B prompts, and the lens that reads the answer to each: token ids, or None for the
+    model's own next tokens.
+
+    frozen: [B, 1] the final norm's scale at the end, None: recomputed at each state.
+    """
+
+    def __init__(self, stream: Stream, norm: str, answers: Sequence[int] | None = None):
+        self.stream, self.lens, self.answer = stream, Lens(stream.arch), stream.logits.argmax(-1)
+        if answers is not None:
+            self.answer = torch.tensor(answers, device=self.answer.device)
+        end = stream.batch.at_last(stream.hidden[-1])
+        self.frozen = self.lens.scale(end) if norm == "final" else None
+
+    def scale(self, b: int | slice) -> Tensor | None:
+        return None if self.frozen is None else self.frozen[b]
+
+    def log_prob(self, states: Tensor, b: int | slice = slice(None)) -> Tensor:
+        """Equation 2 of `logit_flow`: the answer's log-probability in a state of each prompt
+        [B, D], or in some states of prompt b [n, D]."""
+        log_probs, answer = self.lens.log_probs(states, self.scale(b)), self.answer[b]
+        return log_probs.gather(1, answer.expand(len(states))[:, None])[:, 0].double()
 
 
 @dataclass
@@ -66,9 +87,9 @@ def sublayers(stream: Stream) -> Iterator[Sublayer]:
             yield Sublayer(layer, kind, vectors, coefficient, base, bias, block.head_dim)
 
 
-def exact_rows(reading: Reading) -> list[dict]:
+def exact(reading: Reading) -> Iterator[dict]:
     """Every neuron."""
-    lens, answer, frozen, found = reading.lens, reading.answer, reading.frozen, []
+    lens, answer, frozen = reading.lens, reading.answer, reading.frozen
     real, total = reading.stream.batch.attention_mask.bool().cpu(), 2 * reading.stream.layers
     for sub in progress(sublayers(reading.stream), "exact", total=total, unit="sub-layer"):
         scale = lens.scale(sub.base) if frozen is None else frozen
@@ -93,24 +114,30 @@ def exact_rows(reading: Reading) -> list[dict]:
                 for i in torch.arange(len(unit)).split(SOFTMAXES):
                     after = _after(lens, p[i] * raw[b], q[i], directions[unit[i]], answer[b])
                     increase[b, place[i], which[unit[i]]] = after - before[b]
-        for b, own in enumerate(sources):
-            place, neuron = own.nonzero(), torch.arange(len(sub.vectors))  # [sources, 1], [n]
-            found.append(_rows(reading, sub, b, place, neuron, before[b], increase[b, own]))
-    return found
+        for b, mask in enumerate(sources):
+            place, neuron = mask.nonzero(), torch.arange(len(sub.vectors))  # [sources, 1], [n]
+            yield _part(reading, sub, b, place, neuron, before[b], increase[b, mask])
 
 
-def screened_rows(reading: Reading, top_k: int) -> list[dict]:
+def screened(reading: Reading, top_k: int) -> Iterator[dict]:
     """The `top_k` neurons of each prompt that raise the answer most to first order."""
-    lens, answer, found = reading.lens, reading.answer, []
-    subs = list(sublayers(reading.stream))
-    width = torch.tensor([len(sub.vectors) for sub in subs], device=answer.device)
-    size = torch.tensor([sub.coefficient[0].numel() for sub in subs], device=answer.device)
+    lens, subs = reading.lens, list(sublayers(reading.stream))
+    width = torch.tensor([len(sub.vectors) for sub in subs], device=reading.answer.device)
+    size = torch.tensor([sub.coefficient[0].numel() for sub in subs], device=width.device)
     for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
-        raw, before, estimates = _first_order(reading, subs, b)
-        count = 0
-        for sub, estimate in zip(subs, estimates, strict=True):
+        answer = reading.answer[b]
+        with torch.enable_grad():
+            bases = torch.stack([sub.base[b] for sub in subs]).requires_grad_()  # [2L, D]
+            raw = lens.raw_logits(bases, reading.scale(b))
+            score = lens.cap(raw).log_softmax(-1)[:, answer].sum()
+            (gradients,) = torch.autograd.grad(score, bases)
+        logits, raw = lens.cap(raw.detach()), raw.detach() - lens.offset
+        before = logits[:, answer].double() - _logsumexp(logits)
+        estimates, count = [], 0  # equation 6, per sub-layer [P, n]
+        for sub, gradient in zip(subs, gradients, strict=True):
             sources = real if sub.kind == "attention" else real.new_ones(1)
-            estimate[~sources] = -torch.inf
+            estimates.append(sub.coefficient[b] * (sub.vectors @ gradient))
+            estimates[-1][~sources] = -torch.inf
             count += int(sources.sum()) * len(sub.vectors)
         flat = torch.cat([estimate.flatten() for estimate in estimates])
         chosen = flat.topk(min(top_k, count)).indices.sort().values  # [k]
@@ -119,34 +146,30 @@ def screened_rows(reading: Reading, top_k: int) -> list[dict]:
         place, neuron = inside // width[owner], inside % width[owner]
 
         c = torch.cat([sub.coefficient[b].flatten() for sub in subs])[chosen]
-        base = torch.stack([sub.base[b] for sub in subs])[owner]  # [k, D]
         vectors = torch.cat([sub.vectors[neuron[owner == i]] for i, sub in enumerate(subs)])
-        p, q = _factors(lens, base, vectors, c, reading.scale(b))
+        p, q = _factors(lens, bases.detach()[owner], vectors, c, reading.scale(b))
         directions = lens.directions(vectors)  # [k, V]
         slices = zip(*(x.split(SOFTMAXES) for x in (p, q, owner, directions)), strict=True)
-        after = [_after(lens, p * raw[i], q, d, answer[b]) for p, q, i, d in slices]
-        increase = torch.cat(after) - before[owner].cpu()
+        after = torch.cat([_after(lens, p * raw[i], q, d, answer) for p, q, i, d in slices])
+        increase = after - before[owner].cpu()
         for i in owner.unique().tolist():
-            own = owner == i
-            scores = before[i], increase[own.cpu()]
-            found.append(_rows(reading, subs[i], b, place[own], neuron[own], *scores))
-    return found
+            mask = owner == i
+            scores = before[i], increase[mask.cpu()]
+            yield _part(reading, subs[i], b, place[mask], neuron[mask], *scores)
 
 
-def _rows(reading: Reading, sub: Sublayer, b: int, place, neuron, before, increase) -> dict:
-    """Rows of some neurons of prompt b. place: index into the P source positions."""
+def _part(reading: Reading, sub: Sublayer, b: int, place, neuron, before, increase) -> dict:
+    """Some neurons of prompt b. place: index into the P source positions."""
     batch, head = reading.stream.batch, -1
     position = batch.lengths[b] - 1
     if sub.kind == "attention":
         position = place - batch.start[b].to(place.device)
         head, neuron = neuron // sub.head_dim, neuron % sub.head_dim
-    where = {"layer": sub.layer, "head": head, "neuron": neuron, "position": position}
-    return rows(increase, sub.kind, prompt=reading.first + b, before=before, **where)
+    where = {"prompt": b, "layer": sub.layer, "kind": sub.kind, "head": head, "neuron": neuron}
+    return {**where, "position": position, "before": before, "increase": increase}
 
 
-def _factors(
-    lens: Lens, base: Tensor, vectors: Tensor, c: Tensor, frozen: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _factors(lens: Lens, base: Tensor, vectors: Tensor, c: Tensor, frozen: Tensor | None):
     """s'/s and c·s' of equation 5: base [D] or [k, D], vectors [k, D], c [k] -> two [k, 1]."""
     if frozen is not None:
         return torch.ones_like(c)[:, None], (c * frozen)[:, None]
@@ -163,9 +186,7 @@ def _after(lens: Lens, raw: Tensor, q: Tensor, directions: Tensor, answer: Tenso
     return (logits[:, answer].double() - _logsumexp(logits)).cpu()
 
 
-def _by_moments(
-    directions: Tensor, c: Tensor, base: Tensor, answer: Tensor
-) -> tuple[Tensor, Tensor]:
+def _by_moments(directions: Tensor, c: Tensor, base: Tensor, answer: Tensor):
     """Importances from the moments of each direction, and whether their error is certified.
 
     With X the direction's entry at a random token of the base distribution and Y = X − E X,
@@ -191,26 +212,6 @@ def _by_moments(
     bound = c.abs() ** 5 * widest * m4 * (c.abs() * widest).exp() / 120
     gain = c * (shifted.T[answer].double()[:, None] - r1) - expectation.clamp(min=1e-30).log()
     return gain.cpu(), (bound <= CERTIFIED).cpu()
-
-
-def _first_order(
-    reading: Reading, subs: list[Sublayer], b: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Equation 6 for every neuron of prompt b, and what its bases read.
-
-    Returns (z [2L, V], the answer's log-probability [2L], per sub-layer [P, n]).
-    """
-    lens, answer = reading.lens, reading.answer[b]
-    with torch.enable_grad():
-        bases = torch.stack([sub.base[b] for sub in subs]).requires_grad_()  # [2L, D]
-        raw = lens.raw_logits(bases, reading.scale(b))
-        score = lens.cap(raw).log_softmax(-1)[:, answer].sum()
-        (gradients,) = torch.autograd.grad(score, bases)
-    logits = lens.cap(raw.detach())
-    before = logits[:, answer].double() - _logsumexp(logits)
-    pairs = zip(subs, gradients, strict=True)
-    estimates = [sub.coefficient[b] * (sub.vectors @ gradient) for sub, gradient in pairs]
-    return raw.detach() - lens.offset, before, estimates
 
 
 def _logsumexp(logits: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A decoder seen through its family's row: its modules, and its weights in one orientation."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,10 @@ class Norm:
         """Transpose of `linear`: hands a covector on the norm's output back to its input."""
         return self.centre(self.weight * covector) * scale if self.present else covector
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.scale(x)) + self.bias if self.present else x
-
 
 @dataclass
 class Block:
-    """One decoder layer: its modules, and its weights in one orientation for all families."""
+    """One decoder layer: its own modules, and its weights in one orientation for all families."""
 
     family: Family
     module: nn.Module
@@ -67,45 +64,36 @@ class Block:
     kv_heads: int
     head_dim: int
 
-    def get(self, path: str | None) -> nn.Module | None:
+    def get(self, name: str) -> nn.Module | None:
+        """A module by its name in the family's row; None where the family has none."""
+        path = getattr(self.family, name)
         return None if path is None else self.module.get_submodule(path)
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.get(self.family.attention)
-
-    @property
-    def attention_result(self) -> nn.Module:
-        """The module whose output attention adds to the residual stream."""
-        return self.get(self.family.attention_post or self.family.attention)
-
-    @property
-    def ffn_result(self) -> nn.Module:
-        """The module whose output the FFN adds to the residual stream."""
-        return self.get(self.family.ffn_post or self.family.ffn)
+    def result(self, kind: str) -> nn.Module:
+        """The module whose output "attention" or "ffn" adds to the residual stream."""
+        return self.get(f"{kind}_post") or self.get(kind)
 
     def norm(self, name: str) -> Norm:
         """`name`: attention_norm, attention_post, ffn_norm or ffn_post."""
-        return Norm(self.get(getattr(self.family, name)), self.width, self.family.norm_offset)
+        return Norm(self.get(name), self.width, self.family.norm_offset)
 
-    def linear(self, path: str) -> Linear:
-        module = self.get(path)
+    def _linear(self, name: str) -> Linear:
+        module = self.get(name)
         weight, bias = module.weight.detach().float(), module.bias
         if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             weight = weight.T
-        return Linear(
-            weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
-        )
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+        return Linear(weight, bias)
 
     @property
     def attention_out(self) -> Linear:
         """W_O: [width, heads * head_dim]."""
-        return self.linear(self.family.attention_out)
+        return self._linear("attention_out")
 
     @property
     def ffn_out(self) -> Linear:
         """W_down: [width, neurons]."""
-        return self.linear(self.family.ffn_out)
+        return self._linear("ffn_out")
 
     def value_part(self, fused: Tensor) -> Tensor:
         """View of the values [..., kv_heads, head_dim] in the value module's output [..., out]."""
@@ -117,26 +105,45 @@ class Block:
     @property
     def value(self) -> Linear:
         """W_V: [kv_heads * head_dim, width]."""
-        fused = self.linear(self.family.value)
+        fused = self._linear("value")
         weight = self.value_part(fused.weight.T).flatten(-2).T
         return Linear(weight, self.value_part(fused.bias).flatten(-2))
 
     @property
     def ffn_in(self) -> tuple[Linear | None, Linear]:
         """(gate, up): [neurons, width] each; gate is None where the FFN has no gate."""
-        up = self.linear(self.family.up)
+        up = self._linear("up")
         if self.family.fused_gate:
             gate, up = map(Linear, up.weight.chunk(2), up.bias.chunk(2))
             return gate, up
-        return None if self.family.gate is None else self.linear(self.family.gate), up
+        return None if self.family.gate is None else self._linear("gate"), up
 
-    def split_ffn_in(self, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Pre-activations (gate, up) from the outputs of the modules `gate` and `up`."""
-        return up.chunk(2, dim=-1) if self.family.fused_gate else (gate, up)
+    def per_head(self, values: Tensor) -> Tensor:
+        """Values [..., kv_heads, head_dim], each repeated for the heads that read it."""
+        return values.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        return self.get(self.family.activation)
+    @torch.no_grad()
+    def run(self, names: Sequence[str], states: Tensor) -> Tensor:
+        """What modules, one after the other, make of states [B, T, width]: the model's own bits."""
+        x = states.to(next(self.module.parameters()).dtype)
+        for module in filter(None, map(self.get, names)):
+            x = module(x)
+        return x
+
+    def values(self, states: Tensor) -> Tensor:
+        """The values of states before attention's norm: [B, T, kv_heads, head_dim]."""
+        return self.value_part(self.run(("attention_norm", "value"), states)).float()
+
+    def neurons(self, states: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(m, g, u) of states before the FFN's norm: neurons m = act(g) u, or act(u) where there is
+        no gate, each [B, T, neurons]."""
+        up, act, gate = self.run(("ffn_norm", "up"), states), self.get("activation"), None
+        if self.family.fused_gate:
+            gate, up = up.chunk(2, dim=-1)
+        elif self.family.gate is not None:
+            gate = self.run(("ffn_norm", "gate"), states)
+        m = act(up) if gate is None else act(gate) * up
+        return m.float(), None if gate is None else gate.float(), up.float()
 
 
 @dataclass
@@ -154,10 +161,6 @@ class Arch:
     @property
     def width(self) -> int:
         return self.blocks[0].width
-
-    @property
-    def final_norm(self) -> Norm:
-        return Norm(self.final_norm_module, self.width, self.family.norm_offset)
 
 
 def describe(model: nn.Module) -> Arch:
@@ -179,13 +182,11 @@ def describe(model: nn.Module) -> Arch:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = config.hidden_size, heads, kv_heads, head_dim
     try:
-        blocks = [
-            Block(family, layer, config.hidden_size, heads, kv_heads, head_dim)
-            for layer in model.get_submodule(family.layers)
-        ]
+        blocks = [Block(family, layer, *sizes) for layer in model.get_submodule(family.layers)]
         for name in ("attention", "attention_out", "value", "ffn_out", "up"):
-            blocks[0].get(getattr(family, name))
+            blocks[0].get(name)
         final_norm = model.get_submodule(family.final_norm)
     except AttributeError as error:
         raise UnsupportedModelError(
@@ -197,12 +198,6 @@ def describe(model: nn.Module) -> Arch:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no unembedding. Load it with AutoModelForCausalLM."
         )
-    return Arch(
-        model=model,
-        family=family,
-        blocks=blocks,
-        final_norm_module=final_norm,
-        unembedding_module=unembedding,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        parallel=bool(getattr(config, "use_parallel_residual", False)),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    parallel = bool(getattr(config, "use_parallel_residual", False))
+    return Arch(model, family, blocks, final_norm, unembedding, softcap, parallel)

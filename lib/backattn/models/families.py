@@ -38,28 +38,14 @@ class Family:
         return self.gate == self.up
 
 
-_LLAMA = Family()
-
-_GEMMA = Family(
-    attention_post="post_attention_layernorm",
-    ffn_norm="pre_feedforward_layernorm",
-    ffn_post="post_feedforward_layernorm",
-    norm_offset=1.0,
-)
+_SANDWICH = dict(attention_post="post_attention_layernorm", ffn_post="post_feedforward_layernorm")
+_GEMMA = Family(**_SANDWICH, ffn_norm="pre_feedforward_layernorm", norm_offset=1.0)
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), Family()),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "olmo2": Family(
-        attention_norm=None,
-        attention_post="post_attention_layernorm",
-        ffn_norm=None,
-        ffn_post="post_feedforward_layernorm",
-    ),
+    "olmo2": Family(**_SANDWICH, attention_norm=None, ffn_norm=None),
     "phi3": Family(
         value="self_attn.qkv_proj",
         gate="mlp.gate_up_proj",

@@ -1,6 +1,7 @@
 """Hooks that are always removed."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -25,37 +26,28 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as attached:
         for module, side, function in hooked:
-            hook = _HOOKS[side](function)
             if side in ("input", "arguments"):
+                hook = functools.partial(_before, function, side == "input")
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
+                hook = functools.partial(_after, function, side == "output")
                 handle = module.register_forward_hook(hook)
             attached.callback(handle.remove)
         yield
 
 
-def _on_input(function: Callable) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict):
-        key = None if args else next(k for k in ("hidden_states", "input") if k in kwargs)
-        new = function(args[0] if args else kwargs[key])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
-
-    return hook
-
-
-def _on_output(function: Callable) -> Callable:
-    def hook(module: nn.Module, args: tuple, output):
-        new = function(output[0] if isinstance(output, tuple) else output)
-        return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
-
-    return hook
+def _before(function: Callable, first: bool, module: nn.Module, args: tuple, kwargs: dict):
+    if not first:
+        return function(args, kwargs)
+    key = None if args else next(k for k in ("hidden_states", "input") if k in kwargs)
+    new = function(args[0] if args else kwargs[key])
+    if new is None:
+        return None
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
 
 
-_HOOKS = {
-    "input": _on_input,
-    "output": _on_output,
-    "arguments": lambda function: lambda module, args, kwargs: function(args, kwargs),
-    "whole output": lambda function: lambda module, args, output: function(output),
-}
+def _after(function: Callable, first: bool, module: nn.Module, args: tuple, output):
+    if not (first and isinstance(output, tuple)):
+        return function(output)
+    new = function(output[0])
+    return None if new is None else (new, *output[1:])

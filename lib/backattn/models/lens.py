@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backattn.models.activations import capture
-from backattn.models.decoder import Arch, describe
+from backattn.models.decoder import Arch, Norm, describe
 from backattn.models.tokens import encode
 from backattn.runtime import progress
 
@@ -33,7 +33,8 @@ class Lens:
     def __init__(self, arch: Arch):
         module = arch.unembedding_module
         self.weight = module.weight.detach().float()
-        self.norm, self.softcap = arch.final_norm, arch.softcap
+        self.norm = Norm(arch.final_norm_module, arch.width, arch.family.norm_offset)
+        self.softcap = arch.softcap
         self.offset = self.weight.new_zeros(len(self.weight))
         if self.norm.bias.any():
             self.offset = self.weight @ self.norm.bias
@@ -73,10 +74,8 @@ def read_states(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Logits of some tokens in the state that enters every layer, by the logit lens.
 
-    Args:
-        positions: per prompt the P positions to read, counted from its first token.
-        tokens: per prompt the K token ids to read.
-        ranks: also give each token's rank in the whole vocabulary (0 is the highest); slower.
+    positions: per prompt P of them, counted from its first token; tokens: per prompt K token ids;
+    ranks: also give each token's rank in the whole vocabulary (0 is the highest), which is slower.
 
     Returns (logits, ranks), each [n, P, L+1, K] or None; the last state leaves the model.
 
@@ -84,25 +83,20 @@ def read_states(
         >>> read_states(model, tokenizer, ["France's capital is"], [[0, 4]], [[7, 8, 9]])[0].shape
         (1, 2, 5, 3)
     """
-    lens = Lens(arch := describe(model))
-    shape = len(prompts), len(positions[0]), len(arch.blocks) + 1, len(tokens[0])
-    logits = np.empty(shape, dtype=np.float32)
-    places = np.empty(shape, dtype=np.int64) if ranks else None
+    lens, logits, places = Lens(describe(model)), [], []
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, list(prompts[part]), device=model.device)
-        where = torch.tensor([list(p) for p in positions[part]], device=model.device)
-        where = where + batch.start[:, None]  # [B, P]
-        row = torch.arange(len(where), device=model.device)[:, None]
-        states = capture(model, batch, detail=False).hidden[:, row, where]  # [L+1, B, P, D]
+        where = torch.tensor(list(map(list, positions[part])), device=model.device)  # [B, P]
+        where, row = where + batch.start[:, None], torch.arange(len(where), device=model.device)
+        states = capture(model, batch, detail=False).hidden[:, row[:, None], where]
         states = states.permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
-        ids = torch.tensor([list(t) for t in tokens[part]], device=model.device)  # [B, K]
+        ids = torch.tensor(list(map(list, tokens[part])), device=model.device)  # [B, K]
         read = lens.norm.linear(states, lens.scale(states))
         raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids])
-        logits[part] = lens.cap(raw + lens.offset[ids][:, None, None]).cpu().numpy()
-        for index in range(len(states)) if ranks else ():  # one by one: a vocabulary is wide
-            everything = lens.raw_logits(states[index])  # [P, L+1, V]
-            for k, token in enumerate(ids[index].tolist()):
-                above = (everything > everything[..., token : token + 1]).sum(-1)
-                places[start + index, ..., k] = above.cpu().numpy()
-    return logits, places
+        logits.append(lens.cap(raw + lens.offset[ids][:, None, None]).cpu())
+        for some, chosen in zip(states, ids, strict=True) if ranks else ():  # one by one: wide
+            whole = lens.raw_logits(some)  # [P, L+1, V]
+            above = [(whole > whole[..., i, None]).sum(-1) for i in chosen]
+            places.append(torch.stack(above, -1).cpu())
+    return torch.cat(logits).numpy(), torch.stack(places).numpy() if ranks else None

@@ -1,15 +1,17 @@
 """`load_model`: the packaged models, any Hugging Face id or local folder, tiny random models."""
 
+import sys
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from backattn import runtime
-from backattn.models.checkpoint import ModelLoadError, read_checkpoint
-from backattn.models.devices import in_one_place, one_device, spread_options
+from backattn.models.devices import MEMORY_SHARE, in_one_place, one_device, weight_bytes
 from backattn.models.families import UnsupportedModelError, check_supported, supported
-from backattn.models.packaged import EMBEDDED, load_packaged
+from backattn.models.packaged import EMBEDDED, ModelLoadError, load_packaged, read_checkpoint
 from backattn.models.tiny import tiny_model
+from backattn.paths import CACHE
 
 
 def load_model(
@@ -29,14 +31,10 @@ def load_model(
             and the disk, and so does any other where a hub id or a folder does not fit (which is
             said). Back attention works on such a model (its training needs room for the layers
             above the source layer), logit flow does not.
-        revision: of a Hugging Face id.
 
-    Returns (model, tokenizer). The tokenizer always has a pad token.
-
-    Raises:
-        UnsupportedModelError: the family has no row in `FAMILIES`; names those that do.
-        ModelLoadError: no network, wrong checksum, truncated file, full disk, no such model.
-        ValueError: unknown "tiny-…" name.
+    Returns (model, tokenizer); the tokenizer always has a pad token. Raises UnsupportedModelError
+    for a family without a row in `FAMILIES`, ModelLoadError where a model cannot be fetched,
+    verified or read, ValueError for an unknown "tiny-…" name.
 
     Example:
         >>> model, tokenizer = load_model("tiny-llama")
@@ -66,7 +64,7 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None, device: str |
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         check_supported(config)  # before any weight is fetched
-        options = spread_options(name, config, dtype, device)
+        options = _spread_options(name, config, dtype, device)
         return read_checkpoint(name, dtype, revision, **options)
     except (UnsupportedModelError, ModelLoadError):
         raise
@@ -87,3 +85,27 @@ def _load_hub(name: str, dtype: torch.dtype, revision: str | None, device: str |
             f"that come with the package index: {', '.join(EMBEDDED)}. "
             f"transformers said: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _spread_options(name: str, config, dtype: torch.dtype, device: str | torch.device) -> dict:
+    """Options of from_pretrained that spread a model's layers, where one device cannot hold them or
+    `device` is "auto". Raises ModelLoadError where several processes would each need that."""
+    place = one_device(device)
+    need, free = weight_bytes(config, dtype), runtime.free_bytes(place)
+    if need > MEMORY_SHARE * free:
+        finding = (
+            f"{name}: its weights take {need / 2**30:.1f} GiB in {str(dtype).split('.')[1]}, and "
+            f"{free / 2**30:.1f} GiB are free on {place}"
+        )
+        if runtime.process_state().num_processes > 1:
+            raise ModelLoadError(
+                f"{finding}. Each process needs a device that holds them: start one process alone."
+            )
+        slower = "its layers are spread over GPUs, memory and disk, and run slower."
+        print(f"{finding}: {slower}", file=sys.stderr)
+    elif str(device) != "auto":
+        return {}
+    memory = None if torch.cuda.is_available() else {"cpu": int(MEMORY_SHARE * free)}
+    offload = CACHE / "offload"
+    offload.mkdir(parents=True, exist_ok=True)
+    return {"device_map": "auto", "max_memory": memory, "offload_folder": str(offload)}

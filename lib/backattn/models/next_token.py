@@ -13,13 +13,9 @@ from backattn.models.tokens import Batch
 def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None = None) -> Tensor:
     """Log-probabilities of the next token after each prompt, in fp32: [B, V].
 
-    Args:
-        batch: padded on the left.
-        share: run the tokens with which all prompts begin (worked examples, say) once instead of
-            once per prompt. The layers then see only the rest of each prompt, so hooks that count
-            positions need share=False.
-        cache: a `cache_prefix` of the batch, which grows; its columns are then left out, and share
-            says nothing.
+    batch: padded on the left; share: the tokens with which all prompts begin (worked examples, say)
+    run once, so that hooks see only the rest; cache: a `cache_prefix` of the batch, which grows,
+    and whose columns are left out.
 
     Example:
         >>> batch = encode(tokenizer, ["France's capital is", "Spain"], side="left")
@@ -32,9 +28,8 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
         for name in ("input_ids", "position_ids"):
             inputs[name] = inputs[name][:, known:]
     # Padding between the shared beginning and the rest would shift a sliding window.
-    elif share and (length := _common_start(batch)) and in_window(model, batch):
-        begin = int(batch.start[0])
-        first = batch.input_ids[:1, begin : begin + length]
+    elif share and (length := _common_start(batch.rows)) and in_window(model, batch):
+        first = batch.input_ids.new_tensor([batch.rows[0][:length]])
         cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(batch.input_ids))
         rest = batch.input_ids.shape[1] - length  # the last columns, where all prompts end
@@ -50,36 +45,27 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
     return output.logits[:, -1].float().log_softmax(-1)
 
 
-def in_window(model, batch: Batch) -> bool:
-    """Whether a cache holds all of a batch's prompts, since no sliding window is shorter.
+def _common_start(rows: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own."""
+    same = [len(set(column)) == 1 for column in zip(*(row[:-1] for row in rows), strict=False)]
+    return [*same, False].index(False)
 
-    Example:
-        >>> in_window(model, encode(tokenizer, ["France's capital is"]))
-        True
-    """
+
+def in_window(model, batch: Batch) -> bool:
+    """Whether a cache holds all of a batch's prompts, since no sliding window is shorter."""
     window = getattr(model.config, "sliding_window", None)
     return not window or batch.input_ids.shape[1] < window
-
-
-@torch.no_grad()
-def whole_cache(model, batch: Batch) -> Cache | None:
-    """Keys and values of whole prompts; None where a sliding window is shorter.
-
-    Example:
-        >>> cache = whole_cache(model, encode(tokenizer, ["France's capital is"], "left"))
-        >>> cache.get_seq_length(), cache_prefix(cache, 2).get_seq_length()
-        (5, 2)
-    """
-    if not in_window(model, batch):
-        return None
-    return model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def cache_prefix(cache: Cache, length: int) -> Cache:
     """What a cache holds of the first `length` tokens; the cache itself stays as it is.
 
-    Raises ValueError where it holds fewer, or has dropped what was before a sliding window. For an
-    example see `whole_cache`.
+    Raises ValueError where it holds fewer, or has dropped what was before a sliding window.
+
+    Example:
+        >>> cache = model(**tokenizer("France is", return_tensors="pt")).past_key_values
+        >>> cache_prefix(cache, 2).get_seq_length()
+        2
     """
     sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
     window = min((layer.sliding_window for layer in sliding), default=None)
@@ -97,12 +83,3 @@ def cache_prefix(cache: Cache, length: int) -> Cache:
     if spare:  # a negative number alone means the same in all versions of transformers 5
         prefix.crop(-spare)
     return prefix
-
-
-def _common_start(batch: Batch) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own."""
-    shortest = int(batch.lengths.min())
-    column = batch.start[:, None] + torch.arange(shortest, device=batch.input_ids.device)
-    starts = batch.input_ids.gather(1, column)
-    same = (starts == starts[:1]).all(0).int().cumprod(0)
-    return min(int(same.sum()), shortest - 1)

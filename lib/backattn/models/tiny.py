@@ -11,39 +11,27 @@ Italy Spain Madrid Berlin Germany Tokyo Japan Europe Asia Africa America Mozart 
 Austria Salzburg dollar euro yen one two three four five six seven eight nine ten plus minus times
 equals cat dog red blue green born died wrote lives works north south"""
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_GEMMA = {**_SIZES, "head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 12}
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+_HEADS = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
+_GEMMA = {**_HEADS, "head_dim": 12, "sliding_window": 4, "query_pre_attn_scalar": 12}
+_LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 
 TINY: dict[str, tuple[str, dict]] = {
-    "tiny-llama": ("llama", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
-    "tiny-mistral": ("mistral", {**_SIZES, "sliding_window": None}),
-    "tiny-qwen2": ("qwen2", _SIZES),
-    "tiny-qwen3": ("qwen3", {**_SIZES, "head_dim": 12}),
+    "tiny-llama": ("llama", {**_HEADS, "attention_bias": True, "mlp_bias": True}),
+    "tiny-mistral": ("mistral", {**_HEADS, "sliding_window": None}),
+    "tiny-qwen2": ("qwen2", _HEADS),
+    "tiny-qwen3": ("qwen3", {**_HEADS, "head_dim": 12}),
     "tiny-gemma2": ("gemma2", _GEMMA),
-    "tiny-gemma3": (
-        "gemma3_text",
-        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
-    "tiny-olmo2": ("olmo2", _SIZES),
-    "tiny-phi3": ("phi3", _SIZES),
+    "tiny-gemma3": ("gemma3_text", {**_GEMMA, "layer_types": _LAYER_TYPES}),
+    "tiny-olmo2": ("olmo2", _HEADS),
+    "tiny-phi3": ("phi3", _HEADS),
     "tiny-gpt2": ("gpt2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 48}),
-    "tiny-gpt-neox": ("gpt_neox", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+    "tiny-gpt-neox": ("gpt_neox", {**_SIZES, "num_attention_heads": 4}),
 }
 
 
 def tiny_names() -> list[str]:
-    """Names of the tiny random models, one per family.
-
-    Example:
-        >>> tiny_names()[:3]
-        ['tiny-llama', 'tiny-mistral', 'tiny-qwen2']
-    """
+    """Names of the tiny random models, one per family."""
     return list(TINY)
 
 
@@ -51,17 +39,10 @@ def tiny_model(name: str, seed: int = 0):
     """A seeded random model of four layers whose biases and norms are random too."""
     if name not in TINY:
         raise ValueError(f"No tiny model {name!r}. There are: {', '.join(TINY)}.")
-    family, settings = TINY[name]
-    tokenizer = _tiny_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        **settings,
-    )
+    (family, settings), tokenizer = TINY[name], _tiny_tokenizer()
+    settings = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings}
+    settings |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -81,13 +62,12 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     trainer = trainers.BpeTrainer(
         vocab_size=700,
-        special_tokens=["<pad>", "<s>", "</s>"],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     core.train_from_iterator([" " + word for word in _WORDS.split()] * 2 + _WORDS.split(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)

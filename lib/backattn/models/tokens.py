@@ -23,13 +23,19 @@ class Batch:
         return self.attention_mask.int().argmax(-1)
 
     @property
+    def lengths(self) -> Tensor:
+        return self.attention_mask.sum(-1)
+
+    @property
     def last(self) -> Tensor:
         """Index of each prompt's last token: [batch]."""
         return self.start + self.lengths - 1
 
     @property
-    def lengths(self) -> Tensor:
-        return self.attention_mask.sum(-1)
+    def rows(self) -> list[list[int]]:
+        """Each prompt's token ids without the padding."""
+        pairs = zip(self.input_ids, self.attention_mask.bool(), strict=True)
+        return [ids[real].tolist() for ids, real in pairs]
 
     @property
     def position_ids(self) -> Tensor:
@@ -76,13 +82,11 @@ def encode(
 
 
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
-    """The token by which each prompt's answer is scored: a token id as it is, of a word the first
-    token of " word".
+    """The token by which each prompt's answer is scored: an id as it is, the first of " word".
 
     Raises ValueError when the number of answers is wrong, an id is not in the vocabulary, a word is
-    empty, its first token is no more than one letter or a space, or two different words of the call
-    begin with the same token. Warns once when a word takes several tokens, since then only its
-    beginning is scored.
+    empty, its first token is one letter or a space, or two words begin with the same token. Warns
+    when a word takes several tokens, since only its beginning is scored.
 
     Example:
         >>> paris = answer_ids(tokenizer, ["Paris", "Rome"], 2)[0]
@@ -104,13 +108,10 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
                 )
             ids.append(int(answer))
             continue
-        if not isinstance(answer, str | None):
-            raise ValueError(f"Answer {answer!r} is no text: give words or token ids.")
-        word = (answer or "").strip()
-        if not word:
+        if not isinstance(answer, str) or not (word := answer.strip()):
             raise ValueError(
-                f"Answer {answer!r} is empty: give a word, or answers=None for the model's own "
-                "next token."
+                f"Answer {answer!r} is empty or no text: give words or token ids, or answers=None "
+                "for the model's own next token."
             )
         pieces = continuation_ids(tokenizer, word)
         first = tokenizer.decode([pieces[0]]).strip()
@@ -121,18 +122,15 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
             )
         if words.setdefault(pieces[0], word) != word:
             raise ValueError(
-                f"{words[pieces[0]]!r} and {word!r} both begin with the token {first!r}, so their "
-                "first tokens cannot tell them apart: drop one of them or score them in separate "
-                "calls."
+                f"{words[pieces[0]]!r} and {word!r} both begin with the token {first!r}, which "
+                "cannot tell them apart: drop one of them or score them in separate calls."
             )
-        if len(pieces) > 1:
-            long.append(f"{word!r} by {first!r}")
+        long += [f"{word!r} by {first!r}"] * (len(pieces) > 1)
         ids.append(pieces[0])
     if long:
         shown = ", ".join(dict.fromkeys(long[:5])) + (" …" if len(long) > 5 else "")
-        warnings.warn(
-            f"Answers of several tokens are scored on their first token: {shown}.", stacklevel=3
-        )
+        message = f"Answers of several tokens are scored on their first token: {shown}."
+        warnings.warn(message, stacklevel=4)
     return ids
 
 

@@ -177,7 +177,7 @@ def test_a_base_model_from_scratch_gets_gradients_through_both_passes(fresh):
     batch = encode(tok, PROMPTS, "left")
     loss(wrapped, batch).backward()
     analytic = wrapped._arch.blocks[2].attention_out  # a weight that acts in both passes
-    weight = wrapped._arch.blocks[2].get(wrapped._arch.family.attention_out).weight
+    weight = wrapped._arch.blocks[2].get("attention_out").weight
     assert analytic.weight.shape[0] == wrapped._arch.width
     place = divmod(int(weight.grad.abs().argmax()), weight.shape[1])
     step = 1e-2

@@ -42,6 +42,8 @@ def test_knocking_out_nothing_changes_nothing(tiny):
     plain = probe.log_probs()
     stream = capture(tiny[0], encode(tiny[1], PROMPTS))
     assert torch.allclose(plain, stream.logits.log_softmax(-1)[:, 1], atol=1e-4)
+    with pytest.raises(ValueError, match="Cannot knock out"):
+        probe.log_probs([Knockout("norm", (0,), ("entity",))])
     for kind in ("ffn", "attention"):
         assert torch.equal(probe.log_probs([Knockout(kind, (), ("entity",))]), plain)
         some = Knockout(kind, (1, 2), ("entity", "relation", "last"))
@@ -71,7 +73,7 @@ def test_what_stands_before_a_knockout_is_computed_once(wide, monkeypatch):
     monkeypatch.setattr("backattn.analysis.knockouts.next_log_probs", noted)
     quick = probed(*wide).log_probs(some)
     assert len(seen) == 1  # a batch
-    monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
+    monkeypatch.setattr("backattn.analysis.knockouts.in_window", lambda *_: False)
     probe = probed(*wide)
     whole = probe.log_probs(some)
     assert seen[0].get_seq_length() > 0 and seen[-1] is None
@@ -86,14 +88,6 @@ def test_padding_does_not_leak_into_knockouts(llama):
     for index, prompt in enumerate(PROMPTS):
         alone = probed(*llama, [prompt], together.means).log_probs(some)
         assert torch.allclose(found[index], alone[0], atol=1e-4)
-
-
-def test_an_unknown_component_is_refused(llama):
-    with pytest.raises(ValueError, match="Cannot knock out"):
-        probed(*llama).log_probs([Knockout("norm", (0,), ("entity",))])
-
-
-# ---------------------------------------------------------------- attention knock-outs
 
 
 def blocked(model_and_tokenizer, prompts, sources):
@@ -111,7 +105,7 @@ def test_hiding_a_position_from_the_last_one(wide, monkeypatch):
     alone = [blocked(wide, [prompt], [[1]])[0] for prompt in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
     assert all(cache is not None for *_, cache in CachedPrompts(*wide, PROMPTS).batches)
-    monkeypatch.setattr("backattn.analysis.knockouts.whole_cache", lambda *_: None)
+    monkeypatch.setattr("backattn.analysis.knockouts.in_window", lambda *_: False)
     assert torch.allclose(hidden, blocked(wide, PROMPTS, [[1]] * 3), atol=1e-4)
 
 

@@ -1,5 +1,7 @@
 """Logit flow: telescoping, neurons against a naive loop, answers, options, errors."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ import torch
 from conftest import PROMPTS
 
 from backattn import load_model, logit_flow
-from backattn.models.activations import capture, head_contributions
+from backattn.models.activations import capture
 from backattn.models.lens import Lens
 from backattn.models.tokens import encode
 
@@ -33,28 +35,27 @@ def naive_neurons(model, tokenizer, prompt: str, norm: str) -> pd.DataFrame:
     last = stream.hidden.shape[2] - 1
     frozen = lens.scale(stream.hidden[-1, 0, last]) if norm == "final" else None
 
-    def read(state):
-        return lens.log_probs(state, frozen)[answer].item()
+    def add(layer, kind, base, coefficient, column, *where):
+        post, scale = block.norm(f"{kind}_post"), stream.post_scale(kind, layer)[0, last]
+        states = torch.stack([base + post.linear(coefficient * column, scale), base])
+        after, before = lens.log_probs(states, frozen)[:, answer].tolist()
+        rows.append((0, layer, kind, *where, after - before))
 
     for layer, block in enumerate(stream.arch.blocks):
-        base = stream.hidden[layer, 0, last]
-        post, scale = block.norm("attention_post"), stream.post_scale("attention", layer)[0, last]
-        before = read(base)
-        for head in range(block.heads):
-            kv = head // (block.heads // block.kv_heads)
-            for channel in range(block.head_dim):
-                column = block.attention_out.weight[:, head * block.head_dim + channel]
-                for position in range(last + 1):
-                    alpha = stream.weights[layer][0, head, last, position]
-                    v = alpha * stream.values[layer][0, position, kv, channel] * column
-                    increase = read(base + post.linear(v, scale)) - before
-                    rows.append((0, layer, "attention", head, channel, position, increase))
-        base = stream.middle(layer)[0, last]
-        post, scale = block.norm("ffn_post"), stream.post_scale("ffn", layer)[0, last]
-        before = read(base)
+        base, w_o, group = (
+            stream.hidden[layer, 0, last],
+            block.attention_out.weight,
+            block.heads // block.kv_heads,
+        )
+        for head, channel in itertools.product(range(block.heads), range(block.head_dim)):
+            for position in range(last + 1):
+                alpha = stream.weights[layer][0, head, last, position]
+                v = alpha * stream.values[layer][0, position, head // group, channel]
+                column = w_o[:, head * block.head_dim + channel]
+                add(layer, "attention", base, v, column, head, channel, position)
         for neuron, m in enumerate(stream.neurons[layer][0, last]):
-            v = post.linear(m * block.ffn_out.weight[:, neuron], scale)
-            rows.append((0, layer, "ffn", None, neuron, last, read(base + v) - before))
+            column = block.ffn_out.weight[:, neuron]
+            add(layer, "ffn", stream.middle(layer)[0, last], m, column, None, neuron, last)
     return pd.DataFrame(rows, columns=[*KEYS, "increase"]).astype({"head": "Int16"})
 
 
@@ -107,13 +108,18 @@ def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
     heads = flow.frame[flow.frame["kind"] == "attention"]
     lengths = [len(tokenizer(p)["input_ids"]) for p in PROMPTS]
     config = model.config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     assert len(heads) == config.num_hidden_layers * config.num_attention_heads * sum(lengths)
     stream = capture(model, encode(tokenizer, PROMPTS[:1]))
     lens = Lens(stream.arch)
     base, scale = stream.hidden[2, 0, -1], lens.scale(stream.hidden[-1, 0, -1])
     found = heads[heads["prompt"] == 0].set_index(["layer", "head", "position"])["increase"]
     for head, position in [(0, 0), (3, 1), (1, lengths[0] - 1)]:
-        state = base + head_contributions(stream, 2)[0, head, position]
+        block, group = stream.arch.blocks[2], head // (config.num_attention_heads // kv_heads)
+        values = stream.weights[2][0, head, -1, position] * stream.values[2][0, position, group]
+        w_o = block.attention_out.weight.unflatten(-1, (block.heads, -1))[:, head]  # [D, d]
+        post = block.norm("attention_post")
+        state = base + post.linear(w_o @ values, stream.post_scale("attention", 2)[0, -1])
         expected = (lens.log_probs(state, scale) - lens.log_probs(base, scale))[flow.answer_ids[0]]
         assert found.loc[2, head, position] == pytest.approx(expected.item(), abs=1e-5)
     ffn, layers = (x[x["kind"] == "ffn"]["increase"] for x in (flow.frame, flow.layers))
@@ -147,16 +153,11 @@ def test_bfloat16_has_a_rounding_row_and_still_telescopes():
     assert flow.check() <= 0.1
 
 
-# ---------------------------------------------------------------- answers
-
-
-@pytest.mark.parametrize("as_id", [False, True])
-def test_an_answer_is_a_word_or_a_token_id(llama, as_id):
-    model, tokenizer = llama
-    ids = tokenizer(" Paris")["input_ids"]
-    flow = logit_flow(model, tokenizer, PROMPTS[:1], ids if as_id else ["Paris"], level="layer")
-    assert flow.answer_ids == ids and flow.answers == [" Paris"]
-    assert flow.check() <= 1e-4
+def test_an_answer_is_a_word_or_a_token_id(llama):
+    ids = llama[1](" Paris")["input_ids"]
+    for answers in (ids, ["Paris"]):
+        flow = logit_flow(*llama, PROMPTS[:1], answers, level="layer")
+        assert flow.answer_ids == ids and flow.answers == [" Paris"] and flow.check() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -177,22 +178,11 @@ def test_an_unusable_answer_is_refused(llama, answers, message):
         logit_flow(*llama, PROMPTS[:count], answers=answers)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "message"),
-    [
-        ("France's capital is", "Paris-Rome", "first token"),
-        ("France's capital is ", "Paris", "ends with a space"),
-    ],
-)
-def test_an_answer_is_scored_on_its_first_token_and_what_is_odd_is_said(
-    llama, prompt, answer, message
-):
-    with pytest.warns(UserWarning, match=message):
-        flow = logit_flow(*llama, prompt, answer, level="layer")
-    assert flow.answers == [" Paris"]
-
-
-# ---------------------------------------------------------------- options and errors
+def test_an_answer_is_scored_on_its_first_token_and_what_is_odd_is_said(llama):
+    for end, answer, message in (("", "Paris-Rome", "first token"), (" ", "Paris", "with a space")):
+        with pytest.warns(UserWarning, match=message):
+            flow = logit_flow(*llama, PROMPTS[0] + end, answer, level="layer")
+        assert flow.answers == [" Paris"]
 
 
 @pytest.mark.parametrize(
@@ -213,27 +203,23 @@ def test_unknown_options_name_the_known_ones(llama, option, message):
         logit_flow(*llama, **{"prompts": PROMPTS, **option})
 
 
-def test_a_broken_lens_scale_is_caught(llama, monkeypatch):
+def test_a_broken_lens_or_decomposition_is_caught(llama, monkeypatch):
+    flow = logit_flow(*llama, PROMPTS, level="layer")
+    for change, message in ((1e-3, "prompt 0"), (float("nan"), "miss")):
+        flow.layers.loc[5, "increase"] += change
+        with pytest.raises(ValueError, match=message):
+            flow.check()
+    for layer in (0, 1, 3):
+
+        def broken(*args, layer=layer):
+            stream = capture(*args)
+            stream.ffn[layer] *= 1.05
+            return stream
+
+        with monkeypatch.context() as patched:
+            patched.setattr("backattn.analysis.logit_flow.capture", broken)
+            with pytest.raises(ValueError, match="miss the model's log-probability"):
+                logit_flow(*llama, PROMPTS, level="layer").check()
     monkeypatch.setattr(Lens, "scale", lambda self, state: 1.05 * self.norm.scale(state))
     with pytest.raises(ValueError, match="miss the model's log-probability"):
         logit_flow(*llama, PROMPTS, level="layer").check()
-
-
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_a_broken_decomposition_is_caught_in_any_layer(llama, monkeypatch, layer):
-    def broken(*args, **kwargs):
-        stream = capture(*args, **kwargs)
-        stream.ffn[layer] *= 1.05
-        return stream
-
-    monkeypatch.setattr("backattn.analysis.logit_flow.capture", broken)
-    with pytest.raises(ValueError, match="miss the model's log-probability"):
-        logit_flow(*llama, PROMPTS, level="layer").check()
-
-
-@pytest.mark.parametrize(("change", "message"), [(1e-3, "prompt 0"), (float("nan"), "miss")])
-def test_a_changed_layer_score_is_caught(llama, change, message):
-    flow = logit_flow(*llama, PROMPTS, level="layer")
-    flow.layers.loc[5, "increase"] += change
-    with pytest.raises(ValueError, match=message):
-        flow.check()

@@ -15,6 +15,7 @@ from backattn import (
     logit_flow,
 )
 
+ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
 SHAPE = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -22,14 +23,7 @@ SHAPE = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    "rope_parameters": {**ROPE, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 LAYER = 6
 

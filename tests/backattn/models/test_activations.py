@@ -5,7 +5,8 @@ import torch
 from conftest import PROMPTS
 
 from backattn import load_model
-from backattn.models.activations import capture, head_contributions, self_check
+from backattn.analysis.neuron_scores import sublayers
+from backattn.models.activations import capture, self_check
 from backattn.models.decoder import describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import hooks
@@ -23,28 +24,20 @@ def close(found, expected, tolerance=1e-5):
     assert error <= tolerance, f"relative error {error:.1e}"
 
 
-def test_contributions_sum_to_the_state_before_the_final_norm(stream):
+def test_every_sublayer_is_the_sum_of_its_parts(stream):
+    """Layer by layer: the stream; at the last position, neurons and the bias."""
     assert stream.decomposition_error() <= 1e-5
-    for layer in range(stream.layers):  # every layer, not only the last
-        close(
-            stream.hidden[layer] + stream.attention[layer] + stream.ffn[layer],
-            stream.hidden[layer + 1],
-        )
-
-
-def test_heads_and_source_positions_sum_to_attention(stream):
-    for layer, block in enumerate(stream.arch.blocks):
-        post = block.norm("attention_post")
-        scale = stream.batch.at_last(stream.post_scale("attention", layer))
-        total = head_contributions(stream, layer).sum((1, 2)) + post.linear(
-            block.attention_out.bias, scale
-        )
-        close(total, stream.batch.at_last(stream.attention[layer]))
+    for layer in range(stream.layers):
+        added = stream.attention[layer] + stream.ffn[layer]
+        close(stream.hidden[layer] + added, stream.hidden[layer + 1])
+    for sub in sublayers(stream):
+        whole = getattr(stream, sub.kind)[sub.layer]
+        total = sub.coefficient.sum(1) @ sub.vectors + (0 if sub.bias is None else sub.bias)
+        close(total, stream.batch.at_last(whole))
 
 
 def test_attention_reads_no_padding_and_no_later_position(stream):
-    for layer in range(stream.layers):
-        weights = stream.weights[layer]  # [B, H, query, source]
+    for weights in stream.weights:  # [B, H, query, source]
         real = stream.batch.attention_mask.bool()
         causal = torch.ones(weights.shape[-2:]).tril().bool()
         for b in range(len(real)):
@@ -54,29 +47,24 @@ def test_attention_reads_no_padding_and_no_later_position(stream):
             assert torch.allclose(rows.sum(-1), torch.ones(()), atol=1e-5)
 
 
-def test_neurons_and_bias_sum_to_the_ffn(stream):
+def test_values_and_neurons_are_made_again_to_the_bit_and_by_the_input_weights(stream):
     for layer, block in enumerate(stream.arch.blocks):
-        raw = stream.neurons[layer] @ block.ffn_out.weight.T + block.ffn_out.bias
-        post = block.norm("ffn_post")
-        close(post.linear(raw, stream.post_scale("ffn", layer)), stream.ffn[layer])
-
-
-def test_neuron_coefficients_come_from_the_input_weights(stream):
-    for layer, block in enumerate(stream.arch.blocks):
-        gate, up = block.ffn_in
-        x = block.norm("ffn_norm")(stream.ffn_input(layer))
-        u = x @ up.weight.T + up.bias
-        m = (
-            block.activation(u)
-            if gate is None
-            else block.activation(x @ gate.weight.T + gate.bias) * u
-        )
-        close(m, stream.neurons[layer])
-        v = (
-            block.norm("attention_norm")(stream.attention_input(layer)) @ block.value.weight.T
-            + block.value.bias
-        )
-        close(v.unflatten(-1, (block.kv_heads, block.head_dim)), stream.values[layer])
+        (gate, up), (m, g, u) = block.ffn_in, block.neurons(stream.ffn_input(layer))
+        assert torch.equal(m, stream.neurons[layer])
+        assert torch.equal(block.values(stream.attention_input(layer)), stream.values[layer])
+        for name, state, pairs in (
+            (
+                "attention_norm",
+                stream.attention_input(layer),
+                [(block.value, stream.values[layer])],
+            ),
+            ("ffn_norm", stream.ffn_input(layer), [(up, u), (gate, g)]),
+        ):
+            norm = block.norm(name)
+            x = norm.linear(state, norm.scale(state)) + norm.bias
+            for linear, found in pairs:
+                if linear is not None:
+                    close(linear(x).reshape(found.shape), found)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -90,15 +78,14 @@ def test_batched_equals_single_under_padding(tiny, side):
         assert torch.allclose(together.hidden[:, index, real], alone.hidden[:, 0], atol=1e-4)
 
 
-def test_eager_equals_sdpa_and_the_setting_returns(tiny):
+def test_eager_equals_sdpa_and_settings_return(tiny):
     model, tokenizer = tiny
     batch, before = encode(tokenizer, PROMPTS, side="left"), model.config._attn_implementation
-    eager, plain = (
-        capture(model, batch),
-        capture(model, batch, detail=False),
-    )  # only detail needs eager
+    model.train()
+    eager, plain = capture(model, batch), capture(model, batch, detail=False)
+    assert model.training
     assert torch.allclose(eager.logits, plain.logits, atol=1e-5)
-    assert model.config._attn_implementation == before
+    assert model.eval().config._attn_implementation == before
 
 
 def hook_count(model):
@@ -121,28 +108,12 @@ def test_no_hook_survives_an_exception(tiny):
     assert model.config._attn_implementation == attention
 
 
-def test_capture_leaves_training_mode_as_it_was(llama):
-    model, tokenizer = llama
-    model.train()
-    try:
-        capture(model, encode(tokenizer, PROMPTS))
-        assert model.training
-    finally:
-        model.eval()
-
-
-def test_self_check_passes_on_every_family(tiny):
-    model, _ = tiny
-    self_check(model)
-
-
 def test_self_check_names_what_does_not_add_up():
     model, _ = load_model("tiny-llama")
+    self_check(load_model("tiny-llama")[0])
     layer = model.model.layers[1]
     forward = layer.forward
-    layer.forward = lambda *args, **kwargs: (
-        forward(*args, **kwargs) * 1.01
-    )  # a residual multiplier, as in Granite
+    layer.forward = lambda *args, **kw: forward(*args, **kw) * 1.01  # multiplied, as in Granite
     with pytest.raises(UnsupportedModelError, match="residual contributions miss"):
         self_check(model)
 

@@ -5,8 +5,9 @@ import torch
 from conftest import PROMPTS, same
 
 from backattn import load_model, logit_flow
-from backattn.models.checkpoint import ModelLoadError
-from backattn.models.devices import in_one_place, spread_options
+from backattn.models.devices import in_one_place
+from backattn.models.load import _spread_options
+from backattn.models.packaged import ModelLoadError
 
 
 def test_a_model_that_does_not_fit_is_spread_and_says_so(folder, request, capsys):
@@ -20,7 +21,7 @@ def test_several_processes_do_not_each_spread_a_model(spread, monkeypatch):
     two = type("State", (), {"num_processes": 2})
     monkeypatch.setattr("backattn.runtime.process_state", two)
     with pytest.raises(ModelLoadError, match="start one process alone"):
-        spread_options("llama", spread[0].config, torch.float32, "cpu")
+        _spread_options("llama", spread[0].config, torch.float32, "cpu")
 
 
 def test_logit_flow_refuses_a_spread_model(spread):

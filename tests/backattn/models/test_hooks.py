@@ -19,10 +19,10 @@ def test_hook_functions_can_edit_on_every_side(llama):
 
     for target, side, edit in (
         (block.module, "input", lambda x: x + 1.0),
-        (block.attention, "output", lambda x: x + 1.0),
-        (block.ffn_result, "output", lambda x: x + 1.0),
-        (block.attention, "arguments", in_arguments),
-        (block.attention, "whole output", lambda output: (output[0] + 1.0, *output[1:])),
+        (block.get("attention"), "output", lambda x: x + 1.0),
+        (block.result("ffn"), "output", lambda x: x + 1.0),
+        (block.get("attention"), "arguments", in_arguments),
+        (block.get("attention"), "whole output", lambda output: (output[0] + 1.0, *output[1:])),
     ):
         with hooks((target, side, edit)):
             changed = capture(model, batch, detail=False).logits

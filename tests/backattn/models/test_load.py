@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from backattn import load_model, runtime
-from backattn.models.checkpoint import ModelLoadError
 from backattn.models.families import FAMILIES, UnsupportedModelError
+from backattn.models.packaged import ModelLoadError
 from backattn.models.tiny import TINY
 
 
@@ -20,6 +20,8 @@ def test_every_supported_family_has_a_tiny_model_of_at_least_three_layers(tiny):
     assert {family for family, _ in TINY.values()} == set(FAMILIES)
     assert model.config.num_hidden_layers >= 3 and not model.training
     assert tokenizer.pad_token_id is not None
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and norms are random
+    assert vectors and all(p.std() > 0.01 for p in vectors)
 
 
 def test_tiny_models_are_seeded_and_leave_the_callers_seed_alone():
@@ -31,11 +33,6 @@ def test_tiny_models_are_seeded_and_leave_the_callers_seed_alone():
     assert same(first, load_model("tiny-qwen3")[0])
     text = "Mozart's mother — naïve 漢字 🎼"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_tiny_biases_and_norms_are_random(tiny):
-    vectors = [p for p in tiny[0].parameters() if p.dim() == 1]
-    assert vectors and all(p.std() > 0.01 for p in vectors)
 
 
 def test_unknown_tiny_name_lists_the_known_ones():
@@ -53,41 +50,29 @@ def test_a_local_folder_loads(tmp_path):
 
 
 def test_an_unsupported_family_is_named_with_the_supported_ones_before_weights_are_read(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"neither a local folder with config.json.*smollm2"):
+        load_model(tmp_path)
     AutoConfig.for_model("opt", hidden_size=8).save_pretrained(tmp_path)  # no weights at all
     with pytest.raises(UnsupportedModelError, match=r"'opt' is not supported.*gemma2.*llama"):
         load_model(tmp_path)
-
-
-def test_a_model_type_nobody_knows_is_unsupported_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "frobnicator"}))
     with pytest.raises(UnsupportedModelError, match="Supported families"):
         load_model(tmp_path)
 
 
-def test_a_folder_without_a_model_is_explained(tmp_path):
-    with pytest.raises(ModelLoadError, match=r"neither a local folder with config.json.*smollm2"):
-        load_model(tmp_path)
-
-
-def test_pickled_weights_are_refused(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelLoadError, match="safetensors"):
-        load_model(folder)
-
-
-def test_a_truncated_weight_file_is_explained(folder):
+def test_weights_that_are_pickled_truncated_or_missing_are_refused(folder):
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
+    weights, whole = load_file(file), file.read_bytes()
+    file.write_bytes(whole[:-1000])
     with pytest.raises(ModelLoadError, match="damaged"):
         load_model(folder)
-
-
-def test_missing_weights_are_not_made_up(folder):
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.2.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    lacking = {k: v for k, v in weights.items() if k != "model.layers.2.mlp.up_proj.weight"}
+    save_file(lacking, file, metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=r"lacks 1 tensors \(model.layers.2.mlp.up_proj.wei"):
+        load_model(folder)
+    file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="safetensors"):
         load_model(folder)
 
 
@@ -111,14 +96,11 @@ def test_a_model_that_brings_code_is_refused(folder, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_the_environment_says_the_dtype_where_nothing_else_does(monkeypatch, name):
-    monkeypatch.setenv(runtime.DTYPE, name)
-    assert load_model("tiny-llama")[0].dtype == getattr(torch, name)
-    assert load_model("tiny-llama", dtype=torch.float16)[0].dtype == torch.float16
-
-
-def test_an_unknown_dtype_is_explained(monkeypatch):
+def test_the_environment_says_the_dtype_where_nothing_else_does(monkeypatch):
+    for name in ("float32", "bfloat16"):
+        monkeypatch.setenv(runtime.DTYPE, name)
+        assert load_model("tiny-llama")[0].dtype == getattr(torch, name)
+        assert load_model("tiny-llama", dtype=torch.float16)[0].dtype == torch.float16
     monkeypatch.setenv(runtime.DTYPE, "float8")
     with pytest.raises(ValueError, match="BACKATTN_DTYPE is 'float8'"):
         load_model("tiny-llama")
