@@ -149,8 +149,7 @@ def make_arm(
     cannot have.
 
     Example:
-        >>> from backattn import load_model
-        >>> make_arm("bias", load_model("tiny-llama")[0], source_layer=1, dim=8).trainable()[0]
+        >>> make_arm("bias", model, source_layer=1, dim=8).trainable()[0]
         32
     """
     if name not in ARMS:

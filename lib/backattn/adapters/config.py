@@ -35,9 +35,8 @@ class BackAttentionConfig:
 
     def __post_init__(self):
         one = not isinstance(self.source_layer, tuple | list)
-        sources = [self.source_layer] if one else self.source_layer
         for name, layers in (
-            ("source_layer", sources),
+            ("source_layer", [self.source_layer] if one else self.source_layer),
             ("memory_layers", self.memory_layers or ()),
         ):
             if not all(isinstance(layer, int) for layer in layers):
@@ -88,10 +87,8 @@ class BackAttentionConfig:
             >>> BackAttentionConfig.from_dict({"source_layer": [0, 2], "task": "any"}).sources
             (0, 2)
         """
-        options = {
-            field.name: options[field.name] for field in fields(cls) if field.name in options
-        }
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        known = {f.name: options[f.name] for f in fields(cls) if f.name in options}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
 def _each_once(layers: Sequence[int], last: int) -> bool:

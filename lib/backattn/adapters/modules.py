@@ -27,6 +27,10 @@ class Update(nn.Module):
     read. write: the mixture as a vector of the residual stream.
     """
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def query(self, h: Tensor) -> Tensor:
         return h
 
@@ -43,7 +47,7 @@ class Update(nn.Module):
 class BackAttention(Update):
     """Attention of h over the memory: softmax(N(h) W_q · N(memory) W_k / √d) N(memory) W_v W_o.
 
-    W_o starts at zero, so that an untrained module changes nothing, to the bit. Its update is fp32.
+    W_o starts at zero, so that an untrained module changes nothing, to the bit.
 
     Example:
         >>> update = BackAttention(32, BackAttentionConfig(source_layer=1, dim=8))
@@ -65,21 +69,22 @@ class BackAttention(Update):
         self.o_proj = nn.Linear(config.dim, width, bias=False)
         nn.init.zeros_(self.o_proj.weight)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return normed(x) if self.config.norm else x.float()
+    def extra_repr(self) -> str:
+        return str(self.config)
 
-    def _by_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.heads, -1))
+    def _projected(self, project: nn.Linear, x: Tensor) -> Tensor:
+        """N(x) W by heads: [..., H, d]."""
+        x = normed(x) if self.config.norm else x.float()
+        return project(x.to(project.weight.dtype)).unflatten(-1, (self.config.heads, -1))
 
     def query(self, h: Tensor) -> Tensor:
         """N(h) W_q: [B, H, T, d]."""
-        return self._by_heads(self.q_proj(self._normed(h))).transpose(1, 2)
+        return self._projected(self.q_proj, h).transpose(1, 2)
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """N(memory) W_k and N(memory) W_v of memory states [M, B, S, D]: [B, H·M, S, d] each."""
-        memory = self._normed(memory)
         return tuple(
-            self._by_heads(project(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)
+            self._projected(project, memory).permute(1, 3, 0, 2, 4).flatten(1, 2)
             for project in (self.k_proj, self.v_proj)
         )
 
@@ -136,7 +141,7 @@ class ResidualLoRA(Update):
         nn.init.zeros_(self.up.weight)
 
     def query(self, h: Tensor) -> Tensor:
-        return self.down(normed(h))
+        return self.down(normed(h).to(self.down.weight.dtype))
 
     def write(self, mixed: Tensor) -> Tensor:
         return self.up(mixed)
@@ -153,7 +158,7 @@ class LoopLoRA(ResidualLoRA):
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The images of the final states [1, B, S, D], as keys and as values: [B, 1, S, r]."""
-        low = self.down(normed(memory[0]))[:, None]
+        low = ResidualLoRA.query(self, memory[0])[:, None]
         return low, low
 
     def mix(self, query: Tensor, keys, values: Tensor, visible) -> Tensor:
@@ -186,4 +191,4 @@ class Bias(Update):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def write(self, mixed: Tensor) -> Tensor:
-        return self.bias + torch.zeros_like(mixed, dtype=self.bias.dtype)
+        return self.bias.expand_as(mixed)

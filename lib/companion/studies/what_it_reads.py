@@ -335,9 +335,7 @@ def brought_forward(
     for probe in memory_probes(runs, store, count, device):
         for adapter in ("off", "on"):
             probe.wrapped.enabled = adapter == "on"
-            reading = read_conflict(
-                probe.wrapped.base_model, probe.tokenizer, probe.frame, places=["last"]
-            )
+            reading = read_conflict(probe.wrapped, probe.tokenizer, probe.frame, places=["last"])
             for entity, readable in reading.readable.items():  # [n, 1, L+1]
                 part = probe.about().assign(entity=entity, adapter=adapter)
                 rows.append(part.assign(readable=list(readable[:, 0])))
