@@ -8,6 +8,7 @@ projections, because raw high-layer states hold a few huge entries. Both are opt
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ class BackAttentionModel(TwoPassModel):
         load. dtype: of the file, for example torch.float16; None keeps the adapter's. A base model
         that was trained too is saved on its own.
         """
-        options = self.back_attention_config.to_dict()
+        options = asdict(self.back_attention_config)
         saving.write(folder, self.base_model, options, self.adapter_state(), dtype)
 
     @classmethod

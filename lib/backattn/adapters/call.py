@@ -89,8 +89,8 @@ class Call:
         if self.cells is not None:
             visible = visible[:, :, None] & self.cells  # [B, T, M, S]
         if self.maps is not None:
-            weights = self.model.updates[str(layer)].weights(h, keys, visible)
-            self.maps[layer] = weights.detach()
+            update = self.model.updates[str(layer)]
+            self.maps[layer] = update.weights(update.query(h), keys, visible).detach()
         return keys, values, visible
 
     def _remember(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -137,50 +137,41 @@ class Call:
 
     def _check(self, inputs: dict) -> None:
         """Raises ValueError, before anything is computed, for what back attention cannot do."""
-        batch, time, total = self.batch, self.time, self.past + self.time
-        updates, mask = self.model.updates.values(), self.mask
-        attends = any(isinstance(update, BackAttention) for update in updates)
-        edited = [edit is not None for edit in (self.cells, self.memory, self.maps)]
-        if self.single and not all(isinstance(update, BackAttention) for update in updates):
-            raise ValueError(
-                "One pass is for back attention: this adapter needs a token's own final state."
-            )
-        if self.single and any(edited):
-            raise ValueError(
+        shape, total, mask = [self.batch, self.time], self.past + self.time, self.mask
+        attends = [isinstance(update, BackAttention) for update in self.model.updates.values()]
+        edited = any(edit is not None for edit in (self.cells, self.memory, self.maps))
+        places, wrong = inputs.get("position_ids"), None
+        if self.single and not all(attends):
+            wrong = "One pass is for back attention: this adapter needs a token's own final state."
+        elif self.single and edited:
+            wrong = (
                 "In one pass the memory can be neither edited nor mapped: set one_pass to False."
             )
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise ValueError(
-                "Back attention needs the attention mask as [batch, time] with 1 for real tokens, "
-                "or none."
-            )
-        if mask is not None and mask.shape[1] != total:
-            raise ValueError(
-                f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
-            )
-        places = inputs.get("position_ids")
-        if attends and time > 1 and places is not None:
+        elif mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            wrong = "The attention mask must be [batch, time] with 1 for real tokens, or none."
+        elif mask is not None and mask.shape[1] != total:
+            wrong = f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
+        elif any(attends) and self.time > 1 and places is not None:
             again = places[:, 1:] <= places[:, :-1]
             if mask is not None:
-                real = mask[:, -time:].bool().to(places.device)
+                real = mask[:, -self.time :].bool().to(places.device)
                 again = again & real[:, 1:] & real[:, :-1]
             if again.any():
-                raise ValueError(
+                wrong = (
                     "position_ids start again inside a row: back attention would read other texts "
                     "packed into it. Give each text a row of its own, padded."
                 )
-        if self.memory is not None and self.memory.shape[1:3] != (batch, time):
-            raise ValueError(
-                f"memory is {list(self.memory.shape[1:3])} per layer; this pass has "
-                f"{[batch, time]}."
-            )
+        if self.memory is not None and [*self.memory.shape[1:3]] != shape:
+            wrong = f"memory is {[*self.memory.shape[1:3]]} per layer; this pass has {shape}."
         if self.cells is not None:
             texts, queries, _, positions = self.cells.shape
-            if texts not in (1, batch) or queries not in (1, time) or positions != total:
-                raise ValueError(
+            if texts not in (1, self.batch) or queries not in (1, self.time) or positions != total:
+                wrong = (
                     f"cells are for {texts} texts, {queries} queries and {positions} positions; "
-                    f"this pass has {batch} texts, {time} queries and {total} positions."
+                    f"this pass has {shape[0]} texts, {shape[1]} queries and {total} positions."
                 )
+        if wrong:
+            raise ValueError(wrong)
 
 
 class UpperCache:
@@ -284,11 +275,10 @@ def attached(model) -> Iterator[None]:
         ):
             stack.callback(handle.remove)
         for layer, block in enumerate(arch.blocks):
-            module, forward = block.module, block.module.forward
-            # Accelerate gives layers a forward of their own: put that back, or leave the class's.
-            own = "forward" in vars(module)
-            stack.callback(module.__setattr__, "forward", forward) if own else stack.callback(
-                module.__delattr__, "forward"
-            )
-            module.forward = functools.partial(in_layer, layer, forward)
+            # Put back what accelerate gives a layer as its own forward, else uncover the class's.
+            own, forward = vars(block.module), block.module.forward
+            back = {"forward": forward} if "forward" in own else {}
+            stack.callback(own.update, back)
+            stack.callback(own.pop, "forward")
+            own["forward"] = functools.partial(in_layer, layer, forward)
         yield

@@ -52,11 +52,11 @@ class BackAttention(Update):
     Example:
         >>> update = BackAttention(32, BackAttentionConfig(source_layer=1, dim=8))
         >>> h, memory = torch.randn(1, 5, 32), torch.randn(3, 1, 5, 32)  # three memory layers
-        >>> keys, values = update.remember(memory)
+        >>> query, (keys, values) = update.query(h), update.remember(memory)
         >>> visible = torch.ones(1, 5, 5, dtype=torch.bool).tril()
         >>> update(h, keys, values, visible).abs().max().item()
         0.0
-        >>> update.weights(h, keys, visible).sum((-2, -1)).round(decimals=4).unique().tolist()
+        >>> update.weights(query, keys, visible).sum((-2, -1)).round(decimals=4).unique().tolist()
         [1.0]
     """
 
@@ -93,10 +93,9 @@ class BackAttention(Update):
 
         visible may also be [B, T, M, S], of single cells; a query that sees none gets zero.
         """
-        heads = self.config.heads
-        by_layer, layers = (heads, -1), keys.shape[1] // heads
+        by_layer, layers = (self.config.heads, -1), keys.shape[1] // self.config.heads
         if visible.dim() == 4:
-            weights = self._weights(query, keys, visible)
+            weights = self.weights(query, keys, visible)
             mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values.unflatten(1, by_layer))
         elif self.config.softmax == "joint":
             keys, values = (x.unflatten(1, by_layer).flatten(2, 3) for x in (keys, values))
@@ -111,19 +110,15 @@ class BackAttention(Update):
     def write(self, mixed: Tensor) -> Tensor:
         return self.o_proj(mixed)
 
-    def weights(self, h: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+    def weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
 
         They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is
         visible counts zero).
         """
-        return self._weights(self.query(h), keys, visible)
-
-    def _weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         keys = keys.unflatten(1, (self.config.heads, -1))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", query, keys) / math.sqrt(keys.shape[-1])
-        visible = visible if visible.dim() == 4 else visible[:, :, None]
-        seen = visible[:, None]  # [B, 1, T, M or 1, S]
+        seen = (visible if visible.dim() == 4 else visible[:, :, None])[:, None]  # [B, 1, T, M, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
             weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
@@ -148,11 +143,8 @@ class ResidualLoRA(Update):
 
 
 class LoopLoRA(ResidualLoRA):
-    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns.
-
-    The second turn begins with h_s and a low-rank image of what the first ended with, position by
-    position.
-    """
+    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns, the second of which
+    begins with h_s and a low-rank image of what the first ended with, position by position."""
 
     query = Update.query
 

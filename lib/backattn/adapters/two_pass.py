@@ -23,16 +23,6 @@ _locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictiona
 _requests: ContextVar[dict[int, dict]] = ContextVar("requests")
 
 
-@functools.cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    """What a class's forward takes, by name."""
-    _, *others = inspect.signature(kind.forward).parameters.values()
-    free = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [p.replace(kind=p.KEYWORD_ONLY) if p.kind is free else p for p in others]
-    )
-
-
 class _Forward:
     """`TwoPassModel._forward` with the base model's signature, by which Trainer keeps columns."""
 
@@ -40,7 +30,7 @@ class _Forward:
         if model is None:
             return owner._forward
         forward = functools.partial(owner._forward, model)
-        forward.__signature__ = _signature(type(model.base_model))
+        forward.__signature__ = inspect.signature(model.base_model.forward)
         return forward
 
 
@@ -50,10 +40,9 @@ class TwoPassModel(nn.Module):
     updates: source layer -> `Update`. memory: the layers whose states it remembers. Where one lies
     above a source layer, the layers from the lowest source layer on run twice.
 
-    The base model's weights are frozen unless freeze_base=False, and it stays the plain model: it
-    is the adapted one only while this one is called. Several threads may call; they wait for each
-    other. Padding may stand on either side; a forward pass of GPT-2 with padding on the left needs
-    position_ids, as it does without an adapter.
+    The base model's weights are frozen unless freeze_base=False; but while this one is called it
+    stays the plain model. Threads that call wait for each other. Padding may stand on either side;
+    GPT-2 with padding on the left needs position_ids, as it does without an adapter.
     """
 
     def __init__(
@@ -76,9 +65,8 @@ class TwoPassModel(nn.Module):
         # The states of the first pass that the rest is made from, lowest first.
         self.needed = tuple(sorted({self.sources[0], *memory}))
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
-        for layer in self.sources:
-            place = runs_on(self._arch.blocks[layer].module)
-            self.updates[str(layer)].to(place, torch.float32)
+        for layer, update in updates.items():
+            update.to(runs_on(self._arch.blocks[layer].module), torch.float32)
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled = True
@@ -126,15 +114,12 @@ class TwoPassModel(nn.Module):
     ) -> Tensor:
         """The states entering the layers `needed`, from one unmodified pass: [K, B, T, D]."""
         states: dict[int, Tensor] = {}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        # A place, not a count: see `training.evaluation.answer_logits`.
+        last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+        inputs |= {"position_ids": position_ids, "logits_to_keep": last}
         with self._asked(states=states), self.applied():
-            self.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                # A place, not a count: see `training.evaluation.answer_logits`.
-                logits_to_keep=torch.tensor([input_ids.shape[1] - 1], device=input_ids.device),
-            )
+            self.base_model(**inputs, use_cache=False)
         return torch.stack([states[t].to(input_ids.device) for t in self.needed])
 
     @property
