@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from backattn.adapters.modules import BackAttention
+from backattn.adapters.modules import BackAttention, Update
 
 
 class Call:
@@ -64,57 +64,48 @@ class Call:
             if layer in self.model.sources:
                 update = self.model.updates[str(layer)]
                 h = h.to(update.device)
-                k, v, visible = self._read(layer, h)  # N(h_t) W_k, N(h_t) W_v, and j ≤ i
+                k, v, visible = self._read(layer, update, h)  # N(h_t) W_k, N(h_t) W_v, and j ≤ i
                 q = update.query(h)  # N(h_s) W_q
                 mixed = update.mix(q, k, v, visible)  # softmax(q · k / √d′) v
                 h = h + update.write(mixed).to(h.dtype)  # h_s + mixed W_o
-            h = self._run(layer, h)  # layers s … L−1 again
+            args, kwargs = self.arguments[layer]
+            out = self.model._arch.blocks[layer].module(h, *args, **kwargs)  # layers s … L−1 again
+            h = out[0] if isinstance(out, tuple) else out
         if self.single:
             self.states[self.model.layers] = h
             for layer in self.model.sources:
-                self.cache.memory(layer, self.past).update(*self._remember(layer))
+                remembered = self._remember(self.model.updates[str(layer)])
+                self.cache.memory(layer, self.past).update(*remembered)
         return h
 
-    def _read(self, layer: int, h: Tensor) -> tuple[Tensor | None, ...]:
-        """Keys, values and visible, as `Update.mix` takes them, earlier tokens' included."""
+    def _read(self, layer: int, update: Update, h: Tensor) -> tuple[Tensor | None, ...]:
+        """Keys, values and visible [B, T, past + T], as `Update.mix` takes them, earlier tokens'
+        included."""
         if not self.model.memory_layers:
             return None, None, None
-        visible = self._visible(h)
+        columns = torch.arange(self.past + self.time, device=h.device)
+        rows = columns[self.past :, None]
+        visible = (columns <= rows).expand(self.batch, -1, -1)
+        if self.mask is not None:  # a query sees itself always, so that padding gives no NaN
+            visible = (visible & self.mask.bool().to(h.device)[:, None]) | (columns == rows)
         if self.single:
             memory = self.cache.memory(layer, self.past)
             return memory.keys, memory.values, visible[:, :, :-1]
-        keys, values = self._remember(layer)
+        keys, values = self._remember(update)
         if self.cache is not None:
             keys, values = self.cache.memory(layer, self.past).update(keys, values)
         if self.cells is not None:
             visible = visible[:, :, None] & self.cells  # [B, T, M, S]
         if self.maps is not None:
-            update = self.model.updates[str(layer)]
             self.maps[layer] = update.weights(update.query(h), keys, visible).detach()
         return keys, values, visible
 
-    def _remember(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _remember(self, update: Update) -> tuple[Tensor, Tensor]:
         """Keys and values of this call's memory for the update of a source layer."""
-        memory, update = self.memory, self.model.updates[str(layer)]
+        memory = self.memory
         if memory is None:
             memory = [self.states[t] for t in self.model.memory_layers]
         return update.remember(torch.stack([h.to(update.device) for h in memory]))
-
-    def _visible(self, h: Tensor) -> Tensor:
-        """Positions that each query may read, itself always, so that padding gives no NaN:
-        [B, T, past + T]."""
-        rows = torch.arange(self.past, self.past + self.time, device=h.device)[:, None]
-        columns = torch.arange(self.past + self.time, device=h.device)
-        visible = (columns <= rows).expand(self.batch, -1, -1)
-        if self.mask is None:
-            return visible
-        return (visible & self.mask.bool().to(h.device)[:, None]) | (columns == rows)
-
-    def _run(self, layer: int, h: Tensor) -> Tensor:
-        """A layer, with the other arguments that the decoder gave it."""
-        args, kwargs = self.arguments[layer]
-        out = self.model._arch.blocks[layer].module(h, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
 
     def note(self, layer: int, h: Tensor, args: tuple, kwargs: dict) -> None:
         """Keep what the decoder gives a layer, with the second pass's cache for its own."""
@@ -127,8 +118,7 @@ class Call:
                 raise ValueError(
                     "No other memory can be read where there is a cache: pass use_cache=False."
                 )
-            again = range(self.source, model.layers if model.two_passes else self.source)
-            self.cache = UpperCache(cache, model.layers, model.sources, again, self.single)
+            self.cache = UpperCache(cache, model, self.single)
         upper = self.cache or cache
         self.arguments[layer] = (
             [upper if v is cache else v for v in args],
@@ -183,13 +173,13 @@ class UpperCache:
     ValueError for a cache of another kind than transformers' DynamicCache.
     """
 
-    def __init__(
-        self, cache: Cache, layers: int, sources: tuple[int, ...], again: range, single: bool
-    ):
-        self._cache, self._sources, self._offset, self._single = cache, sources, len(again), single
-        while len(cache.layers) < layers and cache.layer_class_to_replicate is not None:
+    def __init__(self, cache: Cache, model, single: bool):
+        again = range(model.sources[0], model.layers) if model.two_passes else ()
+        self._cache, self._sources, self._single = cache, model.sources, single
+        self._offset = len(again)
+        while len(cache.layers) < model.layers and cache.layer_class_to_replicate is not None:
             cache.layers.append(cache.layer_class_to_replicate())
-        if len(cache.layers) > layers:
+        if len(cache.layers) > model.layers:
             return
         for layer in cache.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -199,7 +189,7 @@ class UpperCache:
                 )
         windows = [getattr(cache.layers[t], "sliding_window", None) for t in again]
         cache.layers += [DynamicSlidingWindowLayer(w) if w else DynamicLayer() for w in windows]
-        cache.layers += [DynamicLayer() for _ in sources]
+        cache.layers += [DynamicLayer() for _ in model.sources]
 
     def memory(self, source: int, past: int) -> DynamicLayer:
         """A source layer's memory of `past` earlier tokens; ValueError where it is not there."""

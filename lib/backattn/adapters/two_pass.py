@@ -78,10 +78,10 @@ class TwoPassModel(nn.Module):
         """The base model's own forward, with the adapter in force; returns what it returns.
 
         first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is
-        then left out. With a cache (past_key_values) input_ids are the last T tokens of the texts
-        in it: what it holds of those before is used, and it stays as it is; no cache is returned.
-        attention_mask is then of the whole texts, which must fit into a sliding window. Raises
-        ValueError where states, mask or cache do not fit, and for texts packed into one row.
+        then left out. With a cache input_ids are the last T tokens of the texts in it; what it
+        holds of those before is used, it stays as it is, and none is returned; attention_mask is of
+        the whole texts, which must fit into a sliding window. Raises ValueError where states, mask
+        or cache do not fit, and for texts packed into one row.
         """
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         cache = kwargs.get("past_key_values")
