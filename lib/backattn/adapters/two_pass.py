@@ -40,9 +40,9 @@ class TwoPassModel(nn.Module):
     updates: source layer -> `Update`. memory: the layers whose states it remembers. Where one lies
     above a source layer, the layers from the lowest source layer on run twice.
 
-    The base model's weights are frozen unless freeze_base=False; but while this one is called it
-    stays the plain model. Threads that call wait for each other. Padding may stand on either side;
-    GPT-2 with padding on the left needs position_ids, as it does without an adapter.
+    The base model's weights are frozen unless freeze_base=False; it is the plain model, except
+    while this one runs, in its thread. Threads that call wait for each other. Padding may stand on
+    either side; GPT-2 with padding on the left needs position_ids, as it does without an adapter.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class TwoPassModel(nn.Module):
 
         In this thread; others that call wait.
         """
-        if self.request.get("applied"):
+        if self.request.get("applied") == threading.get_ident():
             yield
             return
         lock = _locks.setdefault(self.base_model, threading.RLock())
-        with lock, self._asked(applied=True), attached(self):
+        with lock, self._asked(applied=threading.get_ident()), attached(self):
             yield
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:

@@ -83,7 +83,7 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
 
     Args:
         model: a supported Hugging Face decoder; its mode, hooks and attention kind are left as they
-            were. While it carries back attention, layers that run twice are recorded in their
+            were. Of one with back attention, layers that run twice are recorded in their
             second run.
         batch: see `encode`. Padding on either side.
         detail: also record heads, values, attention weights and neurons; False saves memory.
