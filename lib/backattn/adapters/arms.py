@@ -24,11 +24,10 @@ RATES = (2.5e-4, 1e-3, 4e-3)
 class Arm:
     """One way to answer: what is put on the model, how it is tuned, and how it is drawn.
 
-    make: of (model, source_layer, dim, memory_layers), see `make_arm`; None for an untrained arm.
-    rates: learning rates to try first. colour: of seaborn's palette "colorblind", grey for an
-    untrained arm. two_passes: layers from the source layer on run twice. trains: gradients go
-    through the layers "above" the source layer, or through "all". several_sources: it may have
-    several source layers, a module at each. chooses_memory: it takes memory_layers.
+    make: see `make_arm`; None for an untrained arm. rates: learning rates to try first. colour: of
+    seaborn's palette "colorblind", grey for an untrained arm. two_passes: layers from the source
+    layer on run twice. trains: gradients go through the layers "above" it, or through "all".
+    several_sources: it may have several source layers. chooses_memory: it takes memory_layers.
     """
 
     name: str
@@ -149,8 +148,7 @@ def make_arm(
     cannot have.
 
     Example:
-        >>> from backattn import load_model
-        >>> make_arm("bias", load_model("tiny-llama")[0], source_layer=1, dim=8).trainable()[0]
+        >>> make_arm("bias", model, source_layer=1, dim=8).trainable()[0]
         32
     """
     if name not in ARMS:

@@ -1,21 +1,14 @@
 """Back attention: a low layer attends to the high layers' states, and the upper layers run again.
 
-State h_t enters layer t; h_L, with L layers, enters the final norm. At source layer s, with memory
-layers t,
-
-    B_i = Σ softmax_{(t, j ≤ i)} ( N(h_s,i) W_q · N(h_t,j) W_k / √d ) N(h_t,j) W_v W_o
-
-is added to h_s and layers s … L−1 run again; h_t are the states of the first, unmodified pass
-(paper, section 5; `TwoPassModel._second_pass`). Our reading, where the paper is silent: one softmax
-over all (layer, position) pairs, and N, an RMS norm without weights, in front of the projections,
-because raw high-layer states hold a few huge entries. Both are options of the config.
-
-Everything happens at layer boundaries, so that the wrapped model's own forward, loss and `generate`
-are the adapted ones.
+State h_t enters layer t; h_L, with L layers, enters the final norm. The equation and the forward
+pass are in `Call.second_pass` (paper, section 5). Our reading, where the paper is silent: one
+softmax over all (layer, position) pairs, and N, an RMS norm without weights, in front of the
+projections, because raw high-layer states hold a few huge entries. Both are options of the config.
 """
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +17,6 @@ from torch import Tensor, nn
 from backattn.adapters import saving
 from backattn.adapters.config import BackAttentionConfig
 from backattn.adapters.modules import BackAttention
-from backattn.adapters.saving import AdapterError
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.decoder import describe
 
@@ -37,12 +29,9 @@ class BackAttentionModel(TwoPassModel):
     only, and goes on up from there, attending to their second pass. What it leaves in memory are
     its own states of that pass.
 
-    transformers' `pipeline` knows its own classes only: give it `base_model`, which is the adapted
-    model while wrapped.
+    transformers' `pipeline` knows its own classes only: give it `base_model`, within `applied()`.
 
     Example:
-        >>> from backattn import load_model
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> wrapped = get_back_attention_model(model, BackAttentionConfig(source_layer=1, dim=8))
         >>> ids = tokenizer("France's capital is", return_tensors="pt")["input_ids"]
         >>> with wrapped.attention_maps() as maps:
@@ -60,9 +49,10 @@ class BackAttentionModel(TwoPassModel):
         super().__init__(model, updates, memory, freeze_base)
         self.back_attention_config = config
 
-    @contextlib.contextmanager
-    def edited(self, cells: Tensor | None = None, memory: Tensor | None = None) -> Iterator[None]:
-        """Change what can be read while the block runs, to test what is used.
+    def edited(
+        self, cells: Tensor | None = None, memory: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Change what this thread can read while the block runs, to test what is used.
 
         cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a
         query. The softmax goes over the others, and a query that may read none gets no update. S
@@ -71,23 +61,22 @@ class BackAttentionModel(TwoPassModel):
 
         Raises ValueError for another shape, here or when the model is called.
         """
-        count = len(self.memory_layers)
+        count, width = len(self.memory_layers), self._arch.width
         if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
             raise ValueError(
                 f"cells must be [batch, queries, {count} memory layers, positions], "
                 f"not {list(cells.shape)}."
             )
-        if memory is not None and (memory.dim() != 4 or len(memory) != count):
+        if memory is not None and (memory.dim() != 4 or memory.shape[::3] != (count, width)):
             raise ValueError(
-                f"memory must be [{count} memory layers, batch, positions, width], "
+                f"memory must be [{count} memory layers, batch, positions, width {width}], "
                 f"not {list(memory.shape)}."
             )
-        with self._asked(cells=cells, memory=memory):
-            yield
+        return self._asked(cells=cells, memory=memory)
 
     @contextlib.contextmanager
     def attention_maps(self) -> Iterator[dict[int, Tensor]]:
-        """Record the weights of the latest forward pass while the block runs.
+        """Record the weights of this thread's latest forward pass while the block runs.
 
         Yields source layer -> [B, H, T, M, S], see `BackAttention.weights`.
         """
@@ -99,10 +88,10 @@ class BackAttentionModel(TwoPassModel):
         """Write adapter_config.json and adapter_model.safetensors, as PEFT does; other files stay.
 
         The config names the base model, its revision and a hash of its unembedding, checked on
-        load. dtype: of the file, for example torch.float16; None keeps fp32. A base model that was
-        trained too is saved on its own.
+        load. dtype: of the file, for example torch.float16; None keeps the adapter's. A base model
+        that was trained too is saved on its own.
         """
-        options = self.back_attention_config.to_dict()
+        options = asdict(self.back_attention_config)
         saving.write(folder, self.base_model, options, self.adapter_state(), dtype)
 
     @classmethod
@@ -117,7 +106,7 @@ class BackAttentionModel(TwoPassModel):
         try:
             wrapped = cls(model, BackAttentionConfig.from_dict(options))
         except (TypeError, ValueError) as error:
-            raise AdapterError(
+            raise saving.AdapterError(
                 f"{folder}/{saving.CONFIG_FILE} does not fit this model: {error}"
             ) from error
         expected = wrapped.adapter_state()
@@ -128,7 +117,7 @@ class BackAttentionModel(TwoPassModel):
         ]
         if wrong:
             wrapped.unload()
-            raise AdapterError(
+            raise saving.AdapterError(
                 f"{folder}/{saving.WEIGHTS_FILE}: {wrong[0]} is missing, unknown, misshapen or "
                 "not finite."
             )
@@ -142,16 +131,14 @@ def get_back_attention_model(
 ) -> BackAttentionModel:
     """Put untrained back attention on a Hugging Face decoder; it then changes nothing at first.
 
-    model: any supported decoder with its language-model head (see `backattn.models.families`), fp32
-    or bf16; the adapter is fp32. freeze_base: False trains the model's weights too (from scratch).
+    model: any supported decoder with its language-model head (see `backattn.models.families`); the
+    adapter is fp32 whatever that is. freeze_base: False trains the model's weights too (from
+    scratch). Draws the projections' weights from torch's generator.
 
-    The model itself carries the adapter until `unload()`. Draws the projections' weights from
-    torch's generator. Raises UnsupportedModelError for another family, ValueError for layers that
-    the model does not have and for a model that carries an adapter already.
+    Raises UnsupportedModelError for another family, ValueError for layers that the model does not
+    have and for a model that carries an adapter already.
 
     Example:
-        >>> from backattn import load_model
-        >>> model, _ = load_model("tiny-llama")
         >>> wrapped = get_back_attention_model(model, BackAttentionConfig(source_layer=1, dim=8))
         >>> wrapped.trainable()[0] == 4 * 32 * 8
         True

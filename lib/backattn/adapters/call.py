@@ -1,72 +1,274 @@
-"""What one call of a two-pass model is asked for, and what it leaves for its second half."""
+"""One call of a two-pass model; `Call.second_pass` is the method, from top to bottom.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+What else is here carries it into the wrapped model's own forward, while a call lasts: layers note
+what they get, those that the first pass does not need hand it on, and the second pass runs where
+the final norm would begin.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from threading import get_ident
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from backattn.adapters.cache import UpperCache
+from backattn.adapters.modules import BackAttention, Update
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the next calls of the decoder beside their output."""
+class Call:
+    """One forward pass of the decoder: what its first pass leaves for what follows.
 
-    first_pass: Tensor | None = None  # states that stand for the first pass, see `forward`
-    states: dict[int, Tensor] | None = None  # to be filled by a first pass, and nothing else
-    cells: Tensor | None = None  # these two: see `BackAttentionModel.edited`
-    memory: Tensor | None = None
-    maps: dict[int, Tensor] | None = None  # see `BackAttentionModel.attention_maps`
+    model: a `TwoPassModel`. inputs: the decoder's arguments by name. Of request: first_pass, states
+    [K, B, T, D] that stand for the first pass; states, to be filled by a first pass and nothing
+    else; cells, memory and maps, see `BackAttentionModel`. Raises ValueError for what does not fit.
+    """
 
-    def check(self, h: Tensor, past: int, cached: bool) -> None:
-        """Raises ValueError where what is edited does not fit h [B, T, D]."""
-        batch, time, _ = h.shape
-        if self.memory is not None and self.memory.shape[1:] != h.shape:
-            raise ValueError(
-                f"memory is {list(self.memory.shape[1:])} per layer; this pass has {list(h.shape)}."
-            )
-        if self.memory is not None and cached:
-            raise ValueError(
-                "No other memory can be read where there is a cache: pass use_cache=False."
-            )
-        if self.cells is None:
+    def __init__(self, model, inputs: dict, request: dict):
+        cache, self.mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        ids = inputs.get("input_ids")
+        ids = inputs["inputs_embeds"] if ids is None else ids
+        self.batch, self.time = ids.shape[:2]
+        self.past = 0 if cache is None else int(cache.get_seq_length())  # tokens before this call
+        self.model, self.source, self.again, self.cache = model, model.sources[0], False, None
+        self.cells, self.memory, self.maps = map(request.get, ("cells", "memory", "maps"))
+        self.states = request.get("states")  # layer -> [B, T, D]
+        self.arguments: dict[int, tuple[list, dict]] = {}  # layer -> its others
+        self.single = self.past > 0 and self.time == 1 and model.one_pass and model.two_passes
+        self.first = model.layers if model.two_passes else self.source  # layers of the first pass
+        self.only_first = self.states is not None
+        if self.only_first:
+            self.first = model.needed[-1]
             return
-        texts, queries, _, positions = self.cells.shape
-        if texts not in (1, batch) or queries not in (1, time) or positions != past + time:
-            raise ValueError(
-                f"cells are for {texts} texts, {queries} queries and {positions} positions; this "
-                f"pass has {batch} texts, {time} queries and {past + time} positions."
-            )
+        self.states = {}
+        if request.get("first_pass") is not None:
+            self.first, self.single = 0, False
+            self.states = dict(zip(model.needed, request["first_pass"], strict=True))
+        elif self.single:
+            self.first = self.source
+        self._check(inputs)
 
+    def second_pass(self) -> Tensor:
+        """h_s + B, then layers s … L−1 again: the new state before the final norm [B, T, D].
 
-@dataclass
-class Pass:
-    """One call of the decoder: what its first pass leaves for what follows; then it is gone."""
+        For back attention at source layer s, over memory layers t and positions j,
 
-    request: Request
-    first: int  # layers that run in the first pass; those above hand on what they get
-    then: Callable[["Pass"], Tensor] | None = None  # what follows, before the final norm
-    past: int = 0  # tokens in the cache before this call
-    mask: Tensor | None = None  # [B, past + T]
-    again: bool = False  # what follows has begun
-    cache: UpperCache | None = None
-    states: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
-    arguments: dict[int, tuple[tuple, dict]] = field(default_factory=dict)  # layer -> its others
-
-    def visible(self, h: Tensor) -> Tensor:
-        """Which positions each query may read, itself always, so that padding gives no NaN.
-
-        Returns [B, T, past + T]. Raises ValueError where the mask is of another length.
+            B_i = Σ softmax_{(t, j ≤ i)} ( N(h_s,i) W_q · N(h_t,j) W_k / √d′ ) N(h_t,j) W_v W_o
         """
-        total = self.past + h.shape[1]
-        rows = torch.arange(self.past, total, device=h.device)[:, None]
-        columns = torch.arange(total, device=h.device)
-        visible = (columns <= rows).expand(len(h), -1, -1)
-        if self.mask is None:
-            return visible
-        if self.mask.shape[1] != total:
-            raise ValueError(
-                f"The attention mask covers {self.mask.shape[1]} tokens; there are {total}."
+        h = self.states[self.source]  # h_s
+        for layer in range(self.source, self.model.layers):
+            if self.single:  # the only state that this token has
+                self.states[layer] = h
+            if layer in self.model.sources:
+                update = self.model.updates[str(layer)]
+                h = h.to(update.device)
+                k, v, visible = self._read(layer, update, h)  # N(h_t) W_k, N(h_t) W_v, and j ≤ i
+                q = update.query(h)  # N(h_s) W_q
+                mixed = update.mix(q, k, v, visible)  # softmax(q · k / √d′) v
+                h = h + update.write(mixed).to(h.dtype)  # h_s + mixed W_o
+            args, kwargs = self.arguments[layer]
+            out = self.model._arch.blocks[layer].module(h, *args, **kwargs)  # layers s … L−1 again
+            h = out[0] if isinstance(out, tuple) else out
+        if self.single:
+            self.states[self.model.layers] = h
+            for layer in self.model.sources:
+                remembered = self._remember(self.model.updates[str(layer)])
+                self.cache.memory(layer, self.past).update(*remembered)
+        return h
+
+    def _read(self, layer: int, update: Update, h: Tensor) -> tuple[Tensor | None, ...]:
+        """Keys, values and visible [B, T, past + T], as `Update.mix` takes them, earlier tokens'
+        included."""
+        if not self.model.memory_layers:
+            return None, None, None
+        columns = torch.arange(self.past + self.time, device=h.device)
+        rows = columns[self.past :, None]
+        visible = (columns <= rows).expand(self.batch, -1, -1)
+        if self.mask is not None:  # a query sees itself always, so that padding gives no NaN
+            visible = (visible & self.mask.bool().to(h.device)[:, None]) | (columns == rows)
+        if self.single:
+            memory = self.cache.memory(layer, self.past)
+            return memory.keys, memory.values, visible[:, :, :-1]
+        keys, values = self._remember(update)
+        if self.cache is not None:
+            keys, values = self.cache.memory(layer, self.past).update(keys, values)
+        if self.cells is not None:
+            visible = visible[:, :, None] & self.cells  # [B, T, M, S]
+        if self.maps is not None:
+            self.maps[layer] = update.weights(update.query(h), keys, visible).detach()
+        return keys, values, visible
+
+    def _remember(self, update: Update) -> tuple[Tensor, Tensor]:
+        """Keys and values of this call's memory for the update of a source layer."""
+        memory = self.memory
+        if memory is None:
+            memory = [self.states[t] for t in self.model.memory_layers]
+        return update.remember(torch.stack([h.to(update.device) for h in memory]))
+
+    def note(self, layer: int, h: Tensor, args: tuple, kwargs: dict) -> None:
+        """Keep what the decoder gives a layer, with the second pass's cache for its own."""
+        model = self.model
+        if layer in model.needed:
+            self.states.setdefault(layer, h)
+        cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+        if cache is not None and self.cache is None and model.memory_layers:
+            if self.memory is not None:
+                raise ValueError(
+                    "No other memory can be read where there is a cache: pass use_cache=False."
+                )
+            self.cache = UpperCache(cache, model, self.single)
+        upper = self.cache or cache
+        self.arguments[layer] = (
+            [upper if v is cache else v for v in args],
+            {k: upper if v is cache else v for k, v in kwargs.items()},
+        )
+
+    def _check(self, inputs: dict) -> None:
+        """Raises ValueError, before anything is computed, for what back attention cannot do."""
+        shape, total, mask = [self.batch, self.time], self.past + self.time, self.mask
+        attends = [isinstance(update, BackAttention) for update in self.model.updates.values()]
+        edited = any(edit is not None for edit in (self.cells, self.memory, self.maps))
+        places, wrong = inputs.get("position_ids"), None
+        if self.single and not all(attends):
+            wrong = "One pass is for back attention: this adapter needs a token's own final state."
+        elif self.single and edited:
+            wrong = (
+                "In one pass the memory can be neither edited nor mapped: set one_pass to False."
             )
-        return (visible & self.mask.bool().to(h.device)[:, None]) | (columns == rows)
+        elif mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            wrong = "The attention mask must be [batch, time] with 1 for real tokens, or none."
+        elif mask is not None and mask.shape[1] != total:
+            wrong = f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
+        elif any(attends) and self.time > 1 and places is not None:
+            again = places[:, 1:] <= places[:, :-1]
+            if mask is not None:
+                real = mask[:, -self.time :].bool().to(places.device)
+                again = again & real[:, 1:] & real[:, :-1]
+            if again.any():
+                wrong = (
+                    "position_ids start again inside a row: back attention would read other texts "
+                    "packed into it. Give each text a row of its own, padded."
+                )
+        if self.memory is not None and [*self.memory.shape[1:3]] != shape:
+            wrong = f"memory is {[*self.memory.shape[1:3]]} per layer; this pass has {shape}."
+        if self.cells is not None:
+            texts, queries, _, positions = self.cells.shape
+            if texts not in (1, self.batch) or queries not in (1, self.time) or positions != total:
+                wrong = (
+                    f"cells are for {texts} texts, {queries} queries and {positions} positions; "
+                    f"this pass has {shape[0]} texts, {shape[1]} queries and {total} positions."
+                )
+        if wrong:
+            raise ValueError(wrong)
+
+
+class UpperCache:
+    """A cache as layers see it that run again: their keys and values are not the first pass's.
+
+    Behind the first pass's layers lie, in the same cache, so that beams and copies take them along,
+    one layer for each that runs again and one for the memory of each source layer. single: put new
+    keys and values into the first pass's layers too, so that all layers stay of one length. Raises
+    ValueError for a cache of another kind than transformers' DynamicCache.
+    """
+
+    def __init__(self, cache: Cache, model, single: bool):
+        again = range(model.sources[0], model.layers) if model.two_passes else ()
+        self._cache, self._sources, self._single = cache, model.sources, single
+        self._offset = len(again)
+        while len(cache.layers) < model.layers and cache.layer_class_to_replicate is not None:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if len(cache.layers) > model.layers:
+            return
+        for layer in cache.layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    f"Back attention cannot use a cache of {type(layer).__name__}; "
+                    "leave the default, DynamicCache."
+                )
+        windows = [getattr(cache.layers[t], "sliding_window", None) for t in again]
+        cache.layers += [DynamicSlidingWindowLayer(w) if w else DynamicLayer() for w in windows]
+        cache.layers += [DynamicLayer() for _ in model.sources]
+
+    def memory(self, source: int, past: int) -> DynamicLayer:
+        """A source layer's memory of `past` earlier tokens; ValueError where it is not there."""
+        layer = self._cache.layers[self._sources.index(source) - len(self._sources)]
+        if layer.get_seq_length() != past:
+            raise ValueError(
+                "This cache was filled while the adapter was off, or by another model: "
+                "start with a fresh one."
+            )
+        return layer
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs):
+        if self._single:
+            self._cache.update(keys, values, layer, *args, **kwargs)
+        return self._cache.update(keys, values, layer + self._offset, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._cache, name)
+
+
+@contextlib.contextmanager
+def attached(model) -> Iterator[None]:
+    """A `Call` at each forward pass that this thread makes of the base model of a `TwoPassModel`.
+
+    Whatever happens in the block, nothing of it stays on the base model.
+    """
+    arch, thread, running = model._arch, get_ident(), []
+
+    def running_call() -> Call | None:
+        return running[0] if running and get_ident() == thread else None
+
+    def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        request = model.request
+        if get_ident() != thread or (request["off"] and "states" not in request):
+            return
+        hidden = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(decoder.config, name, None)) for name in hidden):
+            raise ValueError(
+                "With back attention the layers run twice: output_hidden_states and "
+                "output_attentions would mix both passes. Leave them out; see attention_maps() for "
+                "the memory, first_pass_states() for the first pass."
+            )
+        inputs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        running[:] = [Call(model, inputs, request)]
+
+    def end(*_) -> None:
+        if get_ident() == thread:
+            running.clear()
+
+    def in_layer(layer: int, forward, hidden_states: Tensor, *args, **kwargs):
+        call = running_call()
+        if call is not None and not call.again:
+            call.note(layer, hidden_states, args, kwargs)
+            if layer >= call.first:
+                return hidden_states
+        return forward(hidden_states, *args, **kwargs)
+
+    def before_final_norm(module: nn.Module, args: tuple):
+        call = running_call()
+        if call is None:
+            return None
+        if model.layers in model.needed:
+            call.states.setdefault(model.layers, args[0])
+        call.again = True
+        return args if call.only_first else (call.second_pass(), *args[1:])
+
+    decoder = model.base_model.get_submodule(arch.family.layers.rpartition(".")[0])
+    with contextlib.ExitStack() as stack:
+        for handle in (
+            decoder.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
+            decoder.register_forward_hook(end, always_call=True),
+            arch.final_norm_module.register_forward_pre_hook(before_final_norm, prepend=True),
+        ):
+            stack.callback(handle.remove)
+        for layer, block in enumerate(arch.blocks):
+            # Put back what accelerate gives a layer as its own forward, else uncover the class's.
+            own, forward = vars(block.module), block.module.forward
+            back = {"forward": forward} if "forward" in own else {}
+            stack.callback(own.update, back)
+            stack.callback(own.pop, "forward")
+            own["forward"] = functools.partial(in_layer, layer, forward)
+        yield

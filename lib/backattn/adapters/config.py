@@ -1,7 +1,7 @@
 """Where back attention sits and how large it is."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,24 @@ class BackAttentionConfig:
     softmax: str = "joint"
 
     def __post_init__(self):
-        one = not isinstance(self.source_layer, tuple | list)
-        sources = [self.source_layer] if one else self.source_layer
-        for name, layers in (
-            ("source_layer", sources),
-            ("memory_layers", self.memory_layers or ()),
-        ):
-            if not all(isinstance(layer, int) for layer in layers):
-                raise ValueError(
-                    f"{name} must be an integer or several, not {getattr(self, name)!r}."
-                )
-        if not (isinstance(self.dim, int) and isinstance(self.heads, int)):
+        for name in ("source_layer", "memory_layers"):
+            layers = getattr(self, name) or ()
+            if not all(isinstance(t, int) for t in (layers if _several(layers) else [layers])):
+                raise ValueError(f"{name} must be an integer or several, not {layers!r}.")
+        sizes = self.dim, self.heads
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.dim % self.heads:
             raise ValueError(
-                f"dim and heads must be integers, not {self.dim!r} and {self.heads!r}."
+                "dim and heads must be integers, and dim a positive multiple of heads, not "
+                f"{self.dim!r} and {self.heads!r}."
             )
-        if self.dim < 1 or self.heads < 1 or self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} must be a positive multiple of heads {self.heads}.")
         if self.softmax not in ("joint", "per-layer"):
             raise ValueError(f'Unknown softmax {self.softmax!r}; choose "joint" or "per-layer".')
 
     @property
     def sources(self) -> tuple[int, ...]:
         """The source layers, lowest first."""
-        layers = (self.source_layer,) if isinstance(self.source_layer, int) else self.source_layer
-        return tuple(sorted(layers))
+        several = _several(self.source_layer)
+        return tuple(sorted(self.source_layer)) if several else (self.source_layer,)
 
     def memory(self, layers: int) -> tuple[int, ...]:
         """The memory layers of a model with `layers` layers, lowest first.
@@ -76,22 +70,20 @@ class BackAttentionConfig:
             )
         return chosen
 
-    def to_dict(self) -> dict:
-        """The options by name, as `from_dict` takes them."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, options: dict) -> "BackAttentionConfig":
-        """The config of `to_dict`, also after JSON made lists of tuples; other entries are ignored.
+        """The config of such options, also after JSON made lists of tuples; others are ignored.
 
         Example:
             >>> BackAttentionConfig.from_dict({"source_layer": [0, 2], "task": "any"}).sources
             (0, 2)
         """
-        options = {
-            field.name: options[field.name] for field in fields(cls) if field.name in options
-        }
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        known = {f.name: options[f.name] for f in fields(cls) if f.name in options}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+
+
+def _several(layers: int | Sequence[int]) -> bool:
+    return isinstance(layers, tuple | list)
 
 
 def _each_once(layers: Sequence[int], last: int) -> bool:

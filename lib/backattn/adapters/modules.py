@@ -27,6 +27,10 @@ class Update(nn.Module):
     read. write: the mixture as a vector of the residual stream.
     """
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def query(self, h: Tensor) -> Tensor:
         return h
 
@@ -43,16 +47,16 @@ class Update(nn.Module):
 class BackAttention(Update):
     """Attention of h over the memory: softmax(N(h) W_q · N(memory) W_k / √d) N(memory) W_v W_o.
 
-    W_o starts at zero, so that an untrained module changes nothing, to the bit. Its update is fp32.
+    W_o starts at zero, so that an untrained module changes nothing, to the bit.
 
     Example:
         >>> update = BackAttention(32, BackAttentionConfig(source_layer=1, dim=8))
         >>> h, memory = torch.randn(1, 5, 32), torch.randn(3, 1, 5, 32)  # three memory layers
-        >>> keys, values = update.remember(memory)
+        >>> query, (keys, values) = update.query(h), update.remember(memory)
         >>> visible = torch.ones(1, 5, 5, dtype=torch.bool).tril()
         >>> update(h, keys, values, visible).abs().max().item()
         0.0
-        >>> update.weights(h, keys, visible).sum((-2, -1)).round(decimals=4).unique().tolist()
+        >>> update.weights(query, keys, visible).sum((-2, -1)).round(decimals=4).unique().tolist()
         [1.0]
     """
 
@@ -65,21 +69,22 @@ class BackAttention(Update):
         self.o_proj = nn.Linear(config.dim, width, bias=False)
         nn.init.zeros_(self.o_proj.weight)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return normed(x) if self.config.norm else x.float()
+    def extra_repr(self) -> str:
+        return str(self.config)
 
-    def _by_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.heads, -1))
+    def _projected(self, project: nn.Linear, x: Tensor) -> Tensor:
+        """N(x) W by heads: [..., H, d]."""
+        x = normed(x) if self.config.norm else x.float()
+        return project(x.to(project.weight.dtype)).unflatten(-1, (self.config.heads, -1))
 
     def query(self, h: Tensor) -> Tensor:
         """N(h) W_q: [B, H, T, d]."""
-        return self._by_heads(self.q_proj(self._normed(h))).transpose(1, 2)
+        return self._projected(self.q_proj, h).transpose(1, 2)
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """N(memory) W_k and N(memory) W_v of memory states [M, B, S, D]: [B, H·M, S, d] each."""
-        memory = self._normed(memory)
         return tuple(
-            self._by_heads(project(memory)).permute(1, 3, 0, 2, 4).flatten(1, 2)
+            self._projected(project, memory).permute(1, 3, 0, 2, 4).flatten(1, 2)
             for project in (self.k_proj, self.v_proj)
         )
 
@@ -88,10 +93,9 @@ class BackAttention(Update):
 
         visible may also be [B, T, M, S], of single cells; a query that sees none gets zero.
         """
-        heads = self.config.heads
-        by_layer, layers = (heads, -1), keys.shape[1] // heads
+        by_layer, layers = (self.config.heads, -1), keys.shape[1] // self.config.heads
         if visible.dim() == 4:
-            weights = self._weights(query, keys, visible)
+            weights = self.weights(query, keys, visible)
             mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values.unflatten(1, by_layer))
         elif self.config.softmax == "joint":
             keys, values = (x.unflatten(1, by_layer).flatten(2, 3) for x in (keys, values))
@@ -106,19 +110,15 @@ class BackAttention(Update):
     def write(self, mixed: Tensor) -> Tensor:
         return self.o_proj(mixed)
 
-    def weights(self, h: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+    def weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
 
         They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is
         visible counts zero).
         """
-        return self._weights(self.query(h), keys, visible)
-
-    def _weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         keys = keys.unflatten(1, (self.config.heads, -1))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", query, keys) / math.sqrt(keys.shape[-1])
-        visible = visible if visible.dim() == 4 else visible[:, :, None]
-        seen = visible[:, None]  # [B, 1, T, M or 1, S]
+        seen = (visible if visible.dim() == 4 else visible[:, :, None])[:, None]  # [B, 1, T, M, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":
             weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
@@ -136,24 +136,21 @@ class ResidualLoRA(Update):
         nn.init.zeros_(self.up.weight)
 
     def query(self, h: Tensor) -> Tensor:
-        return self.down(normed(h))
+        return self.down(normed(h).to(self.down.weight.dtype))
 
     def write(self, mixed: Tensor) -> Tensor:
         return self.up(mixed)
 
 
 class LoopLoRA(ResidualLoRA):
-    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns.
-
-    The second turn begins with h_s and a low-rank image of what the first ended with, position by
-    position.
-    """
+    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns, the second of which
+    begins with h_s and a low-rank image of what the first ended with, position by position."""
 
     query = Update.query
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The images of the final states [1, B, S, D], as keys and as values: [B, 1, S, r]."""
-        low = self.down(normed(memory[0]))[:, None]
+        low = ResidualLoRA.query(self, memory[0])[:, None]
         return low, low
 
     def mix(self, query: Tensor, keys, values: Tensor, visible) -> Tensor:
@@ -186,4 +183,4 @@ class Bias(Update):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def write(self, mixed: Tensor) -> Tensor:
-        return self.bias + torch.zeros_like(mixed, dtype=self.bias.dtype)
+        return self.bias.expand_as(mixed)

@@ -26,8 +26,7 @@ def unembedding_hash(model: nn.Module) -> str:
     """sha256 of the unembedding in bf16, so that it is the same however the model was loaded.
 
     Example:
-        >>> from backattn import load_model
-        >>> unembedding_hash(load_model("tiny-llama")[0])[:8]
+        >>> unembedding_hash(model)[:8]
         'e8d517b8'
     """
     from accelerate.utils import align_module_device  # may have to be installed first
@@ -54,9 +53,7 @@ def write(
         "unembedding_hash": unembedding_hash(model),
         **options,
     }
-    tensors = {
-        PREFIX + name: t.to(dtype or t.dtype).cpu().contiguous() for name, t in tensors.items()
-    }
+    tensors = {PREFIX + k: t.to(dtype or t.dtype).cpu().contiguous() for k, t in tensors.items()}
     with atomic_file(Path(folder) / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary)
     with atomic_file(Path(folder) / CONFIG_FILE) as temporary:
@@ -66,8 +63,7 @@ def write(
 def read(folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     """(options, tensors) of an adapter that was trained on this model.
 
-    folder: a local folder, or a Hugging Face id. Raises AdapterError when it is not there, is no
-    back-attention adapter, is damaged, or was trained on another base model.
+    folder: see `BackAttentionModel.from_pretrained`, as for AdapterError.
     """
     paths = {name: _path(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     try:
@@ -84,7 +80,8 @@ def read(folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]
         raise AdapterError(
             f"{folder} was trained on {about.get('base_model_name_or_path')!r} (revision "
             f"{about.get('revision')}), whose unembedding differs from this model's "
-            f"({model.config.name_or_path!r}). Load that base model."
+            f"({model.config.name_or_path!r}, {model.dtype}). Load that base model, in the dtype "
+            "that it is published in or in fp32 (fp16 rounds small weights away)."
         )
     return about, {name.removeprefix(PREFIX): t for name, t in tensors.items()}
 

@@ -75,7 +75,7 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     """One forward pass with every residual contribution recorded.
 
     model: a supported Hugging Face decoder; its mode, hooks and attention kind stay as they were.
-    While it carries back attention, layers that run twice are recorded in their second run.
+    Of one with back attention, layers that run twice are recorded in their second run.
     batch: padded on either side. detail: also record values, attention weights and neurons.
 
     Raises UnsupportedModelError (see `describe`) and ValueError when a prompt is longer than the

@@ -53,16 +53,13 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
     `end` is learnt after it. Raises ValueError for an empty frame.
 
     Example:
-        >>> from backattn import load_model
-        >>> tokenizer = load_model("tiny-llama")[1]
         >>> items = numbers(tokenizer, pd.DataFrame({"prompt": ["two is"], "answer": [" 12"]}))
         >>> tokenizer.decode(items.answers[0])
         ' 12.'
     """
     prompts, answers = _tokens(tokenizer, frame, end)
-    digits = frozenset(
-        i for word, i in tokenizer.get_vocab().items() if word[:1] in [*"0123456789"]
-    )
+    vocabulary = tokenizer.get_vocab().items()
+    digits = frozenset(i for word, i in vocabulary if word[:1] in [*"0123456789"])
     return Items(prompts, answers, frame["answer"].tolist(), None, digits)
 
 
@@ -74,8 +71,6 @@ def first_tokens(
     The answer's own first token is what is learnt. Raises ValueError for an empty frame.
 
     Example:
-        >>> from backattn import load_model
-        >>> tokenizer = load_model("tiny-llama")[1]
         >>> frame = pd.DataFrame({"prompt": ["France's capital is"], "answer": [" Paris"]})
         >>> [tokenizer.decode(answer) for answer in first_tokens(tokenizer, frame).answers]
         [' Paris']
@@ -115,14 +110,11 @@ def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu
     rows = list(rows)
     texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]
     answers = [items.answers[row] for row in rows]
-    input_ids, labels = _pad_left(texts, 0), _pad_left(answers, IGNORED)
-    attention_mask = _pad_left([[1] * len(text) for text in texts], 0)
-    return Questions(*(x.to(device) for x in (input_ids, attention_mask, labels)))
-
-
-def _pad_left(rows: list[list[int]], filler: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[filler] * (width - len(row)) + row for row in rows])
+    padded = []
+    for rows_of, filler in ((texts, 0), ([[1] * len(t) for t in texts], 0), (answers, IGNORED)):
+        width = max(map(len, rows_of))
+        padded.append(torch.tensor([[filler] * (width - len(row)) + row for row in rows_of]))
+    return Questions(*(x.to(device) for x in padded))
 
 
 def in_halves(compute: Callable[[list[int]], object], rows: list[int]) -> list:

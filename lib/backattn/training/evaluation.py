@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
@@ -26,8 +27,7 @@ class FirstPasses:
     """The states of the first pass of each question, computed when first wanted and kept.
 
     Questions are computed in fixed groups of similar length, so that a resumed run gets the same
-    states to the bit. Of use only where the base model is frozen and the adapter takes given
-    states.
+    states to the bit. Of use only where the base model is frozen.
     """
 
     def __init__(self, model: TwoPassModel, items: Items, group: int = 32):
@@ -47,19 +47,13 @@ class FirstPasses:
         for row in rows:
             if row not in self.kept:
                 self._compute(self.group_of[row], batch.input_ids.device)
-        first = self.kept[rows[0]]
-        padded = first.new_zeros(len(first), *batch.input_ids.shape, first.shape[-1])
-        for place, row in enumerate(rows):
-            states = self.kept[row]
-            padded[:, place, -states.shape[1] :] = states
-        return padded
+        states = [self.kept[row].transpose(0, 1) for row in rows]  # [T, K, D] each
+        return pad_sequence(states, padding_side="left").permute(2, 1, 0, 3).contiguous()
 
     def _compute(self, group: list[int], device: torch.device) -> None:
         def keep(rows: list[int]) -> None:
             batch = collate(self.items, rows, device)
-            states = self.model.first_pass_states(
-                batch.input_ids, batch.attention_mask, batch.position_ids
-            )
+            states = self.model.first_pass_states(**batch.inputs)
             for place, (row, length) in enumerate(zip(rows, batch.lengths.tolist(), strict=True)):
                 self.kept[row] = states[:, place, -length:].clone()
 
@@ -75,26 +69,19 @@ def answer_logits(
     their last tokens only, K or more of them.
 
     Example:
-        >>> from backattn import load_model
         >>> batch = collate(Items([[5, 6]], [[8, 9]], ["a"], None, frozenset()), [0])
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> answer_logits(model, batch).shape == (1, 2, len(tokenizer))
         True
     """
-    given = {"first_pass": first_pass, "past_key_values": cache}
     width = batch.input_ids.shape[1] if cache is None else first_pass.shape[2]
     # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen
     # unembedding per row.
     places = torch.arange(width - batch.labels.shape[1], width, device=batch.input_ids.device)
-    out = model(
-        input_ids=batch.input_ids[:, -width:],
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids[:, -width:],
-        logits_to_keep=places,
-        use_cache=False,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    return out.logits.float()
+    inputs = {"input_ids": batch.input_ids[:, -width:], "attention_mask": batch.attention_mask}
+    inputs |= {"position_ids": batch.position_ids[:, -width:], "logits_to_keep": places}
+    if first_pass is not None:
+        inputs |= {"first_pass": first_pass, "past_key_values": cache}
+    return model(**inputs, use_cache=False).logits.float()
 
 
 def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
@@ -105,9 +92,8 @@ def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Ques
     """
     predicted = logits.argmax(-1)  # [B, K]
     if items.accepted is not None:
-        last = predicted[:, -1].tolist()
-        right = [token in items.accepted[row] for token, row in zip(last, rows, strict=True)]
-        return torch.tensor(right)
+        last = zip(predicted[:, -1].tolist(), rows, strict=True)
+        return torch.tensor([token in items.accepted[row] for token, row in last])
     right = (predicted == batch.labels) | (batch.labels == IGNORED)
     continuations = torch.tensor(sorted(items.number_continuations), device=predicted.device)
     right[:, -1] = ~torch.isin(predicted[:, -1], continuations)  # it only ends the answer
@@ -140,22 +126,16 @@ def written(
 ) -> np.ndarray:
     """Which questions greedy generation answers with the right number, however spaced: [n] bool.
 
-    The same rule for arms that were trained on a format and for those that were not; what follows
-    the number does not count. An early end of text is not allowed, since models tuned for chat like
-    to say nothing.
+    What follows the number does not count. An early end of text is not allowed, since models tuned
+    for chat like to say nothing.
     """
     # Prompts alone: the last token of an answer is never in the batch.
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):
         batch = collate(prompts, rows, input_device(model))
-        output = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        count = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        output = model.generate(**inputs, **count, do_sample=False, pad_token_id=0)
         texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :])
         for row, text in zip(rows, texts, strict=True):
             number = NUMBER.match(text)
@@ -168,8 +148,7 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> floa
     """exp of the mean loss per token of a text, in windows of `window` tokens, the rest left out.
 
     Example:
-        >>> from backattn import load_model
-        >>> perplexity(*load_model("tiny-llama"), "one two three four " * 20, window=8) > 1
+        >>> perplexity(model, tokenizer, "one two three four " * 20, window=8) > 1
         True
     """
     input_ids = torch.tensor(tokenizer(text)["input_ids"])

@@ -1,13 +1,12 @@
 """One training loop, for adapters on a frozen model and for small models from scratch.
 
-Under `accelerate launch` each process takes a part of every batch, and gradients are added up over
-processes.
-
 Batches are padded on the left, so that all answers end in the last column; logits are taken only
-where answers are. With a frozen base the states of the first pass are computed once per question
-and kept (`FirstPasses`).
+where answers are. With a frozen base the first pass's states are computed once per question and
+kept. Under `accelerate launch` each process takes a part of every batch; gradients are added up.
 """
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -48,11 +47,6 @@ class Recipe:
     evaluations: int = 4  # on the validation questions, evenly spaced, the last one at the end
     autocast: bool = False  # matrix products in bf16, weights and sums in fp32
 
-    @property
-    def evaluated_after(self) -> set[int]:
-        """The steps after which there is an evaluation."""
-        return {round(self.steps * k / self.evaluations) for k in range(1, self.evaluations + 1)}
-
 
 def train(
     model: nn.Module,
@@ -66,9 +60,9 @@ def train(
     """Train whatever of `model` requires gradients.
 
     Args:
-        checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps;
-            where it exists, training goes on from it, to the same result as without the stop. It
-            stays, so that nothing is lost before the caller has kept the result.
+        checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps,
+            and stay; where it exists, training goes on from it, to the same result as without the
+            stop.
         keep_first_passes: gibibytes for the first pass's states of a frozen base, None: a quarter
             of what is free on the device; where they would take more, both passes run each time,
             which is said, to the same result but for rounding.
@@ -78,20 +72,17 @@ def train(
     losses (of each step since the row before); where validation questions have kinds also kinds
     (kind -> share right).
 
-    Where the device's memory does not hold a batch, it is taken in two parts from then on, then in
-    four, and so on, which is said; the gradient stays that of the whole batch. Validation is halved
-    likewise. All processes of `accelerate launch` must call this alike; each returns the curve of
-    the whole, and the first one writes the checkpoint.
+    A batch that the device's memory does not hold is taken in two parts from then on, then in four,
+    and so on, which is said; the gradient stays that of the whole batch. All processes of
+    `accelerate launch` must call this alike; the first one writes the checkpoint.
 
-    Raises ValueError when nothing is to be trained or a batch has fewer questions than there are
-    processes, FloatingPointError when the loss is no number any more, and torch.OutOfMemoryError
-    when not one question fits.
+    Raises ValueError when nothing is to be trained, a batch has fewer questions than there are
+    processes, or the checkpoint is of another training, FloatingPointError when the loss is no
+    number any more, and torch.OutOfMemoryError when not one question fits.
 
     Example:
-        >>> from backattn import load_model
         >>> from backattn.adapters.arms import make_arm
         >>> from backattn.training.batches import first_tokens
-        >>> model, tokenizer = load_model("tiny-llama")
         >>> frame = pd.DataFrame({"prompt": ["France's capital is"], "answer": [" Paris"]})
         >>> wrapped = make_arm("bias", model, source_layer=1, dim=8)
         >>> curve = train(wrapped, first_tokens(tokenizer, frame), Recipe(8, 0.1))
@@ -101,117 +92,103 @@ def train(
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
-    state = _State(weights, recipe)
-    state.load(checkpoint)
+    rate = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimiser, warmup = torch.optim.AdamW(weights.values(), **rate), recipe.warmup * recipe.steps
+    schedule = get_cosine_schedule_with_warmup(optimiser, round(warmup), recipe.steps)
+    about = {"recipe": asdict(recipe), "model": repr(model), "trained weights": sorted(weights)}
+    about |= {"questions": _digest(items), "validation": _digest(validation)}
+    state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
+    if checkpoint and checkpoint.exists():
+        state = _load(checkpoint, about, weights, optimiser, schedule)
     batches = _Batches(model, items, recipe, _first_passes(model, items, keep_first_passes))
-    begin = time.monotonic() - state.progress["seconds"]
+    begin = time.monotonic() - state["seconds"]
+    evaluations = range(1, recipe.evaluations + 1)
+    evaluated_after = {round(recipe.steps * k / recipe.evaluations) for k in evaluations}
     model.eval()  # no dropout: two passes of one model must agree
     with runtime.progress(
-        description="training", total=recipe.steps, initial=state.progress["step"], unit="step"
+        description="training", total=recipe.steps, initial=state["step"], unit="step"
     ) as bar:
-        while state.progress["step"] < recipe.steps:
-            rows = _rows_of(state.progress["step"], items.lengths, recipe)
-            step = state.update(*batches.gradients(rows, list(weights.values())))
+        while state["step"] < recipe.steps:
+            rows = _rows_of(state["step"], items.lengths, recipe)
+            loss, right = batches.gradients(rows, list(weights.values()))
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss is {loss} at step {state['step']}: lower the learning rate "
+                    f"({recipe.learning_rate:g})."
+                )
+            torch.nn.utils.clip_grad_norm_(weights.values(), recipe.clip)
+            optimiser.step()
+            schedule.step()
+            state["step"] += 1
+            state["losses"].append(loss)
+            state["right"].append(right)
             bar.update()
-            bar.set_postfix(state.recent())
-            evaluated = step in recipe.evaluated_after
+            loss, right = (np.mean(state[name][-20:]) for name in ("losses", "right"))
+            bar.set_postfix({"loss": f"{loss:.3f}", "right": f"{right:.0%}"})
+            evaluated = state["step"] in evaluated_after
             if evaluated:
-                right = evaluate(model, validation)[0] if validation else np.array([np.nan])
-                state.add_to_curve(right, validation, time.monotonic() - begin)
-            if checkpoint and (step % save_every == 0 or evaluated):
-                state.progress["seconds"] = time.monotonic() - begin
+                row = _curve_row(state, model, validation)
+                state["curve"].append({**row, "seconds": time.monotonic() - begin})
+                state |= {"losses": [], "right": []}
+            if checkpoint and (state["step"] % save_every == 0 or evaluated):
+                state["seconds"] = time.monotonic() - begin
                 if batches.processes.is_main_process:
-                    state.save(checkpoint)
+                    _save(checkpoint, about, weights, optimiser, schedule, state)
     columns = ["step", "loss", "train", "validation", "seconds", "losses"]
     columns += ["kinds"] * bool(validation and validation.kinds)
-    return pd.DataFrame(state.progress["curve"], columns=columns)
+    return pd.DataFrame(state["curve"], columns=columns)
 
 
-class _State:
-    """Weights, optimiser, schedule and progress: all that a stopped training needs to go on."""
+def _curve_row(state: dict, model: nn.Module, validation: Items | None) -> dict:
+    right = evaluate(model, validation)[0] if validation else np.array([np.nan])
+    row = {
+        "step": float(state["step"]),
+        "loss": float(np.mean(state["losses"])),
+        "train": float(np.mean(state["right"])),
+        "validation": float(right.mean()),
+        "losses": [round(loss, 4) for loss in state["losses"]],
+    }
+    if validation and validation.kinds:
+        row["kinds"] = pd.Series(right).groupby(validation.kinds).mean().to_dict()
+    return row
 
-    def __init__(self, weights: dict[str, Tensor], recipe: Recipe):
-        self.weights, self.recipe = weights, recipe
-        self.optimiser = torch.optim.AdamW(
-            weights.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+
+def _digest(items: Items | None) -> str:
+    """What tells questions from others."""
+    parts = items and [items.prompts, items.answers, [*map(sorted, items.accepted or [])]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _save(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedule, state) -> None:
+    content = {"about": about, "weights": {name: p.detach() for name, p in weights.items()}}
+    content |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+    with atomic_file(path) as temporary:
+        torch.save({**content, "state": state}, temporary)
+
+
+def _load(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedule) -> dict:
+    """Put back what `_save` wrote; returns its state. Raises ValueError for another training's."""
+    try:
+        device = next(iter(weights.values())).device
+        kept = torch.load(path, map_location=device, weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise OSError(
+            f"{path} is damaged, or holds more than numbers, and was not used: delete it."
+        ) from error
+    other = [name for name in about if kept.get("about", {}).get(name) != about[name]]
+    if other:
+        raise ValueError(
+            f"{path} belongs to another training run (other {', '.join(other)}): delete it, or "
+            "train into another folder."
         )
-        self.schedule = get_cosine_schedule_with_warmup(
-            self.optimiser, round(recipe.warmup * recipe.steps), recipe.steps
-        )
-        self.progress = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
-
-    def update(self, loss: float, right: float) -> int:
-        """Step along the gradients; returns how many steps there were.
-
-        Raises FloatingPointError where the loss is no number.
-        """
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss} at step {self.progress['step']}: lower the learning rate "
-                f"({self.recipe.learning_rate:g})."
-            )
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.recipe.clip)
-        self.optimiser.step()
-        self.schedule.step()
-        self.progress["step"] += 1
-        self.progress["losses"].append(loss)
-        self.progress["right"].append(right)
-        return self.progress["step"]
-
-    def recent(self) -> dict[str, str]:
-        """Loss and share right over the last steps, for the progress bar."""
-        loss, right = (np.mean(self.progress[name][-20:]) for name in ("losses", "right"))
-        return {"loss": f"{loss:.3f}", "right": f"{right:.0%}"}
-
-    def add_to_curve(self, right: np.ndarray, validation: Items | None, seconds: float) -> None:
-        """Add a row to the learning curve; right: of the validation questions, [n]."""
-        row = {
-            "step": float(self.progress["step"]),
-            "loss": float(np.mean(self.progress["losses"])),
-            "train": float(np.mean(self.progress["right"])),
-            "validation": float(right.mean()),
-            "seconds": seconds,
-            "losses": [round(loss, 4) for loss in self.progress["losses"]],
-        }
-        if validation and validation.kinds:
-            row["kinds"] = pd.Series(right).groupby(validation.kinds).mean().to_dict()
-        self.progress["curve"].append(row)
-        self.progress |= {"losses": [], "right": [], "seconds": seconds}
-
-    def save(self, path: Path) -> None:
-        content = {
-            "recipe": asdict(self.recipe),
-            "weights": {name: p.detach() for name, p in self.weights.items()},
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "state": self.progress,
-        }
-        with atomic_file(path) as temporary:
-            torch.save(content, temporary)
-
-    def load(self, path: Path | None) -> None:
-        """Put back what is kept in `path`, where it exists."""
-        if path is None or not path.exists():
-            return
-        device = next(iter(self.weights.values())).device
-        try:
-            kept = torch.load(path, map_location=device, weights_only=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise OSError(
-                f"{path} is damaged, or holds more than numbers, and was not used: delete it."
-            ) from error
-        if kept["recipe"] != asdict(self.recipe) or kept["weights"].keys() != self.weights.keys():
-            raise ValueError(
-                f"{path} belongs to another training run: delete it, or train into another folder."
-            )
-        with torch.no_grad():
-            for name, p in self.weights.items():
-                p.copy_(kept["weights"][name])
-        self.optimiser.load_state_dict(kept["optimiser"])
-        self.schedule.load_state_dict(kept["schedule"])
-        self.progress = kept["state"]
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(kept["weights"][name])
+    optimiser.load_state_dict(kept["optimiser"])
+    schedule.load_state_dict(kept["schedule"])
+    return kept["state"]
 
 
 def _first_passes(model: nn.Module, items: Items, room: float | None) -> FirstPasses | None:
@@ -246,10 +223,7 @@ class _Batches:
             raise ValueError(f"{count} processes cannot share a batch of {size}.")
 
     def gradients(self, rows: list[int], weights: Sequence[Tensor]) -> tuple[float, float]:
-        """Put the gradient of a batch's mean loss on the weights.
-
-        Returns (loss, share answered right).
-        """
+        """Put the gradient of a batch's mean loss on the weights: (loss, share answered right)."""
         part = rows[self.processes.process_index :: self.processes.num_processes]
         targets = sum(len(self.items.answers[row]) for row in rows)
         sums = None
@@ -258,8 +232,7 @@ class _Batches:
                 p.grad = None
             try:
                 pieces = np.array_split(part, self.pieces)
-                results = [self._piece(piece.tolist(), targets) for piece in pieces]
-                sums = [sum(values) for values in zip(*results, strict=True)]
+                sums = np.sum([self._piece(piece.tolist(), targets) for piece in pieces], axis=0)
             except torch.OutOfMemoryError:
                 if self.pieces >= len(part):
                     raise
@@ -272,9 +245,8 @@ class _Batches:
         if self.processes.num_processes > 1:
             for p in weights:
                 p.grad = reduce(p.grad, "sum")
-            sums = torch.tensor(sums, dtype=torch.float64, device=weights[0].device)
-            sums = reduce(sums, "sum").tolist()
-        return sums[0], sums[1] / len(rows)
+            sums = reduce(torch.tensor(sums, device=weights[0].device), "sum")
+        return float(sums[0]), float(sums[1]) / len(rows)
 
     def _piece(self, rows: list[int], targets: int) -> tuple[float, int]:
         """(part of the loss, questions answered right) of some rows, whose gradient is added."""
@@ -292,8 +264,7 @@ class _Batches:
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:
     """The questions of a step: each once per epoch, in an order drawn from seed and epoch.
 
-    So no state is kept. Questions of similar length share a batch: of every eight batches' worth
-    the shorter ones go together.
+    So no state is kept. Of every eight batches' worth the shorter questions go together.
     """
     size = min(recipe.batch_size, len(lengths))
     per_epoch = len(lengths) // size

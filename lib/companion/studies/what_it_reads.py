@@ -196,7 +196,7 @@ def brought_forward(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
     question, e2, entity, adapter ("off", "on"), layer (that the state enters), readable."""
     rows = []
     for probe in probes:
-        model, ask = probe.wrapped.base_model, (probe.tokenizer, probe.frame)
+        model, ask = probe.wrapped, (probe.tokenizer, probe.frame)
         for adapter in ("off", "on"):
             probe.wrapped.enabled = adapter == "on"
             for entity, readable in read_conflict(model, *ask, places=["last"]).readable.items():

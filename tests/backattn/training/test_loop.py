@@ -21,10 +21,10 @@ USERS = ("backattn.training.loop", "backattn.training.evaluation")
 def learnt(items):
     """Trains a fresh arm; returns (curve, weights)."""
 
-    def learn(arm="back attention", recipe=RECIPE, **options):
+    def learn(arm="back attention", recipe=RECIPE, questions=items, validation=items, **options):
         torch.manual_seed(0)
         wrapped = make_arm(arm, load_model("tiny-llama")[0], 1, 4)
-        curve = train(wrapped, items, recipe, items, **options)
+        curve = train(wrapped, questions, recipe, validation, **options)
         return curve, {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
 
     return learn
@@ -38,26 +38,28 @@ def same(one, other, atol=1e-3) -> bool:
 
 
 @pytest.mark.parametrize("arm", ["back attention", "LoRA q,v"])
-def test_a_stopped_run_goes_on_to_the_same_result(arm, learnt, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_result(arm, items, learnt, tmp_path, monkeypatch):
     whole, path, calls = learnt(arm), tmp_path / "training.pt", iter(range(100))
-
-    class Stop(Exception):
-        pass
 
     def failing(*args):
         if next(calls) == 10:
-            raise Stop
+            raise InterruptedError
         return right_answers(*args)
 
-    with monkeypatch.context() as patched, pytest.raises(Stop):
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
         for user in USERS:
             patched.setattr(f"{user}.right_answers", failing)
         learnt(arm, checkpoint=path, save_every=2)
     assert path.exists() and same(learnt(arm, checkpoint=path, save_every=2), whole, atol=0)
-    with pytest.raises(ValueError, match="another training run"):
-        learnt(arm, replace(RECIPE, seed=3), checkpoint=path)
-    with pytest.raises(ValueError, match="another training run"):
-        learnt("bias", checkpoint=path)
+    others = {
+        "recipe": {"recipe": replace(RECIPE, seed=3)},
+        "model, trained weights": {"arm": "bias"},
+        "questions": {"questions": replace(items, answers=items.answers[::-1])},
+        "validation": {"validation": None},
+    }
+    for what, changed in others.items():
+        with pytest.raises(ValueError, match=rf"another training run \(other {what}\)"):
+            learnt(**{"arm": arm, **changed}, checkpoint=path)
 
 
 def test_kept_first_passes_give_the_same_training(learnt, monkeypatch, capsys):
@@ -82,10 +84,8 @@ def test_every_question_is_seen_once_per_epoch_among_its_like():
 
 def test_training_says_what_is_wrong(items, learnt, monkeypatch):
     model, _ = load_model("tiny-llama")
-    model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
-        train(model, items, RECIPE)
-    model.requires_grad_(True)
+        train(model.requires_grad_(False), items, RECIPE)
     wrapped = make_arm("bias", model, 1, 4)
     torch.nn.init.constant_(wrapped.updates["1"].bias, float("nan"))
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_pieces(learnt, memory, capsys):
         learnt()
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4, 6])
+@pytest.mark.parametrize("pieces", [1, 4, 6])
 def test_pieces_add_up_to_the_gradient_of_the_mean_loss(pieces, items):
     rows = [0, 3, 4, 5, 8, 9]
     wrapped = make_arm("LoRA q,v", load_model("tiny-llama")[0], 1, 4)
