@@ -92,7 +92,7 @@ def two_hop(
     facts = two_hop_facts().drop(columns="split").merge(listed, on=TWO_HOP_KEYS)
     prompts = [say(*row) for row in facts[["e1", "r1", "r2"]].to_numpy()]
     facts = facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"])
-    return facts.assign(tested=~facts["shortcut_right"])
+    return facts.assign(tested=facts["shortcut_right"] == "False")
 
 
 def in_context() -> pd.DataFrame:

@@ -24,6 +24,7 @@ def single_hop(
     prompt, entity and relation_span, the last two as (begin, end) characters. shots: worked
     examples in front, the same for all of a relation, with different answers, drawn by `seed` from
     its SHOWN_FROM largest; facts with one of their answers are not asked."""
+    check_text(frame, ["relation", "subject", "answer"])
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
         shown = _pool(part, draw).drop_duplicates("answer").head(shots)
@@ -40,6 +41,18 @@ def single_hop(
             relation_span = span(prompt, relation, entity[1])
             rows.append({**row, "prompt": prompt, "entity": entity, "relation_span": relation_span})
     return pd.DataFrame(rows)
+
+
+def check_text(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Raises ValueError naming a cell that is no text, or empty: numbers may have lost zeros, and
+    what pandas takes for a missing value would be asked as "nan"."""
+    for name in columns:
+        for row, cell in frame[name].items():
+            if not isinstance(cell, str) or not cell.strip():
+                raise ValueError(
+                    f"{name!r} of fact {row} is {cell!r}, no text: read a CSV with `read_table` "
+                    "or pd.read_csv(…, dtype=str, keep_default_na=False)."
+                )
 
 
 def _pool(part: pd.DataFrame, draw: np.random.Generator) -> pd.DataFrame:
@@ -131,6 +144,7 @@ def two_hop_prompts(
     for what, name, names in (("template", template, TEMPLATES), ("examples", examples, EXAMPLES)):
         if name not in names:
             raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(names)}.")
+    check_text(frame, ["pair", "e1", "r1", "e2", "r2", "e3"])
     say, draw, rows = TEMPLATES[template].say, np.random.default_rng(seed), {}
     for _, part in frame.groupby(["pair", "r1", "r2"], sort=True):
         shown = _pool(part, draw).drop_duplicates("e3").drop_duplicates("e2").head(2)

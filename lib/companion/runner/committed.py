@@ -48,7 +48,8 @@ def took(profile: str) -> dict[str, dict]:
 def figure_index() -> str:
     """figures/README.md: committed notebook -> claims and data -> figure -> first sentence of its
     "**Finding.**"."""
-    lines, ledger = [INDEX], pd.read_csv(paths.FIGURES / "tables" / "claims.csv")
+    claims = paths.FIGURES / "tables" / "claims.csv"
+    lines, ledger = [INDEX], pd.read_csv(claims, dtype=str, keep_default_na=False)
     for path in notebooks():
         cells = nbformat.read(path, as_version=4).cells
         reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
