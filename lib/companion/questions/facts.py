@@ -31,12 +31,17 @@ TWO_HOP = Published(
 )
 
 
-def published(file: Published) -> Path:
-    """Where the file lies: in the folder BACKATTN_DATASETS, or else fetched into the cache. Raises
-    FileNotFoundError when it is not in that folder, OSError that says where to put it by hand when
-    it cannot be fetched, and ValueError when its sha256 is another one."""
+def place_of(file: Published) -> Path:
+    """Where the file lies, or will: in the folder BACKATTN_DATASETS, or else in the cache."""
     folder = os.environ.get("BACKATTN_DATASETS")
-    path = (ROOT / Path(folder).expanduser() if folder else CACHE / "datasets") / file.path
+    return (ROOT / Path(folder).expanduser() if folder else CACHE / "datasets") / file.path
+
+
+def published(file: Published) -> Path:
+    """`place_of` the file, fetched if need be. Raises FileNotFoundError when the folder
+    BACKATTN_DATASETS lacks it, OSError that says where to put it by hand when it cannot be fetched,
+    and ValueError when its sha256 is another one."""
+    folder, path = os.environ.get("BACKATTN_DATASETS"), place_of(file)
     note = path.with_suffix(".sha256")
     if not path.exists() and folder:
         raise FileNotFoundError(

@@ -12,6 +12,7 @@ import sys
 import timeit
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from backattn.models.tokens import Batch
 from companion.questions.datasets import DATASETS
 from companion.runs.as_asked import questions
 from companion.runs.plans import Planned, complete, found, main_runs, tried
-from companion.runs.run import Run
+from companion.runs.run import Run, located
 from companion.runs.scratch import arm_of
 from companion.runs.store import Store
 
@@ -161,7 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--estimate", action="store_true", help="only say what it takes")
     sizes = vars(p.parse_args(argv))
-    model, dtype, only_estimate = sizes.pop("model"), sizes.pop("dtype"), sizes.pop("estimate")
+    dtype, only_estimate = sizes.pop("dtype"), sizes.pop("estimate")
+    try:
+        model = located(sizes.pop("model"), Path.cwd())
+    except ValueError as error:
+        p.error(f"--model: {error}")
     runtime.use_threads()
     world, store = runtime.process_state(), Store()
     device = sizes.pop("device") or str(world.device)
