@@ -1,10 +1,8 @@
 """The reasoning datasets of claim C8, one record each, without leakage from training into the test.
 
-Every dataset has one row per question: prompt, answer (as it follows the prompt, its space
-included), group, and tested (whether it may be a test question). A group is what must not be in
-training and in the test: a bridge entity, a pair of numbers, a kind of animal ("|" between where a
-question has several). `splits.split` does the rest, by hash of names.
-"""
+A row per question: prompt, answer (as it follows the prompt, its space included), group, tested
+(whether it may be a test question). A group must not be in training and in the test, a bridge
+entity, a pair of numbers, a kind of animal ("|" between several): `splits.split` sees to it."""
 
 import json
 import re

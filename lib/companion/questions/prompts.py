@@ -1,9 +1,6 @@
-"""Facts, prompts and what each token of a prompt is for.
-
-A single-hop prompt is "X's r is": the entity stands before the relation, as in the paper's
-examples, so that the relation and last positions can read the entity but not the other way round.
-Two worked examples stand in front, because a small model does not answer the bare form.
-"""
+"""Facts, prompts and what each token of a prompt is for. In "X's r is", as in the paper, relation
+and last can read the entity, and not the other way round. Two worked examples stand in front: a
+small model does not answer the bare form."""
 
 import re
 from collections.abc import Sequence

@@ -53,8 +53,7 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
 
 
 def key_of(path: Path, profile: str, parameters: dict) -> str:
-    """Hash of all that decides an outcome: cells, library, data, model, dtype, profile, parameters,
-    versions."""
+    """Hash of all that decides an outcome: cells, library, data, model, dtype, versions …"""
     cells = [(c.cell_type, c.source) for c in nbformat.read(path, as_version=4).cells]
     inputs = sorted([*(paths.ROOT / "lib").rglob("*.py"), *paths.DATA.rglob("*.csv")])
     inputs += [*sorted(paths.DATA.glob("*.yml")), paths.DATA / "held_out.txt", place_of(TWO_HOP)]
@@ -75,19 +74,18 @@ def key_of(path: Path, profile: str, parameters: dict) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def started_in() -> Path:
+    """The folder in which the command was typed: run_all.sh notes it."""
+    return Path(os.environ.get("BACKATTN_STARTED_IN") or Path.cwd()).resolve()
+
+
 def resume(arguments: argparse.Namespace, path: Path) -> str:
     """The command that goes on from a notebook."""
-    here = started_in() == paths.ROOT
-    words = ["./run_all.sh" if here else str(paths.ROOT / "run_all.sh")]
+    words = ["./run_all.sh" if started_in() == paths.ROOT else str(paths.ROOT / "run_all.sh")]
     for name, value in {**vars(arguments), "from": path.stem[:2]}.items():
         if value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(words)
-
-
-def started_in() -> Path:
-    """The folder in which the command was typed: run_all.sh notes it."""
-    return Path(os.environ.get("BACKATTN_STARTED_IN") or Path.cwd()).resolve()
 
 
 def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
@@ -109,7 +107,7 @@ def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
                     break
     ending = f"FAILED: {', '.join(failed)}" if failed else "All done"
     print(f"{ending} after {time.monotonic() - began:.0f} s.", flush=True)
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
 def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
@@ -163,12 +161,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(arguments: argparse.Namespace) -> list[Path]:
-    """The chosen notebooks, once all that was asked for is there: a model's folder, a device, a
-    dtype; puts what kernels have to know into the environment. Raises ValueError, or what torch
-    raises for a device that it has not."""
-    chosen = select(committed.notebooks(), arguments.only, getattr(arguments, "from"), arguments.to)
-    if empty := [name for name, value in vars(arguments).items() if value == ""]:
-        raise ValueError(f"--{empty[0]} is empty.")
+    """The chosen notebooks, when all that was asked for is there, else ValueError, or what torch
+    raises for a device; tells the kernels by the environment."""
+    start, stop = getattr(arguments, "from"), arguments.to
+    chosen = select(committed.notebooks(), arguments.only, start, stop)
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"--{name} is empty.")
     for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
         if value:
             os.environ[name] = value
@@ -191,10 +190,7 @@ def prepare(arguments: argparse.Namespace) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows "?"
-    os.environ["PYTHONIOENCODING"] = ":replace"
+    runtime.use_terminal()
     p = parser()
     arguments = p.parse_args(argv)
     if arguments.check:
@@ -202,9 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         for path in committed.notebooks():
             took = committed.took("paper").get(path.stem)
-            note = "not timed yet"
-            if took:
-                note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB"
+            note = (
+                "{seconds:.0f} s, {peak_megabytes} MB".format(**took) if took else "not timed yet"
+            )
             print(f"{path.stem:28} paper profile: {note}")
         return 0
     if arguments.html:

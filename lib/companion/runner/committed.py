@@ -86,8 +86,8 @@ def update(path: Path, profile: str, stamp: dict) -> None:
                 run["training_seconds"] = round(sum(row.get("seconds", 0) for row in rows))
             else:
                 _copy(folder / name, goal)
-            digest = hashlib.sha256(goal.read_bytes()).hexdigest()
-            result = {"sha256": digest, "made by": path.stem, "hardware": hardware()}
+            result = {"sha256": hashlib.sha256(goal.read_bytes()).hexdigest()}
+            result |= {"made by": path.stem, "hardware": hardware()}
             noted.setdefault("results", {})[goal.name] = result
     noted.setdefault("runs", {}).setdefault(profile, {})[path.stem] = run
     _write(paths.DATA / "MANIFEST.json", json.dumps(noted, indent=1, sort_keys=True) + "\n")

@@ -77,8 +77,8 @@ def _digest(text: str) -> str:
 
 
 def located(model: str, folder: Path) -> str:
-    """`model` as `load_model` takes it from anywhere: a folder, named as seen from `folder`, gets
-    its absolute path. Raises ValueError for what looks like a folder and holds no model."""
+    """`model` as it is found from anywhere: a folder, as seen from `folder`, by its absolute path.
+    Raises ValueError for what looks like a folder and holds no model."""
     path = (folder / Path(model).expanduser()).resolve()
     if model in EMBEDDED or not (path.is_dir() or model.startswith((".", "/", "~"))):
         return model
@@ -96,19 +96,15 @@ def source_of(model: str) -> str | None:
         return None
     if not Path(model).is_dir():
         return _commit(model)
-    hashes = []
-    for file in sorted(Path(model).glob("[!.]*")):
-        if file.is_file():
-            about = file.stat()
-            when = (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-            hashes.append((file.name, _file_hash(file, when)))
-    return _digest(repr(hashes))
+    files = [file for file in sorted(Path(model).glob("[!.]*")) if file.is_file()]
+    states = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, files)]
+    return _digest(repr([*map(_file_hash, files, states)]))
 
 
 @functools.cache
-def _file_hash(path: Path, when: tuple[int, ...]) -> str:
+def _file_hash(path: Path, state: tuple[int, ...]) -> tuple[str, str]:  # another state: read again
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return path.name, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
