@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from backattn.models.tokens import encode
+
 GROUPS = ("entity", "relation", "last", "context")
 SHOWN_FROM = 40  # facts, the largest, from which worked examples are drawn
 EXAMPLES = ("one-hop", "two-hop", "none")
@@ -79,7 +81,10 @@ def label_tokens(
     ValueError when a span holds no token but the last."""
     groups = []
     for prompt, *places in zip(prompts, *spans.values(), strict=True):
-        offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        count, plain = len(encode(tokenizer, [prompt]).rows[0]), {"add_special_tokens": False}
+        plain |= {"padding": False, "truncation": False, "return_offsets_mapping": True}
+        offsets = tokenizer(prompt, **plain)["offset_mapping"]
+        offsets = [(0, 0)] * (count - len(offsets)) + offsets[-count:]  # what stands before it
         labels = np.array(["context"] * len(offsets), dtype=object)
         for name, (begin, end) in zip(spans, places, strict=True):
             labels[[a < end and b > begin for a, b in offsets]] = name
