@@ -165,7 +165,11 @@ def two_hop_prompts(
         heads = {"one-hop": firsts[0] + seconds[1], "two-hop": "".join(both), "none": ""}
         for index, row in zip(part.index, part.to_dict("records"), strict=True):
             e1, e2, r1, r2 = (row[name] for name in ("e1", "e2", "r1", "r2"))
-            if _named(row, first + second + heads["two-hop"]):
+            names = f"{row['e1']}|{e2}|{row['e2_aliases']}|{row['e3']}|{row['e3_aliases']}".split(
+                "|"
+            )
+            pattern = "|".join(re.escape(name) for name in names if name)
+            if re.search(rf"\b(?:{pattern})\b", first + second + heads["two-hop"]):
                 continue
             head = heads[examples]
             prompts = {"first": first + say(e1, r1), "second": second + say(e2, r2)}
@@ -182,14 +186,6 @@ def two_hop_prompts(
         )
     written = pd.DataFrame([rows[index] for index in sorted(rows)])
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
-
-
-def _named(fact: dict, text: str) -> bool:
-    """Whether a text names an entity of a fact, by any of its names."""
-    names = [fact[name] for name in ("e1", "e2", "e3")]
-    names += f"{fact['e2_aliases']}|{fact['e3_aliases']}".split("|")
-    pattern = "|".join(re.escape(name) for name in names if name)
-    return re.search(rf"\b(?:{pattern})\b", text) is not None
 
 
 def two_hop_spans(
