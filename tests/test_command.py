@@ -54,7 +54,6 @@ def run(checkout: Path, where: str, command: str, *options: str, **environment: 
         ("the checkout", "./run_all.sh"),
         (".", "the checkout/run_all.sh"),
         ("linked", "./run_all.sh"),
-        ("cmd/deep", "./again"),
         ("elsewhere", "../cmd/deep/again"),
     ],
 )
