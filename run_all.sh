@@ -2,7 +2,17 @@
 # The one command: makes .venv from environment.yml where no suitable environment is active, then runs
 # companion.runner.cli with the same arguments. See ./run_all.sh --help.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+export BACKATTN_STARTED_IN=$PWD # where a relative --model is looked for
+unset CDPATH                    # or cd might go elsewhere
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do # the checkout is where the file is that links lead to
+  target=$(readlink -- "$script")
+  case $target in
+    /*) script=$target ;;
+    *) script=$(dirname -- "$script")/$target ;;
+  esac
+done
+cd -P -- "$(dirname -- "$script")"
 
 # An environment is suitable when this very checkout is installed in it, with what the runner needs.
 suitable() {

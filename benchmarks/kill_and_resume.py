@@ -44,7 +44,7 @@ def numbers(output: Path) -> dict[str, str]:
     """Every table and sidecar, without what is measured."""
     found = {}
     for path in sorted((output / "build" / "smoke" / "figures").rglob("*.csv")):
-        frame = pd.read_csv(path)
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         found[str(path.relative_to(output))] = frame[
             [name for name in frame if not name.startswith(TIMES)]
         ].to_csv(index=False)

@@ -29,6 +29,14 @@ def use_threads() -> None:
     torch.set_num_threads(int(os.environ.get("BACKATTN_THREADS", "1")))
 
 
+def use_terminal() -> None:
+    """Print "?" for letters that the terminal has not, here and in processes started from here."""
+    os.environ["PYTHONIOENCODING"] = ":replace"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
+
+
 def dtype() -> torch.dtype:
     """What models are loaded in: BACKATTN_DTYPE of the environment, else fp32.
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from backattn.paths import CACHE as CACHE
-from backattn.paths import OUTPUT, ROOT
+from backattn.paths import OUTPUT as OUTPUT
+from backattn.paths import ROOT
 
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"

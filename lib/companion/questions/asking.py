@@ -117,7 +117,3 @@ def candidates(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 def outcome(said: int, ids: dict[str, frozenset]) -> str:
     """Which outcome a first token belongs to."""
     return next((name for name in ENTITIES if said in ids[name]), "other")
-
-
-def _ids_of(row) -> dict[str, frozenset]:
-    return {name: getattr(row, f"{name}_ids") for name in ENTITIES}

@@ -2,28 +2,20 @@
 
 import numpy as np
 import pandas as pd
+import yaml
 
+from companion.paths import DATA
 from companion.questions.prompts import TEMPLATES
 from companion.questions.splits import place_of
 
-COUNTRIES = """
-Angola Australia Austria Belarus Benin Bolivia Brazil Cameroon Canada Chad Chile China Cuba Cyprus
-Denmark Ecuador Egypt Estonia Finland France Georgia Germany Ghana Guinea Hungary India Indonesia
-Iran Iraq Israel Italy Japan Jordan Kenya Laos Latvia Liberia Libya Madagascar Malawi Mali Mexico
-Myanmar Niger Norway Oman Pakistan Panama Peru Poland Qatar Romania Russia Senegal Singapore
-Slovakia Spain Sweden Switzerland Syria Thailand Turkey Ukraine Vietnam Yemen Zambia Zimbabwe
-"""
-CITIES = """
-Amsterdam Athens Austin Beijing Berlin Bern Boston Brussels Budapest Cairo Canberra Chicago
-Copenhagen Dallas Damascus Delhi Denver Dublin Geneva Hamburg Houston Jerusalem Lima Lisbon London
-Madrid Manila Melbourne Milan Montreal Moscow Mumbai Munich Nairobi Naples Oslo Paris Prague Rome
-Seoul Stockholm Sydney Tokyo Toronto Venice Vienna Warsaw Washington Wellington
-"""  # most are one token for SmolLM2, all begin with tokens of their own
-
+NAMES: dict[str, list[str]] = {
+    kind: names.split()
+    for kind, names in yaml.safe_load((DATA / "names.yml").read_text(encoding="utf-8")).items()
+}
 COUNTS = {"train": 12_000, "validation": 400, "test": 600}
 
 
-def chains(people: str) -> pd.DataFrame:
+def chains() -> pd.DataFrame:
     """Two people, their countries and the countries' capitals, in random order; one is asked for.
 
     "Peru's capital is Oslo. Ann's country is Peru. Tom's country is Chad. Chad's capital is Rome.
@@ -33,15 +25,15 @@ def chains(people: str) -> pd.DataFrame:
     were ("seen" or "unseen"). The split is part of the dataset; a group is the two countries.
     """
     draw, say = np.random.default_rng(0), TEMPLATES["possessive"].say
-    places = {name: place_of(name) for name in (COUNTRIES + CITIES).split()}
+    places = {name: place_of(name) for name in NAMES["countries"] + NAMES["cities"]}
     ends = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
     countries = {
-        split: [c for c in COUNTRIES.split() if low <= places[c] < high]
+        split: [c for c in NAMES["countries"] if low <= places[c] < high]
         for split, (low, high) in ends.items()
     }
     cities = {
-        "seen": [c for c in CITIES.split() if places[c] < 0.5],
-        "unseen": [c for c in CITIES.split() if places[c] >= 0.5],
+        "seen": [c for c in NAMES["cities"] if places[c] < 0.5],
+        "unseen": [c for c in NAMES["cities"] if places[c] >= 0.5],
     }
     rows = []
     for split, count in COUNTS.items():
@@ -49,7 +41,7 @@ def chains(people: str) -> pd.DataFrame:
             kind = "unseen" if split != "train" and index % 2 else "seen"
             who, e2, e3 = (
                 draw.choice(names, 2, replace=False)
-                for names in (people.split(), countries[split], cities[kind])
+                for names in (NAMES["people"], countries[split], cities[kind])
             )
             told = [f"{say(a, 'country')} {b}." for a, b in zip(who, e2, strict=True)]
             told += [f"{say(b, 'capital')} {c}." for b, c in zip(e2, e3, strict=True)]

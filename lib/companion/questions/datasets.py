@@ -1,10 +1,8 @@
 """The reasoning datasets of claim C8, one record each, without leakage from training into the test.
 
-Every dataset has one row per question: prompt, answer (as it follows the prompt, its space
-included), group, and tested (whether it may be a test question). A group is what must not be in
-training and in the test: a bridge entity, a pair of numbers, a kind of animal ("|" between where a
-question has several). `splits.split` does the rest, by hash of names.
-"""
+A row per question: prompt, answer (as it follows the prompt, its space included), group, tested
+(whether it may be a test question). A group must not be in training and in the test, a bridge
+entity, a pair of numbers, a kind of animal ("|" between several): `splits.split` sees to it."""
 
 import json
 import re
@@ -19,23 +17,15 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
 from companion.paths import DATA
-from companion.questions.chains import chains
+from companion.questions.chains import NAMES, chains
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import Published, published, read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
-from companion.questions.splits import FOLDS, draw, fold_of, split
+from companion.questions.splits import FOLDS, fold_of, split
 
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
 TWINS = 0.8  # word problems that share this part of their words are one group
-NAMES = """
-Adam Alan Alice Amy Ann Anthony Arthur Barbara Ben Bill Bob Brian Bruce Carol Charles Charlie Chris
-Claire Dan Daniel Dave Diana Donald Edward Ellen Emily Emma Eric Frank Fred George Grace Greg Hannah
-Harry Helen Henry Howard Ian Jack James Jane Jason Jean Jeff Jenny Jim Joan Joe John Jonathan Joseph
-Joy Julia Julie Karen Kate Keith Ken Kevin Kim Larry Laura Lee Leo Lewis Lily Linda Lisa Louis Lucy
-Luke Marco Margaret Maria Marie Mark Martin Mary Matt Max Miguel Mike Nick Oliver Oscar Paul Phil
-Rachel Ray Richard Robin Rose Ryan Sam Sandra Sarah Sean Steve Sue
-"""  # of people about whom facts are invented, a token each for SmolLM2
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def two_hop(
     facts = two_hop_facts().drop(columns="split").merge(listed, on=TWO_HOP_KEYS)
     prompts = [say(*row) for row in facts[["e1", "r1", "r2"]].to_numpy()]
     facts = facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"])
-    return facts.assign(tested=~facts["shortcut_right"])
+    return facts.assign(tested=facts["shortcut_right"] == "False")
 
 
 def in_context() -> pd.DataFrame:
@@ -116,7 +106,7 @@ def in_context() -> pd.DataFrame:
         if len(unlike) < 2:
             continue
         bridges = [e2, *draw.permutation(unlike)[:2]]
-        people = draw.permutation(NAMES.split())[:3]
+        people = draw.permutation(NAMES["people"])[:3]
         said = [f"{say(who, r1)} {bridge}." for who, bridge in zip(people, bridges, strict=True)]
         prompt = " ".join([*draw.permutation(said), say(people[0], r1, r2)])
         rows.append({**fact, "e1": people[0], "prompt": prompt, "tested": True})
@@ -197,7 +187,7 @@ _RECORDS = (
     _two_hop("code", _code, tuned_on="code"),
     _two_hop("in context", in_context, tuned_on="in context"),
     # Both hops invented and told: flow is needed, knowledge is not.
-    _first("chains", partial(chains, NAMES), tuned_on="chains", columns=_CHAINED),
+    _first("chains", chains, tuned_on="chains", columns=_CHAINED),
     _first("compositions", compositions, tuned_on="compositions", **_composed),
     Dataset("legs, one kind", partial(legs, 1)),
     Dataset("legs, two kinds", partial(legs, 2)),
@@ -211,18 +201,6 @@ OTHER_PROMPTS = ("question", "code", "in context")
 def load(name: str) -> pd.DataFrame:
     """A dataset by its name in DATASETS; raises ValueError naming those that there are."""
     return DATASETS[name].load()
-
-
-def overview(names: Sequence[str]) -> pd.DataFrame:
-    """What the datasets hold: questions, those tested, names; one question with its answer."""
-    rows = []
-    for name in names:
-        frame = load(name)
-        first = draw(split(frame, 0), "test", 1).iloc[0]
-        row = {"dataset": name, "questions": len(frame), "tested": int(frame["tested"].sum())}
-        row |= {"names": frame["group"].str.split("|").explode().nunique()}
-        rows.append({**row, "question": first["prompt"], "answer": first["answer"].strip()})
-    return pd.DataFrame(rows)
 
 
 def majority_baseline(name: str, by: str | None = None) -> float | pd.Series:

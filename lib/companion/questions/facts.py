@@ -1,6 +1,7 @@
 """Facts and files of others: read, checked and, where they are not here, fetched."""
 
 import ast
+import csv
 import hashlib
 import os
 import urllib.request
@@ -11,13 +12,13 @@ from pathlib import Path
 import pandas as pd
 
 from backattn.files import atomic_file
-from companion.paths import CACHE, DATA
+from companion.paths import CACHE, DATA, ROOT
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published file: its place in the folder BACKATTN_DATASETS, its public home, and its sha256;
-    where that is None the first fetch writes it down beside the file."""
+    """A published file: its place in the folder BACKATTN_DATASETS (seen from the repository), its
+    public home, and its sha256; where that is None the first fetch notes it beside the file."""
 
     path: str
     url: str
@@ -30,12 +31,17 @@ TWO_HOP = Published(
 )
 
 
-def published(file: Published) -> Path:
-    """Where the file lies: in the folder BACKATTN_DATASETS, or else fetched into the cache. Raises
-    FileNotFoundError when it is not in that folder, OSError that says where to put it by hand when
-    it cannot be fetched, and ValueError when its sha256 is another one."""
+def place_of(file: Published) -> Path:
+    """Where the file lies, or will: in the folder BACKATTN_DATASETS, or else in the cache."""
     folder = os.environ.get("BACKATTN_DATASETS")
-    path = (Path(folder) if folder else CACHE / "datasets") / file.path
+    return (ROOT / Path(folder).expanduser() if folder else CACHE / "datasets") / file.path
+
+
+def published(file: Published) -> Path:
+    """`place_of` the file, fetched if need be. Raises FileNotFoundError when the folder
+    BACKATTN_DATASETS lacks it, OSError that says where to put it by hand when it cannot be fetched,
+    and ValueError when its sha256 is another one."""
+    folder, path = os.environ.get("BACKATTN_DATASETS"), place_of(file)
     note = path.with_suffix(".sha256")
     if not path.exists() and folder:
         raise FileNotFoundError(
@@ -64,25 +70,42 @@ def published(file: Published) -> Path:
     return path
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV that must have `columns`, once each, without empty cells in them; raises
-    ValueError naming the file and column or row, FileNotFoundError with the path."""
+def read_table(path: Path, columns: Sequence[str], strip: bool = False) -> pd.DataFrame:
+    """Read a CSV as it stands: every cell is text. It must have `columns`, once each, and in them
+    no cell that is empty or has spaces around (which strip=True takes off). Raises ValueError
+    naming the file and column or row, FileNotFoundError with the path."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; it comes with the repository (git checkout -- data)."
         )
-    header = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0].tolist()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+        if strip:
+            lines = [(row, [cell.strip() for cell in cells]) for row, cells in lines]
+    except (csv.Error, UnicodeDecodeError) as error:
+        row = reader.line_num
+        raise ValueError(f"{path.name} is no CSV in UTF-8 after row {row}: {error}.") from error
+    header = lines[0][1] if lines else []
     repeated = sorted({name for name in header if header.count(name) > 1})
     missing = [name for name in columns if name not in header]
     if repeated or missing:
         problem = f"repeats column {repeated[0]!r}" if repeated else f"lacks column {missing[0]!r}"
-        raise ValueError(f"{path.name} {problem}; it has {', '.join(map(str, header))}.")
-    frame = pd.read_csv(path, keep_default_na=False)
-    for name in columns:
-        empty = frame.index[frame[name].astype(str).str.strip() == ""]
-        if len(empty):
-            raise ValueError(f"{path.name} has an empty {name!r} in row {empty[0] + 2}.")
-    return frame
+        raise ValueError(f"{path.name} {problem}; it has {', '.join(header)}.")
+    for row, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path.name} has {len(cells)} cells in row {row}, and {len(header)} columns: a "
+                "cell that holds a comma stands in double quotes."
+            )
+        for name, cell in zip(header, cells, strict=True):
+            if name in columns and (not cell or cell != cell.strip()):
+                problem = "spaces around" if cell.strip() else "an empty"
+                raise ValueError(f"{path.name} has {problem} {name!r} in row {row}.")
+    if len(lines) < 2:
+        raise ValueError(f"{path.name} has a header and no row.")
+    return pd.DataFrame([cells for _, cells in lines[1:]], columns=header)
 
 
 def facts(path: Path = DATA / "facts.csv") -> pd.DataFrame:
@@ -104,7 +127,7 @@ def published_two_hop() -> pd.DataFrame:
     labels |= {"r1_template": "r1", "r2_template": "r2", "e2_type": "type2", "e3_type": "type3"}
     path = published(TWO_HOP)
     columns = [*labels, "r1_type", "r2_type", "e2_aliases", "e3_aliases"]
-    frame = read_table(path, columns).rename(columns=labels)
+    frame = read_table(path, columns, strip=True).rename(columns=labels)
     for (row, _), phrase in frame[["r1", "r2"]].stack().items():
         if phrase.count("{}") != 1:
             raise ValueError(

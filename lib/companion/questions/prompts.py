@@ -1,9 +1,6 @@
-"""Facts, prompts and what each token of a prompt is for.
-
-A single-hop prompt is "X's r is": the entity stands before the relation, as in the paper's
-examples, so that the relation and last positions can read the entity but not the other way round.
-Two worked examples stand in front, because a small model does not answer the bare form.
-"""
+"""Facts, prompts and what each token of a prompt is for. In "X's r is", as in the paper, relation
+and last can read the entity, and not the other way round. Two worked examples stand in front: a
+small model does not answer the bare form."""
 
 import re
 from collections.abc import Sequence
@@ -11,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
+from backattn.models.tokens import encode
 
 GROUPS = ("entity", "relation", "last", "context")
 SHOWN_FROM = 40  # facts, the largest, from which worked examples are drawn
@@ -24,6 +23,7 @@ def single_hop(
     prompt, entity and relation_span, the last two as (begin, end) characters. shots: worked
     examples in front, the same for all of a relation, with different answers, drawn by `seed` from
     its SHOWN_FROM largest; facts with one of their answers are not asked."""
+    check_text(frame, ["relation", "subject", "answer"])
     draw, rows = np.random.default_rng(seed), []
     for relation, part in frame.groupby("relation", sort=True):
         shown = _pool(part, draw).drop_duplicates("answer").head(shots)
@@ -40,6 +40,18 @@ def single_hop(
             relation_span = span(prompt, relation, entity[1])
             rows.append({**row, "prompt": prompt, "entity": entity, "relation_span": relation_span})
     return pd.DataFrame(rows)
+
+
+def check_text(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Raises ValueError naming a cell that is no text, or empty: numbers may have lost zeros, and
+    what pandas takes for a missing value would be asked as "nan"."""
+    for name in columns:
+        for row, cell in frame[name].items():
+            if not isinstance(cell, str) or not cell.strip():
+                raise ValueError(
+                    f"{name!r} of fact {row} is {cell!r}, no text: read a CSV with `read_table` "
+                    "or pd.read_csv(…, dtype=str, keep_default_na=False)."
+                )
 
 
 def _pool(part: pd.DataFrame, draw: np.random.Generator) -> pd.DataFrame:
@@ -69,7 +81,10 @@ def label_tokens(
     ValueError when a span holds no token but the last."""
     groups = []
     for prompt, *places in zip(prompts, *spans.values(), strict=True):
-        offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        count, plain = len(encode(tokenizer, [prompt]).rows[0]), {"add_special_tokens": False}
+        plain |= {"padding": False, "truncation": False, "return_offsets_mapping": True}
+        offsets = tokenizer(prompt, **plain)["offset_mapping"]
+        offsets = [(0, 0)] * (count - len(offsets)) + offsets[-count:]  # what stands before it
         labels = np.array(["context"] * len(offsets), dtype=object)
         for name, (begin, end) in zip(spans, places, strict=True):
             labels[[a < end and b > begin for a, b in offsets]] = name
@@ -131,6 +146,7 @@ def two_hop_prompts(
     for what, name, names in (("template", template, TEMPLATES), ("examples", examples, EXAMPLES)):
         if name not in names:
             raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(names)}.")
+    check_text(frame, ["pair", "e1", "r1", "e2", "r2", "e3"])
     say, draw, rows = TEMPLATES[template].say, np.random.default_rng(seed), {}
     for _, part in frame.groupby(["pair", "r1", "r2"], sort=True):
         shown = _pool(part, draw).drop_duplicates("e3").drop_duplicates("e2").head(2)
@@ -149,7 +165,11 @@ def two_hop_prompts(
         heads = {"one-hop": firsts[0] + seconds[1], "two-hop": "".join(both), "none": ""}
         for index, row in zip(part.index, part.to_dict("records"), strict=True):
             e1, e2, r1, r2 = (row[name] for name in ("e1", "e2", "r1", "r2"))
-            if _named(row, first + second + heads["two-hop"]):
+            names = f"{row['e1']}|{e2}|{row['e2_aliases']}|{row['e3']}|{row['e3_aliases']}".split(
+                "|"
+            )
+            pattern = "|".join(re.escape(name) for name in names if name)
+            if re.search(rf"\b(?:{pattern})\b", first + second + heads["two-hop"]):
                 continue
             head = heads[examples]
             prompts = {"first": first + say(e1, r1), "second": second + say(e2, r2)}
@@ -166,14 +186,6 @@ def two_hop_prompts(
         )
     written = pd.DataFrame([rows[index] for index in sorted(rows)])
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
-
-
-def _named(fact: dict, text: str) -> bool:
-    """Whether a text names an entity of a fact, by any of its names."""
-    names = [fact[name] for name in ("e1", "e2", "e3")]
-    names += f"{fact['e2_aliases']}|{fact['e3_aliases']}".split("|")
-    pattern = "|".join(re.escape(name) for name in names if name)
-    return re.search(rf"\b(?:{pattern})\b", text) is not None
 
 
 def two_hop_spans(

@@ -1,9 +1,5 @@
-"""What the reader sees: the house style, plots for tidy tables, pictures saved with their numbers.
-
-`bands` draws lines with a band, `intervals` and `points` values with an interval, `heatmap` a grid.
-Each takes a tidy frame whose interval is `low` to `high`, and looks: name -> something with a
-colour and a marker (a `Look`, or an `Arm`).
-"""
+"""The house style, plots for tidy tables, pictures saved with their numbers. A plot takes a frame
+whose interval is `low` to `high`, and looks: name -> what has colour and marker (`Look`, `Arm`)."""
 
 import itertools
 from collections.abc import Iterable, Mapping

@@ -1,8 +1,5 @@
-"""Means, shares and differences with their 95 % intervals: everywhere `mean, low, high, n`.
-
-What belongs together (prompts about one subject, questions with one bridge entity) is resampled
-together.
-"""
+"""Means, shares, differences with 95 % intervals: `mean, low, high, n`; what belongs together
+(prompts about one subject, questions with one bridge entity) is resampled together."""
 
 import functools
 from collections.abc import Hashable, Sequence

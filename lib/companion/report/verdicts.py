@@ -14,23 +14,20 @@ CLAIMS: dict[str, dict] = yaml.safe_load((DATA / "claims.yml").read_text(encodin
 COLUMNS = ["id", "claim", "paper", "ours", "kind", "verdict", "notebook", "figure"]
 
 
-def verdict(passed: Checks, against: Checks | None = None) -> str:
-    """All checks passed: reproduced; some: partly; none: contradicted, if there is evidence against
-    the claim in every check."""
-    passed = [bool(check) for check in passed]
-    if all(passed):
-        return "reproduced"
-    if any(passed):
-        return "partly"
-    return "contradicted" if against is None or all(against) else "not at this scale"
-
-
 def claim(
     key: str, ours: str, passed: Checks, against: Checks | None = None, testable: bool = True
 ) -> dict[str, str]:
-    """A row of the ledger; key: in data/claims.yml; ours: what was measured, with n, interval."""
+    """A row of the ledger; key: in data/claims.yml; ours: what was measured, with n, interval. All
+    checks passed: reproduced; some: partly; none: contradicted, if there is evidence against the
+    claim in every check."""
+    passed = [bool(check) for check in passed]
+    verdict = "partly" if any(passed) else "not at this scale"
+    if all(passed):
+        verdict = "reproduced"
+    elif not any(passed) and (against is None or all(against)):
+        verdict = "contradicted"
     row = {"id": key, **CLAIMS[key], "ours": ours}
-    row["verdict"] = verdict(passed, against) if testable else "not testable here"
+    row["verdict"] = verdict if testable else "not testable here"
     return {name: row[name] for name in COLUMNS}
 
 

@@ -13,12 +13,14 @@ from backattn.runtime import DTYPE, PROFILE
 from companion import paths
 from companion.report import tables
 from companion.runner import committed
+from companion.runner.execute import kernel_environment
 
 
 def check() -> int:
     """Lint, tests, committed notebooks run again, their numbers compared; returns the status."""
     folder, results = paths.run_folder("check"), {}
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
+    environment |= kernel_environment()
     for name in ("MPLBACKEND", DTYPE):
         environment.pop(name, None)
     with one_process(folder):

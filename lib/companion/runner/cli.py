@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,10 +12,13 @@ from importlib import metadata
 from pathlib import Path
 
 import nbformat
+import torch
 
+from backattn import runtime
 from backattn.files import atomic_file, one_process
 from backattn.runtime import CLUSTER, DTYPE, DTYPES
 from companion import paths
+from companion.questions.facts import TWO_HOP, place_of
 from companion.runner import committed, site
 from companion.runner.check import check
 from companion.runner.execute import NotebookError, execute
@@ -31,44 +35,63 @@ SWITCHES = {
 
 
 def select(found: list[Path], only: str | None, start: str | None, stop: str | None) -> list[Path]:
-    """Notebooks chosen by --only 01[,03], --from 01, --to 03; SystemExit when a word fits none."""
+    """Notebooks chosen by --only 01[,03], --from 01, --to 03; ValueError when a word fits none."""
     names = [path.stem for path in found]
 
     def matching(word: str) -> list[str]:
-        beginning = word.zfill(2) if word.isdigit() else word
-        return [name for name in names if name.startswith(beginning)] or unfit(f" {word!r}")
+        beginning = word.strip().zfill(2) if word.strip().isdigit() else word.strip()
+        return [name for name in names if beginning and name.startswith(beginning)] or unfit(word)
 
-    def unfit(word: str = "") -> list[str]:
-        raise SystemExit(f"No notebook fits{word}. There are: {', '.join(names)}.")
+    def unfit(word: str) -> list:
+        raise ValueError(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
 
-    wanted = [name for word in only.split(",") for name in matching(word)] if only else names
-    first = matching(start)[0] if start else names[0]
-    last = matching(stop)[-1] if stop else names[-1]
-    return [p for p in found if p.stem in wanted and first <= p.stem <= last] or unfit()
+    wanted = names if only is None else [n for word in only.split(",") for n in matching(word)]
+    first = names[0] if start is None else matching(start)[0]
+    last = names[-1] if stop is None else matching(stop)[-1]
+    chosen = [path for path in found if path.stem in wanted and first <= path.stem <= last]
+    return chosen or unfit(f"--only {only} --from {start} --to {stop}")
 
 
 def key_of(path: Path, profile: str, parameters: dict) -> str:
-    """Hash of all that decides an outcome: cells, library, data, profile, parameters, versions."""
+    """Hash of all that decides an outcome: cells, library, data, model, dtype, versions …"""
     cells = [(c.cell_type, c.source) for c in nbformat.read(path, as_version=4).cells]
     inputs = sorted([*(paths.ROOT / "lib").rglob("*.py"), *paths.DATA.rglob("*.csv")])
-    inputs += sorted(paths.DATA.glob("*.yml"))
+    inputs += [*sorted(paths.DATA.glob("*.yml")), paths.DATA / "held_out.txt", place_of(TWO_HOP)]
     if profile != "full":  # which makes these results itself
         inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
     files = [
         (file.name, hashlib.sha256(file.read_bytes()).hexdigest())
         for file in inputs
-        if "runner" not in file.parts  # how it is run does not change what comes out
+        if "runner" not in file.parts and file.exists()  # how it is run changes no outcome
     ]
-    versions = [(name, metadata.version(name)) for name in VERSIONED]
-    parts = (cells, profile, sorted(parameters.items()), os.environ.get(DTYPE), files, versions)
+    versions = [sys.version, *((name, metadata.version(name)) for name in VERSIONED)]
+    parts = [cells, profile, sorted(parameters.items()), files, versions]
+    parts.append(os.environ.get(DTYPE, "float32"))
+    if model := parameters.get("model_name"):
+        from companion.runs.run import source_of  # slow to import
+
+        parts.append(source_of(model))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the chosen notebooks; returns the exit status. A second run waits for the first."""
+def started_in() -> Path:
+    """The folder in which the command was typed: run_all.sh notes it."""
+    return Path(os.environ.get("BACKATTN_STARTED_IN") or Path.cwd()).resolve()
+
+
+def resume(arguments: argparse.Namespace, path: Path) -> str:
+    """The command that goes on from a notebook."""
+    words = ["./run_all.sh" if started_in() == paths.ROOT else str(paths.ROOT / "run_all.sh")]
+    for name, value in {**vars(arguments), "from": path.stem[:2]}.items():
+        if value:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    return shlex.join(words)
+
+
+def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
+    """Run notebooks; returns the exit status. A second run waits for the first."""
     with one_process(paths.run_folder(arguments.profile)):
         began, failed = time.monotonic(), []
-        chosen = select(committed.notebooks(), arguments.only, arguments.start, arguments.stop)
         trains = arguments.profile == "full" and any(p.stem.startswith("03") for p in chosen)
         if arguments.model and trains:  # in a process of its own, which frees its memory
             command = [sys.executable, "-m", "companion.runs.launch", "--estimate"]
@@ -84,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
                     break
     ending = f"FAILED: {', '.join(failed)}" if failed else "All done"
     print(f"{ending} after {time.monotonic() - began:.0f} s.", flush=True)
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
 def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
@@ -107,7 +130,7 @@ def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
         try:
             took = execute(path, folder / "notebooks" / path.name, profile, parameters)
         except NotebookError as error:
-            print(f"\n{error}\n", flush=True)
+            print(f"\n{error}\n    resume with:      {resume(arguments, path)}\n", flush=True)
             return False
         stamp = {"key": key, **took}
         with atomic_file(stamp_path) as temporary:
@@ -127,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(name, action="store_true", help=text)
     p.add_argument("--profile", choices=committed.profiles(), default="paper", help="sizes")
     p.add_argument("--only", metavar="01,03", help="only these notebooks")
-    p.add_argument("--from", dest="start", metavar="NN", help="from this notebook on")
-    p.add_argument("--to", dest="stop", metavar="NN", help="up to this notebook")
+    p.add_argument("--from", metavar="NN", help="from this notebook on")
+    p.add_argument("--to", metavar="NN", help="up to this notebook")
     p.add_argument("--model", metavar="NAME", help="another: a name, a hub id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument("--dtype", choices=DTYPES, help="of the models; training is in bfloat16")
@@ -137,34 +160,59 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def prepare(arguments: argparse.Namespace) -> list[Path]:
+    """The chosen notebooks, when all that was asked for is there, else ValueError, or what torch
+    raises for a device; tells the kernels by the environment."""
+    start, stop = getattr(arguments, "from"), arguments.to
+    chosen = select(committed.notebooks(), arguments.only, start, stop)
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"--{name} is empty.")
+    for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
+        if value:
+            os.environ[name] = value
+    os.environ["BACKATTN_OUTPUT"] = str(paths.OUTPUT)
+    runtime.dtype()
+    if arguments.device not in (None, "auto"):
+        torch.empty(0, device=arguments.device)
+    if arguments.model:
+        from companion.runs.run import located  # slow to import
+
+        arguments.model = located(arguments.model, started_in())
+    other = arguments.model or arguments.device or runtime.dtype() != torch.float32
+    if arguments.update and (other or arguments.profile == "smoke"):
+        raise ValueError(
+            "--update replaces committed results: use it with profile paper or full and the "
+            "default model."
+        )
+    return chosen
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    runtime.use_terminal()
+    p = parser()
+    arguments = p.parse_args(argv)
     if arguments.check:
         return check()
     if arguments.list:
         for path in committed.notebooks():
             took = committed.took("paper").get(path.stem)
-            note = "not timed yet"
-            if took:
-                note = f"{took['seconds']:.0f} s, {took['peak_megabytes']} MB"
+            note = (
+                "{seconds:.0f} s, {peak_megabytes} MB".format(**took) if took else "not timed yet"
+            )
             print(f"{path.stem:28} paper profile: {note}")
         return 0
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0
-    for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
-        if value:
-            os.environ[name] = value
-    other = arguments.model or arguments.device or os.environ.get(DTYPE, "float32") != "float32"
-    if arguments.update and (other or arguments.profile == "smoke"):
-        raise SystemExit(
-            "--update replaces committed results: use it with profile paper or full and the "
-            "default model."
-        )
+    try:
+        chosen = prepare(arguments)
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch's, for a device
+        p.error(str(error).splitlines()[0])
     again = "Finished notebooks are kept; run the same command again to go on."
     try:
-        return run(arguments)
+        return run(arguments, chosen)
     except KeyboardInterrupt:
         print(f"\nStopped. {again}")
         return 130

@@ -14,14 +14,6 @@ from backattn.files import atomic_file
 from backattn.runtime import hardware
 from companion import paths
 
-INDEX = """# Figures and tables
-
-Every figure is here as PDF (column width, fonts embedded), PNG, and CSV with the numbers that it
-plots; every table, in `tables/`, as CSV, Markdown and LaTeX. A file `NN_name` is made by notebook
-`NN`. With each figure the first sentence of its finding, and the claim whose figure it is in the
-[ledger](tables/claims.csv). This page is written by `./run_all.sh --update`.
-"""
-
 
 def notebooks() -> list[Path]:
     """The numbered notebooks, in order, then the demo."""
@@ -46,9 +38,12 @@ def took(profile: str) -> dict[str, dict]:
 
 
 def figure_index() -> str:
-    """figures/README.md: committed notebook -> claims and data -> figure -> first sentence of its
-    "**Finding.**"."""
-    lines, ledger = [INDEX], pd.read_csv(paths.FIGURES / "tables" / "claims.csv")
+    """figures/README.md: its head as it is, then committed notebook -> claims and data -> figure ->
+    first sentence of its "**Finding.**"."""
+    index = paths.FIGURES / "README.md"
+    head = index.read_text(encoding="utf-8").partition("## [")[0] if index.exists() else ""
+    claims = paths.FIGURES / "tables" / "claims.csv"
+    lines, ledger = [head.rstrip() + "\n"], pd.read_csv(claims, dtype=str, keep_default_na=False)
     for path in notebooks():
         cells = nbformat.read(path, as_version=4).cells
         reads = re.search(r"^\| reads \| (.+) \|$", cells[0].source, re.MULTILINE)
@@ -85,8 +80,8 @@ def update(path: Path, profile: str, stamp: dict) -> None:
                 run["training_seconds"] = round(sum(row.get("seconds", 0) for row in rows))
             else:
                 _copy(folder / name, goal)
-            digest = hashlib.sha256(goal.read_bytes()).hexdigest()
-            result = {"sha256": digest, "made by": path.stem, "hardware": hardware()}
+            result = {"sha256": hashlib.sha256(goal.read_bytes()).hexdigest()}
+            result |= {"made by": path.stem, "hardware": hardware()}
             noted.setdefault("results", {})[goal.name] = result
     noted.setdefault("runs", {}).setdefault(profile, {})[path.stem] = run
     _write(paths.DATA / "MANIFEST.json", json.dumps(noted, indent=1, sort_keys=True) + "\n")

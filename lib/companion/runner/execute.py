@@ -1,6 +1,8 @@
 """Running one notebook with papermill: its memory, its progress, and what is said when it fails."""
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 import threading
@@ -23,7 +25,19 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 class NotebookError(Exception):
-    """A notebook failed; the message names the cell, the reason and the command to resume."""
+    """A notebook failed; the message names the cell, and the reason."""
+
+
+def kernel_environment() -> dict[str, str]:
+    """Makes "python3" this very interpreter, with no start-up files, whatever kernels there are."""
+    folder = paths.BUILD / "kernels" / hashlib.sha256(sys.executable.encode()).hexdigest()[:8]
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    about = {"argv": argv, "display_name": KERNEL["display_name"], "language": "python"}
+    with atomic_file(folder / "kernels" / KERNEL["name"] / "kernel.json") as temporary:
+        temporary.write_text(json.dumps(about), encoding="utf-8")
+    others = filter(None, [os.environ.get("JUPYTER_PATH")])
+    searched = os.pathsep.join([str(folder), *others])
+    return {"JUPYTER_PATH": searched, "IPYTHONDIR": str(folder / "ipython")}
 
 
 def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
@@ -33,6 +47,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
     partial, bar = target.with_suffix(".partial.ipynb"), target.with_suffix(".progress")
     target.parent.mkdir(parents=True, exist_ok=True)
     environment = {PROFILE: profile, PROGRESS_FILE: str(bar), "PYTHONHASHSEED": "0"}
+    environment |= kernel_environment()
     how = {"cwd": paths.NOTEBOOKS, "kernel_name": "python3", "language": "python"}
     how |= {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
     begin = time.time()
@@ -41,7 +56,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
         try:
             notebook = papermill.execute_notebook(path, partial, parameters, **how)
         except (PapermillExecutionError, DeadKernelError) as error:
-            raise NotebookError(_report(path, partial, profile, error, peak[0])) from error
+            raise NotebookError(_report(path, partial, error, peak[0])) from error
     clean(notebook)
     with atomic_file(target) as temporary:
         nbformat.write(notebook, temporary)
@@ -98,7 +113,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
                 output["metadata"] = nbformat.from_dict({})
 
 
-def _report(path: Path, partial: Path, profile: str, error: Exception, megabytes: int) -> str:
+def _report(path: Path, partial: Path, error: Exception, megabytes: int) -> str:
     if isinstance(error, PapermillExecutionError):
         index, source = error.cell_index, error.source
         reason = strip_color("\n".join(error.traceback)).strip().splitlines()[-12:]
@@ -112,5 +127,4 @@ def _report(path: Path, partial: Path, profile: str, error: Exception, megabytes
         ]
     lines = [f"FAILED {path.name}, cell {index}:", *(f"    | {x}" for x in source.splitlines()), ""]
     lines += [*(f"    {x}" for x in reason), "", f"    partial notebook: {partial}"]
-    lines += [f"    resume with:      ./run_all.sh --profile {profile} --from {path.stem[:2]}"]
     return "\n".join(lines)

@@ -1,10 +1,6 @@
-"""Make notebook 03's training runs for any model, on one device or on several under accelerate:
-
-    accelerate launch --num_processes 4 -m companion.runs.launch --model meta-llama/Llama-3.1-8B
-
-It says first what they take. Finished runs go to build/runs, which all processes must see, and
-where the notebook finds them.
-"""
+"""Make notebook 03's training runs for any model, on one device or on several, and say first what
+they take: accelerate launch --num_processes 4 -m companion.runs.launch --model org/name. Finished
+runs go to build/runs, which all processes must see, and where the notebook finds them."""
 
 import argparse
 import copy
@@ -12,6 +8,7 @@ import sys
 import timeit
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,16 +27,14 @@ from backattn.models.tokens import Batch
 from companion.questions.datasets import DATASETS
 from companion.runs.as_asked import questions
 from companion.runs.plans import Planned, complete, found, main_runs, tried
-from companion.runs.run import Run
+from companion.runs.run import Run, located
 from companion.runs.scratch import arm_of
 from companion.runs.store import Store
 
 NEW_TOKENS = 8  # that a number is read from, as in `training.evaluation.written`
 
 
-class Estimate(NamedTuple):
-    """What unfinished runs take."""
-
+class Estimate(NamedTuple):  # of unfinished runs
     runs: int
     seconds: float
     weights: int  # bytes, as the following
@@ -48,22 +43,20 @@ class Estimate(NamedTuple):
     free: int  # on the device
 
     def __str__(self) -> str:
-        parts = (self.weights, self.states, self.batch)
-        weights, states, batch, need, free = (x / 2**30 for x in (*parts, sum(parts), self.free))
+        hours, (weights, states, batch, free) = self.seconds / 3600, (x / 2**30 for x in self[2:])
+        need = weights + states + batch
         fits = "fits" if need <= MEMORY_SHARE * free else "does not fit"
         return (
-            f"{self.runs} runs to make, about {self.seconds / 3600:.1f} hours one after the other "
-            f"on one device. Memory: about {need:.1f} GiB (weights {weights:.1f}, states of first "
-            f"passes {states:.1f}, a batch {batch:.1f}); {free:.1f} GiB are free, "
-            f"so that it {fits}."
+            f"{self.runs} runs to make, about {hours:.1f} hours one after the other on one device. "
+            f"Memory: about {need:.1f} GiB (weights {weights:.1f}, states of first passes "
+            f"{states:.1f}, a batch {batch:.1f}); {free:.1f} GiB are free, so that it {fits}."
         )
 
 
 def estimate(plan: Sequence[Planned], store: Store, device: str = "cpu") -> Estimate:
-    """What the unfinished runs of a plan for one language model take. One layer and three of its
-    shape, with random weights, are timed on the device; time, and what the backward pass needs,
-    grow linearly with layers; all else is counted. Raises UnsupportedModelError for another family,
-    OSError where something cannot be had."""
+    """What the unfinished runs of a plan for one model take: one layer and three of its shape, with
+    random weights, are timed; time, and what the backward pass needs, grow linearly; all else is
+    counted. Raises UnsupportedModelError for another family, OSError where something is missing."""
     place = one_device(device)
     free, listed = runtime.free_bytes(place), [*tried(plan, store), *found(plan, store)]
     runs = [run for run in dict.fromkeys(listed) if store.result(run) is None]
@@ -152,6 +145,7 @@ def _timed(config, layers: int, run: Run, tokens: int, device: torch.device) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
+    runtime.use_terminal()
     p = argparse.ArgumentParser(prog="companion.runs.launch", description=__doc__.splitlines()[0])
     p.add_argument("--model", required=True, help="a Hugging Face id, a folder or a packaged name")
     p.add_argument("--dtype", choices=runtime.DTYPES, default="float32", help="of the test")
@@ -161,7 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--estimate", action="store_true", help="only say what it takes")
     sizes = vars(p.parse_args(argv))
-    model, dtype, only_estimate = sizes.pop("model"), sizes.pop("dtype"), sizes.pop("estimate")
+    dtype, only_estimate = sizes.pop("dtype"), sizes.pop("estimate")
+    try:
+        model = located(sizes.pop("model"), Path.cwd())
+    except ValueError as error:
+        p.error(f"--model: {error}")
     runtime.use_threads()
     world, store = runtime.process_state(), Store()
     device = sizes.pop("device") or str(world.device)

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,13 +20,13 @@ from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
 from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
-from companion.runs.run import SCRATCH, Run
+from companion.runs.run import SCRATCH, Run, source_of
 from companion.runs.scratch import scratch_model
-from companion.runs.store import Store, answers_right
+from companion.runs.store import Store
 
 
 @functools.lru_cache(maxsize=2)
-def _base(name: str, dtype: str, device: str):
+def _base(name: str, source: str | None, dtype: str, device: str):
     return load_model(name, dtype=getattr(torch, dtype), device=device)
 
 
@@ -39,7 +38,7 @@ def with_adapter(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn
         model, tokenizer = scratch_model(run)
         model = model.to(one_device(device))
     else:
-        model, tokenizer = _base(run.model, dtype, device)
+        model, tokenizer = _base(run.model, source_of(run.model), dtype, device)
         torch.manual_seed(run.seed)
         if run.arm not in UNTRAINED:
             model = make_arm(run.arm, model, run.source_layer, run.dim, run.memory_layers)
@@ -143,36 +142,6 @@ def answer_test(run: Run, model: nn.Module, tokenizer, test: Items) -> np.ndarra
     if test.accepted is None and run.model != SCRATCH:
         return written(model, tokenizer, test)
     return evaluate(model, test)[0]
-
-
-def recheck(runs: Iterable[Run], store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
-    """Ask trained arms their first `count` test questions again, with the stored weights: dataset,
-    arm, seed, n, accuracy (now), kept (as it was), agree (share of equal outcomes)."""
-    rows = []
-    for run in runtime.progress(list(runs), "asking again", unit="run"):
-        before = answers_right(store.result(run))[:count]
-        with load_trained(run, store, device) as (model, tokenizer):
-            test = questions(replace(run, test_items=len(before)), tokenizer, "test")
-            right = answer_test(run, model, tokenizer, test)
-        row = {"dataset": run.dataset, "arm": run.arm, "seed": run.seed, "n": len(before)}
-        row |= {"accuracy": right.mean(), "kept": before.mean(), "agree": (right == before).mean()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def before_and_after(run: Run, store: Store, count: int, device: str = "cpu") -> pd.DataFrame:
-    """The next token after test questions, without and with a trained adapter: question, before,
-    after, answer."""
-    rows = []
-    with load_trained(run, store, device) as (model, tokenizer):
-        for prompt, answer in asked(run, "test")[["prompt", "answer"]].head(count).to_numpy():
-            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(input_device(model))
-            after = tokenizer.decode(model(ids).logits[0, -1].argmax())
-            with model.disable_adapter():
-                before = tokenizer.decode(model(ids).logits[0, -1].argmax())
-            rows.append([text.strip() for text in (prompt, before, after, answer)])
-    return pd.DataFrame(rows, columns=["question", "before", "after", "answer"])
 
 
 def forward_flops(model: nn.Module, ids: Tensor) -> int:

@@ -1,7 +1,4 @@
-"""Which runs are wanted, how their learning rates are found, and making them.
-
-A plan is a list of `Planned` runs, made without looking at results; `complete` makes it true.
-"""
+"""Plans of runs that are wanted, how their learning rates are found; `complete` makes them."""
 
 import contextlib
 import os
@@ -148,11 +145,8 @@ def rates_tried(trial: Run, store: Store) -> list[Run]:
 def best_of(runs: Sequence[Run], store: Store) -> Run:
     """The run that did best on the validation questions; of equals, the one with the lower loss.
     Raises ValueError when no run is finished or all diverged."""
-    scores = {}
-    for run in runs:
-        result = store.result(run) or {}
-        if "validation" in result:
-            scores[run] = result["validation"], -result["validation_loss"]
+    pairs = [(run, store.result(run) or {}) for run in runs]
+    scores = {r: (x["validation"], -x["validation_loss"]) for r, x in pairs if "validation" in x}
     if not scores:
         raise ValueError(
             f"None of {len(runs)} runs of {runs[0].arm!r} on {runs[0].dataset!r} gave a result."
@@ -184,13 +178,10 @@ def ship(
         runs = [run for run in runs if not (CHECKPOINTS / f"{run.key}.safetensors").exists()]
     new = [run for run in runs if run.key not in store.shipped]
     trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
-    whole = [  # two of: first seed, adapter, back attention
-        run
-        for run in trained
-        if (run.seed == 0) + (run.model != SCRATCH) + (run.arm in BACK_ATTENTION) > 1
-    ]
+    two_of = [(r.seed == 0) + (r.model != SCRATCH) + (r.arm in BACK_ATTENTION) for r in trained]
+    whole = [run for run, count in zip(trained, two_of, strict=True) if weights and count > 1]
     if new:
-        store.export(runs, whole if weights else [], folder)
+        store.export(runs, whole, folder)
     return len(new)
 
 

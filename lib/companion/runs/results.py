@@ -1,10 +1,8 @@
-"""Results of finished runs as tidy frames, accuracies of arms, and paired differences between them.
+"""Results of finished runs as tidy frames: accuracies of arms, paired differences between them.
 
-Questions that belong together (one bridge entity, one pair of digits) are resampled together; where
-all seeds answer the same questions (from scratch), seeds are too. Where each seed answers its own
-fold, what another training would have changed is in the interval over several datasets only, which
-comes from how far the paired differences of single runs scatter.
-"""
+Questions that belong together are resampled together, and seeds where all answer the same ones. For
+seeds with folds of their own, what another training would have changed is in the interval over
+several datasets only: it comes from how far paired differences of single runs scatter."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
@@ -13,14 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from companion.report.intervals import (
-    RESAMPLES,
-    bootstrap,
-    interval,
-    multinomial_counts,
-    names_of,
-    two_sided,
-)
+from companion.report import intervals
+from companion.report.intervals import RESAMPLES, bootstrap, interval
 from companion.runs.as_asked import test_groups
 from companion.runs.run import Run
 from companion.runs.store import Store, answers_right
@@ -63,11 +55,9 @@ def answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 def curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     """One row per run and evaluation: SETTINGS of the run, step, loss, train, validation, losses,
     kinds (see `backattn.training.loop.train`). Raises ValueError when a run is not finished."""
-    rows = []
-    for run in runs:
-        about = {name: getattr(run, name) for name in SETTINGS}
-        rows += [{**about, **point} for point in finished(run, store)["curve"]]
-    return pd.DataFrame(rows)
+    about = {run: {name: getattr(run, name) for name in SETTINGS} for run in runs}
+    points = [about[run] | point for run in runs for point in finished(run, store)["curve"]]
+    return pd.DataFrame(points)
 
 
 def matrix(part: pd.DataFrame) -> np.ndarray:
@@ -84,25 +74,25 @@ def resampled(part: pd.DataFrame, seed: int = 0, seeds_seed: int = 1) -> np.ndar
     """Accuracy of one arm in samples: [RESAMPLES]. Several seeds are drawn too, their deviations
     scaled by √(n / (n−1)) since they are few."""
     right = matrix(part)  # [seeds, questions]
-    by_seed, count = (
-        bootstrap(part["group"].iloc[: right.shape[1]], seed=seed) @ right.T,
-        len(right),
-    )
+    weights, count = bootstrap(part["group"].iloc[: right.shape[1]], seed=seed), len(right)
+    by_seed = weights @ right.T
     if count == 1:
         return by_seed[:, 0]
-    shares, middle = multinomial_counts(count, RESAMPLES, seeds_seed) / count, by_seed.mean(1)
+    shares, middle = (
+        intervals.multinomial_counts(count, RESAMPLES, seeds_seed) / count,
+        by_seed.mean(1),
+    )
     away = ((by_seed - middle[:, None]) * shares).sum(1)
     return middle + away * np.sqrt(count / (count - 1))
 
 
-def seed_of(dataset: str) -> int:
-    """Samples of different datasets are drawn independently."""
+def seed_of(dataset: str) -> int:  # samples of different datasets are drawn independently
     return int(hashlib.sha256(dataset.encode()).hexdigest()[:8], 16)
 
 
 def count_names(groups: pd.Series) -> int:
     """How many names the labels of some questions hold together."""
-    return len({name for label in groups.unique() for name in names_of(label)})
+    return len({name for label in groups.unique() for name in intervals.names_of(label)})
 
 
 def accuracy_table(answered: pd.DataFrame) -> pd.DataFrame:
@@ -157,7 +147,7 @@ def paired(
     same_questions([one, two], f"{a!r} and {b!r}")
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference, n = float(matrix(one).mean() - matrix(two).mean()), one["question"].nunique()
-    return {"difference": difference, **interval(draws), "p": two_sided(draws), "n": n}
+    return {"difference": difference, **interval(draws), "p": intervals.two_sided(draws), "n": n}
 
 
 def seed_differences(answered: pd.DataFrame, arm: str, other: str) -> pd.Series:
@@ -205,6 +195,5 @@ def by_setting(
     frame: pd.DataFrame, setting: str, make: Callable[[pd.DataFrame], pd.DataFrame]
 ) -> pd.DataFrame:
     """What `make` says of the rows with each value of a column, which comes last."""
-    groups = frame.groupby(setting, sort=False)
-    parts = [make(part).assign(**{setting: value}) for value, part in groups]
-    return pd.concat(parts, ignore_index=True)
+    tables = [make(x).assign(**{setting: value}) for value, x in frame.groupby(setting, sort=False)]
+    return pd.concat(tables, ignore_index=True)

@@ -4,6 +4,9 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from backattn.adapters.arms import UNTRAINED as UNTRAINED
 from backattn.models.packaged import EMBEDDED
@@ -59,9 +62,8 @@ class Run:
     def key(self) -> str:
         """16 hexadecimal digits that name the run; defaults do not count, so that a field that is
         added later leaves the names of earlier runs what they are."""
-        source = EMBEDDED[self.model].sha256 if self.model in EMBEDDED else None
         about = [VERSION, _changed(self), _changed(self.recipe), data_hash(self.dataset)]
-        return _digest(json.dumps([*about, source, SHOTS], sort_keys=True))
+        return _digest(json.dumps([*about, source_of(self.model), SHOTS], sort_keys=True))
 
 
 def _changed(settings) -> dict:
@@ -72,6 +74,45 @@ def _changed(settings) -> dict:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def located(model: str, folder: Path) -> str:
+    """`model` as it is found from anywhere: a folder, as seen from `folder`, by its absolute path.
+    Raises ValueError for what looks like a folder and holds no model."""
+    path = (folder / Path(model).expanduser()).resolve()
+    if model in EMBEDDED or not (path.is_dir() or model.startswith((".", "/", "~"))):
+        return model
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{model!r} is no folder with a model: there is no {path}/config.json.")
+    return str(path)
+
+
+def source_of(model: str) -> str | None:
+    """What a model is made of: the sha256 of a packaged one, a hash of the files in a folder, the
+    commit of one from the hub; None for one that code makes, or that cannot be reached."""
+    if model in EMBEDDED:
+        return EMBEDDED[model].sha256
+    if model == SCRATCH or model.startswith("tiny-"):
+        return None
+    if not Path(model).is_dir():
+        return _commit(model)
+    files = [file for file in sorted(Path(model).glob("[!.]*")) if file.is_file()]
+    states = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, files)]
+    return _digest(repr([*map(_file_hash, files, states)]))
+
+
+@functools.cache
+def _file_hash(path: Path, state: tuple[int, ...]) -> tuple[str, str]:  # another state: read again
+    with path.open("rb") as file:
+        return path.name, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _commit(model: str) -> str | None:
+    try:
+        return extract_commit_hash(cached_file(model, "config.json"), None)
+    except (OSError, ValueError):  # loading it says why
+        return None
 
 
 @functools.cache

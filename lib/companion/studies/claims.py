@@ -17,7 +17,9 @@ def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
     """
     paths = [path for folder in reversed(folders) for path in folder.glob("[0-9][0-9]_claims.csv")]
     found = {path.name: path for path in paths}  # of the first folder that has it
-    rows = pd.concat([pd.read_csv(found[name]) for name in sorted(found)], ignore_index=True)
+    as_text = {"dtype": str, "keep_default_na": False}
+    parts = [pd.read_csv(found[name], **as_text) for name in sorted(found)]
+    rows = pd.concat(parts, ignore_index=True)
     missing = ", ".join(name for name in IDS if name not in set(rows["id"]))
     if missing:
         raise ValueError(f"The ledger has no row {missing}: run the notebooks that write them.")

@@ -1,16 +1,19 @@
 """Facts as they are shipped, as the scripts make them, and as others publish them."""
 
+import csv
 import os
 import runpy
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from companion import paths
 from companion.questions import facts as module
 from companion.questions.facts import facts, published_two_hop, two_hop_facts
-from companion.questions.prompts import TEMPLATES, two_hop_prompts
+from companion.questions.prompts import TEMPLATES, single_hop, two_hop_prompts
 
 
 @pytest.mark.parametrize("name", ["facts", "two_hop"])
@@ -53,16 +56,68 @@ TWO_HOP = "pair,e1,r1,e2,r2,e3,type2,type3,split\n"
         (facts, "relation,subject\ncapital,France\n", "lacks column 'answer'"),
         (facts, "relation,subject,answer,answer\na,b,c,c\n", "repeats column 'answer'"),
         (facts, "relation,subject,answer\na,b,c\na,d,\n", "empty 'answer' in row 3"),
+        (facts, "", "lacks column 'relation'"),
+        (facts, "relation,subject,answer\n", "a header and no row"),
+        (facts, "relation;subject;answer\na;b;c\n", "lacks column 'relation'"),
+        (facts, "relation,subject,answer\na,b,c\n\na,Korea, South,d\n", "4 cells in row 4"),
+        (facts, "relation,subject,answer\na,b,c,\n", "4 cells in row 2"),
+        (facts, "relation,subject,answer\na,b\n", "2 cells in row 2"),
+        (facts, "relation,subject,answer\na, b,c\n", "spaces around 'subject' in row 2"),
+        (facts, 'relation,subject,answer\na,b,"c\na,b,c\n', "no CSV in UTF-8 after row 3"),
+        (facts, "relation,subject,answer\na,Orléans,c\n".encode("latin-1"), "no CSV in UTF-8"),
         (two_hop_facts, TWO_HOP.replace(",type3", ""), "lacks column 'type3'"),
         (two_hop_facts, TWO_HOP + "p,a,r,,s,c,t,t,train\n", "empty 'e2' in row 2"),
     ],
 )
 def test_a_bad_table_names_its_column_or_row(tmp_path, read, text, message):
-    (tmp_path / "bad.csv").write_text(text)
+    (tmp_path / "bad.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"bad\.csv.*{message}"):
         read(tmp_path / "bad.csv")
     with pytest.raises(FileNotFoundError, match=r"nothing\.csv is missing"):
         read(tmp_path / "nothing.csv")
+
+
+GUESSED = ["0020", "007", "1.50", "1e5", "1_000", "+7", "-0", "TRUE", "False", "NA", "None", "nan"]
+GUESSED += [
+    "null",
+    "N/A",
+    "inf",
+    "2024-01-02",
+    "12:30",
+    "5 %",
+    "१२",
+    "a,b",
+    'a "b"',
+    "a\nb",
+    "#NAME?",
+]
+
+
+@given(st.lists(st.sampled_from(GUESSED) | st.text("01.eE+-NAa ,\"'", min_size=1), min_size=6))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_text_stays_text_from_the_file_to_the_prompt(tmp_path, cells):
+    cells = [
+        f"{k}{c.strip() or 'x'}" if k % 3 == 0 else c.strip() or "x" for k, c in enumerate(cells)
+    ]
+    rows = [cells[k : k + 3] for k in range(0, len(cells) - 2, 3)]
+    with (tmp_path / "own.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([["subject", "answer", "relation"], *rows])
+    frame = facts(tmp_path / "own.csv")
+    assert frame.to_numpy().tolist() == rows
+    asked = single_hop(frame.assign(relation="code", answer=range(len(rows))).astype(str), shots=1)
+    for row in asked.itertuples():
+        assert row.prompt.endswith(f". {row.subject}'s code is")
+
+
+@pytest.mark.parametrize("cell", [20, 1.5, True, None, float("nan"), " "])
+def test_a_frame_whose_cells_are_no_text_is_refused(cell):
+    rows = [("code", name, name) for name in "abc"]
+    frame = pd.DataFrame(rows, columns=["relation", "subject", "answer"], dtype=object)
+    frame.loc[1, "answer"] = cell
+    with pytest.raises(ValueError, match=r"'answer' of fact 1 is .*no text"):
+        single_hop(frame, shots=1)
+    with pytest.raises(ValueError, match=r"'e3' of fact 1 is .*no text"):
+        two_hop_prompts(two_hop_facts().head(3).astype(object).assign(e3=frame["answer"]))
 
 
 # ---------------------------------------------------------------- TwoHop as published

@@ -1,10 +1,12 @@
 """Prompts, and what each of their tokens is for."""
 
+import copy
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from companion.questions.facts import facts, two_hop_facts
 from companion.questions.prompts import (
@@ -55,6 +57,13 @@ def test_position_groups_name_every_token(llama):
             pairs = zip(labels, offsets, strict=True)
             covered = "".join(row.prompt[a:b] for label, (a, b) in pairs if label == name)
             assert covered.strip() == row.prompt[begin:end]
+    other, mark = copy.deepcopy(tokenizer), tokenizer.bos_token  # put before every prompt
+    special = [(mark, tokenizer.bos_token_id)]
+    other.backend_tokenizer.post_processor = TemplateProcessing(f"{mark} $A", None, special)
+    for labels, plain in zip(
+        position_groups(other, prompts), position_groups(tokenizer, prompts), strict=True
+    ):
+        assert labels.tolist() == ["context", *plain]
 
 
 def test_a_place_that_is_not_there_is_named(llama):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from companion.report.verdicts import CLAIMS, VERDICTS, claim, ledger, percent, points, verdict
+from companion.report.verdicts import CLAIMS, VERDICTS, claim, ledger, percent, points
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from companion.report.verdicts import CLAIMS, VERDICTS, claim, ledger, percent, 
     ],
 )
 def test_verdicts_follow_from_checks(passed, against, expected):
-    assert verdict(passed, against) == expected and expected in VERDICTS
+    assert claim("C5", "x", passed, against)["verdict"] == expected and expected in VERDICTS
     assert claim("C5", "x", passed, against, testable=False)["verdict"] == "not testable here"
 
 

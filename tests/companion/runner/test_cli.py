@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shlex
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -10,8 +13,8 @@ import yaml
 
 from companion import paths
 from companion.runner import committed
-from companion.runner.cli import main, parser, select
-from companion.runner.execute import clean
+from companion.runner.cli import key_of, main, parser, select
+from companion.runner.execute import KERNEL, clean, kernel_environment
 
 GOOD = ["n = 3", "print('n is', n)", "(folder / 'made.txt').write_text(str(n))"]
 
@@ -93,6 +96,8 @@ def test_two_equal_runs_are_equal_to_the_byte(place):
 
 def test_the_kernel_has_its_environment_and_this_process_its_own(place, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("BACKATTN_OUTPUT", str(paths.OUTPUT))  # as it is afterwards
+    monkeypatch.setenv("PYTHONIOENCODING", ":replace")
     names, before = ["PYTHONHASHSEED", "BACKATTN_PROFILE", "MPLBACKEND"], dict(os.environ)
     say = f"import os\n(folder / 'e').write_text(str([*map(os.getenv, {names})]))"
     place.write("01_good", "n = 3", say)
@@ -148,9 +153,11 @@ def test_selection(place):
         select(found, None, None, "01") == found[:2] and select(found, None, "1", "3") == found[1:]
     )
     assert select(found, "1", None, None) == found[1:2]
-    for wrong in (("01,07", None, None), (None, "07", None), (None, "03", "01")):
-        with pytest.raises(SystemExit, match="00_a, 01_b, 03_c"):
-            select(found, *wrong)
+    assert select(found, " 1, 03 ", None, None) == found[1:]
+    wrong = [(None, "07", None), (None, "03", "01"), (None, "", None), (None, None, " ")]
+    for three in (*wrong, *((word, None, None) for word in ("01,07", "", " ", ",", "98,", "01,"))):
+        with pytest.raises(ValueError, match="There are: 00_a, 01_b, 03_c"):
+            select(found, *three)
 
 
 def test_every_option_of_the_design_is_there(capsys):
@@ -197,11 +204,107 @@ def test_runs_of_several_notebooks_are_joined(tmp_path):
     assert goal.read_text() == '{"key": "a", "n": 2}\n{"key": "b", "n": 2}\n{"key": "c", "n": 1}\n'
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only", ""], "No notebook fits ''. There are: 01_good"),
+        (["--only", "98,"], "No notebook fits '98'"),
+        (["--from", ""], "No notebook fits ''"),
+        (["--model", ""], "--model is empty"),
+        (["--model", "./nothing"], "'./nothing' is no folder with a model"),
+        (["--model", "empty"], "'empty' is no folder with a model"),
+        (["--device", "gpu"], "gpu"),
+        (["--device", "cuda:99"], "CUDA"),
+        (["--cluster", ""], "--cluster is empty"),
+        (["--dtype", "float8"], "invalid choice"),
+    ],
+)
+def test_a_wrong_wish_is_a_usage_error_before_any_work(place, capsys, monkeypatch, options, said):
+    place.write("01_good")
+    (place.root / "empty").mkdir()
+    monkeypatch.setenv("BACKATTN_STARTED_IN", str(place.root))
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and said in shown.err and "usage: run_all.sh" in shown.err
+    assert not shown.out and not place.build.exists()
+
+
+def test_what_to_type_next_repeats_every_wish(place, capsys, folder, monkeypatch):
+    place.write("01_good", "model_name, device = 'smollm2', 'cpu'")
+    place.write("02_bad", "model_name, device = 'smollm2', 'cpu'", "1 / 0")
+    monkeypatch.setenv("BACKATTN_STARTED_IN", str(folder.parent))
+    monkeypatch.setenv("BACKATTN_DTYPE", "float32")  # as it is afterwards
+    monkeypatch.setenv("BACKATTN_CLUSTER", "")
+    (folder.parent / "my model").symlink_to(folder)
+    wishes = ["--model", "my model", "--device", "cpu", "--dtype", "bfloat16", "--only", "1,2"]
+    wishes += ["--cluster", "tcp://a:1", "--to", "02", "--force", "--keep-going"]
+    assert run(*wishes) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "resume with" in line]
+    program, *words = shlex.split(line.partition(":")[2])
+    assert program == str(paths.ROOT / "run_all.sh")  # it was typed elsewhere
+    again, first = (vars(parser().parse_args(w)) for w in (words, ["--profile", "smoke", *wishes]))
+    assert again == first | {"model": str(folder), "from": "02"}
+
+
+def test_another_model_dtype_or_device_is_another_outcome(place, folder, monkeypatch):
+    path, weights = place.write("01_good"), folder / "model.safetensors"
+    wish = {"model_name": str(folder), "device": "cpu"}
+    changes = [
+        lambda: weights.write_bytes(weights.read_bytes()[:-1] + b"!"),  # of the same size
+        lambda: (folder / "tokenizer.json").write_text("{}"),
+        lambda: (folder / "config.json").write_text("{}"),
+        lambda: (folder / "chat_template.jinja").write_text("new"),
+        lambda: monkeypatch.setenv("BACKATTN_DTYPE", "bfloat16"),
+        lambda: wish.update(device="cuda"),
+        lambda: wish.update(model_name="smollm2"),
+        lambda: (place.root / "data/twohop").mkdir(parents=True),
+        lambda: (place.root / "data/twohop/two_hop.csv").write_text("other"),
+    ]
+    monkeypatch.setenv("BACKATTN_DTYPE", "float32")
+    monkeypatch.setenv("BACKATTN_DATASETS", str(place.root / "data"))
+    keys = [key_of(path, "smoke", wish)]
+    for change in changes:
+        change()
+        keys.append(key_of(path, "smoke", wish))
+        assert key_of(path, "smoke", wish) == keys[-1]
+    assert len(set(keys)) == len(keys) - 1  # an empty folder changes nothing
+    monkeypatch.delenv("BACKATTN_DTYPE")
+    before = key_of(path, "smoke", wish)
+    monkeypatch.setenv("BACKATTN_DTYPE", "float32")
+    assert key_of(path, "smoke", wish) == before  # said or not
+
+
+@pytest.mark.parametrize("where", ["JUPYTER_PATH", "JUPYTER_DATA_DIR"])
+def test_notebooks_run_in_the_runners_own_interpreter(place, tmp_path, monkeypatch, where):
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+    (tmp_path / "jupyter/kernels/python3").mkdir(parents=True)
+    (tmp_path / "jupyter/kernels/python3/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv(where, str(tmp_path / "jupyter"))
+    (tmp_path / "ipython/profile_default/startup").mkdir(parents=True)
+    (tmp_path / "ipython/profile_default/startup/00.py").write_text("import os; os._exit(1)")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    say = "import sys\n(folder / 'made.txt').write_text(sys.executable)"
+    path = place.write("01_good", "n = 3", say + "\nprint(sys.executable)")
+    assert run() == 0 and (place.build / "made.txt").read_text() == sys.executable
+    notebook = nbformat.read(path, as_version=4)  # and so does nbval, which --check calls
+    notebook.metadata = {"kernelspec": KERNEL}
+    notebook.cells[1].metadata["tags"] = ["nbval-check-output"]
+    notebook.cells[0].execution_count, notebook.cells[1].execution_count = 1, 2
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text=f"{sys.executable}\n")]
+    nbformat.write(notebook, path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax"]
+    environment = {**os.environ, **kernel_environment()}
+    done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("option", ["--profile smoke", "--model tiny-llama", "--dtype bfloat16"])
-def test_update_is_refused_for_other_profiles_and_models(monkeypatch, option):
+def test_update_is_refused_for_other_profiles_and_models(monkeypatch, capsys, option):
     monkeypatch.setenv("BACKATTN_DTYPE", "float32")  # as it was afterwards
-    with pytest.raises(SystemExit, match="--update replaces committed results"):
+    with pytest.raises(SystemExit):
         main(["--update", *option.split()])
+    assert "--update replaces committed results" in capsys.readouterr().err
 
 
 def test_the_manifest_and_the_notebooks_are_as_the_runner_leaves_them():

@@ -59,3 +59,9 @@ def test_the_launcher_says_what_it_takes_and_stops(folder, monkeypatch, capsys):
     assert seen == {"source_layer": 2, "dim": 64, "steps": 100, "tested_in": "bfloat16"}
     said = capsys.readouterr().out
     assert "12 runs to make" in said and "GiB are free, so that it fits" in said
+
+
+def test_a_folder_without_a_model_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        launch.main(["--model", "./nothing"])
+    assert stopped.value.code == 2 and "no folder with a model" in capsys.readouterr().err

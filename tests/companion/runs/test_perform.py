@@ -9,14 +9,15 @@ from backattn.adapters.arms import make_arm
 from backattn.training.evaluation import evaluate
 from companion.runs.as_asked import questions
 from companion.runs.perform import (
-    before_and_after,
+    answer_test,
     forward_flops,
+    load_trained,
     put_weights,
-    recheck,
     train_and_test,
     with_adapter,
 )
 from companion.runs.plans import sweep
+from companion.runs.store import answers_right
 
 
 def test_a_run_is_kept_and_not_made_twice(tiny_run, store, monkeypatch):
@@ -33,17 +34,14 @@ def test_a_run_is_kept_and_not_made_twice(tiny_run, store, monkeypatch):
 def test_kept_weights_give_the_kept_answers(mixed_run, store):
     result = train_and_test(mixed_run, store)
     assert set(result["right"]) == {"0", "1"}
-    again = recheck([mixed_run], store, 12).iloc[0]
-    assert (again["n"], again["agree"], again["accuracy"]) == (12, 1, again["kept"])
-    assert 0 < again["kept"] < 1
+    with load_trained(mixed_run, store) as (model, tok):
+        again = answer_test(mixed_run, model, tok, questions(mixed_run, tok, "test"))
+    assert (again == answers_right(result)).all()
     with with_adapter(mixed_run, "float32") as (model, tok):
         assert not evaluate(model, questions(mixed_run, tok, "test"))[0].any()  # untrained
     narrow = with_adapter(replace(mixed_run, dim=2), "float32")
     with narrow as (model, _), pytest.raises(ValueError, match="another"):
         put_weights(model, store.weights(mixed_run))
-    examples = before_and_after(mixed_run, store, 2)
-    assert list(examples) == ["question", "before", "after", "answer"] and len(examples) == 2
-    assert (examples["before"] != examples["after"]).all()
 
 
 def test_a_run_that_diverges_is_a_result(tiny_run, store, monkeypatch):
