@@ -7,9 +7,12 @@ projections, because raw high-layer states hold a few huge entries. Both are opt
 """
 
 import contextlib
+import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -84,31 +87,49 @@ class BackAttentionModel(TwoPassModel):
         with self._asked(maps=maps):
             yield maps
 
+    def _about(self) -> dict:
+        return saving.about(self.base_model, asdict(self.back_attention_config))
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as PEFT does; other files stay.
 
-        The config names the base model, its revision and a hash of its unembedding, checked on
-        load. dtype: of the file, for example torch.float16; None keeps the adapter's. A base model
-        that was trained too is saved on its own.
+        The config names the base model and holds a fingerprint of it, checked on load. dtype: of
+        the file, for example torch.float16; None keeps the adapter's. A base model that was trained
+        too is saved on its own.
         """
-        options = asdict(self.back_attention_config)
-        saving.write(folder, self.base_model, options, self.adapter_state(), dtype)
+        saving.write(folder, self._about(), self.adapter_state(), dtype)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None, **options
+    ) -> str:
+        """What `save_pretrained` writes, and a card, to a Hugging Face repository of its own.
+
+        options: of `HfApi.upload_folder`, such as revision or commit_message. Returns the commit's
+        address.
+        """
+        from huggingface_hub import HfApi
+
+        api, options = HfApi(token=token), {"commit_message": "Upload adapter", **options}
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = saving.card(self.base_model.config.name_or_path, repo_id)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path) -> "BackAttentionModel":
         """Put a saved adapter on its base model.
 
-        folder: a local folder, or a Hugging Face id. Raises AdapterError when it is not there, is
-        no back-attention adapter, is damaged, or was trained on another base model (another
-        unembedding).
+        folder: a local folder, also a checkpoint of Trainer's, or a Hugging Face id. Warns where
+        the model was fine-tuned since. Raises AdapterError when the adapter is not there, is no
+        back attention, is damaged, or was trained on another base model.
         """
         options, weights = saving.read(folder, model)
         try:
             wrapped = cls(model, BackAttentionConfig.from_dict(options))
         except (TypeError, ValueError) as error:
-            raise saving.AdapterError(
-                f"{folder}/{saving.CONFIG_FILE} does not fit this model: {error}"
-            ) from error
+            raise saving.AdapterError(f"{folder} does not fit this model: {error}") from error
         expected = wrapped.adapter_state()
         wrong = sorted({*expected} ^ {*weights}) or [
             name
@@ -118,12 +139,27 @@ class BackAttentionModel(TwoPassModel):
         if wrong:
             wrapped.unload()
             raise saving.AdapterError(
-                f"{folder}/{saving.WEIGHTS_FILE}: {wrong[0]} is missing, unknown, misshapen or "
-                "not finite."
+                f"{folder}: {wrong[0]} is missing, unknown, misshapen or not finite."
             )
         for name, tensor in expected.items():
             tensor.copy_(weights[name])
         return wrapped
+
+    def get_extra_state(self) -> Tensor:
+        """What else a state dict needs to be loaded: the config and the base's fingerprint."""
+        packed = zlib.compress(json.dumps(self._about()).encode())
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError for a state dict of another config, AdapterError for another base's."""
+        known = saving.from_tensor(state)
+        if BackAttentionConfig.from_dict(known) != self.back_attention_config:
+            raise ValueError(
+                f"This state dict is of {BackAttentionConfig.from_dict(known)}, not of "
+                f"{self.back_attention_config}."
+            )
+        if not any(p.requires_grad for p in self.base_model.parameters()):
+            saving.check_base(known, self.base_model, "This state dict")
 
 
 def get_back_attention_model(

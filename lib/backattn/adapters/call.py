@@ -17,26 +17,31 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from backattn.adapters.modules import BackAttention, Update
 
+# Arguments that tell which tokens of a row belong together.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens")
+
 
 class Call:
     """One forward pass of the decoder: what its first pass leaves for what follows.
 
-    model: a `TwoPassModel`. inputs: the decoder's arguments by name. Of request: first_pass, states
-    [K, B, T, D] that stand for the first pass; states, to be filled by a first pass and nothing
-    else; cells, memory and maps, see `BackAttentionModel`. Raises ValueError for what does not fit.
+    model: a `TwoPassModel`. layers: of the decoder. inputs: its arguments by name. Of request:
+    first_pass, states [K, B, T, D] that stand for the first pass; states, to be filled by a first
+    pass and nothing else; cells, memory and maps, see `BackAttentionModel`. Raises ValueError for
+    what does not fit.
     """
 
-    def __init__(self, model, inputs: dict, request: dict):
+    def __init__(self, model, layers: list[nn.Module], inputs: dict, request: dict):
         cache, self.mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         ids = inputs.get("input_ids")
         ids = inputs["inputs_embeds"] if ids is None else ids
         self.batch, self.time = ids.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())  # tokens before this call
         self.model, self.source, self.again, self.cache = model, model.sources[0], False, None
+        self.layers = layers
         self.cells, self.memory, self.maps = map(request.get, ("cells", "memory", "maps"))
         self.states = request.get("states")  # layer -> [B, T, D]
         self.arguments: dict[int, tuple[list, dict]] = {}  # layer -> its others
-        self.single = self.past > 0 and self.time == 1 and model.one_pass and model.two_passes
+        self.single = self.past > 0 and model.one_pass and model.two_passes
         self.first = model.layers if model.two_passes else self.source  # layers of the first pass
         self.only_first = self.states is not None
         if self.only_first:
@@ -69,7 +74,7 @@ class Call:
                 mixed = update.mix(q, k, v, visible)  # softmax(q · k / √d′) v
                 h = h + update.write(mixed).to(h.dtype)  # h_s + mixed W_o
             args, kwargs = self.arguments[layer]
-            out = self.model._arch.blocks[layer].module(h, *args, **kwargs)  # layers s … L−1 again
+            out = self.layers[layer](h, *args, **kwargs)  # layers s … L−1 again
             h = out[0] if isinstance(out, tuple) else out
         if self.single:
             self.states[self.model.layers] = h
@@ -127,41 +132,46 @@ class Call:
 
     def _check(self, inputs: dict) -> None:
         """Raises ValueError, before anything is computed, for what back attention cannot do."""
-        shape, total, mask = [self.batch, self.time], self.past + self.time, self.mask
+        total, mask, places = self.past + self.time, self.mask, inputs.get("position_ids")
         attends = [isinstance(update, BackAttention) for update in self.model.updates.values()]
         edited = any(edit is not None for edit in (self.cells, self.memory, self.maps))
-        places, wrong = inputs.get("position_ids"), None
-        if self.single and not all(attends):
-            wrong = "One pass is for back attention: this adapter needs a token's own final state."
-        elif self.single and edited:
-            wrong = (
-                "In one pass the memory can be neither edited nor mapped: set one_pass to False."
+        packed = any(inputs.get(name) is not None for name in PACKED)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError("The attention mask must be [batch, time] with 1 for real tokens.")
+        if mask is not None and mask.shape[1] != total:
+            raise ValueError(
+                f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
             )
-        elif mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            wrong = "The attention mask must be [batch, time] with 1 for real tokens, or none."
-        elif mask is not None and mask.shape[1] != total:
-            wrong = f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
-        elif any(attends) and self.time > 1 and places is not None:
+        if self.time > 1 and places is not None and places.dim() == 2:
             again = places[:, 1:] <= places[:, :-1]
             if mask is not None:
                 real = mask[:, -self.time :].bool().to(places.device)
                 again = again & real[:, 1:] & real[:, :-1]
-            if again.any():
-                wrong = (
-                    "position_ids start again inside a row: back attention would read other texts "
-                    "packed into it. Give each text a row of its own, padded."
-                )
-        if self.memory is not None and [*self.memory.shape[1:3]] != shape:
-            wrong = f"memory is {[*self.memory.shape[1:3]]} per layer; this pass has {shape}."
+            packed = packed or bool(again.any())
+        if packed and any(attends):
+            raise ValueError(
+                "Several texts in one row (position_ids start again, or cu_seq_lens): back "
+                "attention would read the others. Give each text a row of its own, padded."
+            )
+        if self.single and not all(attends):
+            raise ValueError("One pass leaves no memory of a new token's own final state.")
+        if self.single and (edited or self.time > 1):
+            raise ValueError(
+                "In one pass new tokens come one at a time, and the memory can be neither edited "
+                "nor mapped: set one_pass to False."
+            )
+        if self.memory is not None and self.memory.shape[1:3] != (self.batch, self.time):
+            raise ValueError(
+                f"memory is {[*self.memory.shape[1:3]]} per layer; this pass has "
+                f"{[self.batch, self.time]}."
+            )
         if self.cells is not None:
-            texts, queries, _, positions = self.cells.shape
-            if texts not in (1, self.batch) or queries not in (1, self.time) or positions != total:
-                wrong = (
-                    f"cells are for {texts} texts, {queries} queries and {positions} positions; "
-                    f"this pass has {shape[0]} texts, {shape[1]} queries and {total} positions."
+            fits = {1, self.batch}, {1, self.time}, {self.cells.shape[2]}, {total}
+            if any(n not in fit for n, fit in zip(self.cells.shape, fits, strict=True)):
+                raise ValueError(
+                    f"cells are {[*self.cells.shape]}; this pass has {self.batch} texts, "
+                    f"{self.time} queries and {total} positions."
                 )
-        if wrong:
-            raise ValueError(wrong)
 
 
 class UpperCache:
@@ -217,23 +227,38 @@ def attached(model) -> Iterator[None]:
     Whatever happens in the block, nothing of it stays on the base model.
     """
     arch, thread, running = model._arch, get_ident(), []
+    decoder = model.base_model.get_submodule(arch.family.layers.rpartition(".")[0])
+    layers, depth = [block.module for block in arch.blocks], decoder.config.num_hidden_layers
+    if len(layers) != model.layers:
+        raise ValueError(
+            f"The base model has {len(layers)} layers now; it had {model.layers}: wrap it anew."
+        )
 
     def running_call() -> Call | None:
         return running[0] if running and get_ident() == thread else None
 
-    def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(decoder: nn.Module, args: tuple, kwargs: dict):
         request = model.request
         if get_ident() != thread or (request["off"] and "states" not in request):
-            return
-        hidden = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(decoder.config, name, None)) for name in hidden):
+            return None
+        inputs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        wishes = (
+            (name, inputs.get(name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        if any(getattr(decoder.config, k, False) if wish is None else wish for k, wish in wishes):
             raise ValueError(
                 "With back attention the layers run twice: output_hidden_states and "
                 "output_attentions would mix both passes. Leave them out; see attention_maps() for "
                 "the memory, first_pass_states() for the first pass."
             )
-        inputs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        running[:] = [Call(model, inputs, request)]
+        if decoder.config.num_hidden_layers != depth:
+            raise ValueError("Early exit leaves out layers that back attention reads.")
+        running[:] = [Call(model, layers, inputs, request)]
+        return args, {
+            "return_dict": True,
+            **kwargs,
+        }  # whatever the config says: its caller reads it
 
     def end(*_) -> None:
         if get_ident() == thread:
@@ -256,7 +281,6 @@ def attached(model) -> Iterator[None]:
         call.again = True
         return args if call.only_first else (call.second_pass(), *args[1:])
 
-    decoder = model.base_model.get_submodule(arch.family.layers.rpartition(".")[0])
     with contextlib.ExitStack() as stack:
         for handle in (
             decoder.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
@@ -264,11 +288,11 @@ def attached(model) -> Iterator[None]:
             arch.final_norm_module.register_forward_pre_hook(before_final_norm, prepend=True),
         ):
             stack.callback(handle.remove)
-        for layer, block in enumerate(arch.blocks):
+        for layer, module in enumerate(layers):
             # Put back what accelerate gives a layer as its own forward, else uncover the class's.
-            own, forward = vars(block.module), block.module.forward
-            back = {"forward": forward} if "forward" in own else {}
-            stack.callback(own.update, back)
-            stack.callback(own.pop, "forward")
+            own, forward = vars(module), module.forward
+            back = (own.update, {"forward": forward}) if "forward" in own else (own.pop, "forward")
+            stack.callback(*back)
             own["forward"] = functools.partial(in_layer, layer, forward)
+        stack.callback(setattr, decoder.config, "num_hidden_layers", depth)  # else early exit's
         yield

@@ -13,25 +13,29 @@ from torch import Tensor, nn
 
 from backattn.adapters.call import attached
 from backattn.adapters.modules import Update
-from backattn.models.decoder import describe
+from backattn.models.decoder import Arch, describe
 from backattn.models.devices import runs_on
+from backattn.models.hooks import exclusive
 from backattn.models.next_token import cache_prefix
 
 _wrapped: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-_locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 # What `with` blocks of this thread ask of a model: id of the model -> options of `Call`.
 _requests: ContextVar[dict[int, dict]] = ContextVar("requests")
+# Of the base model's methods those that would leave the adapter out.
+_NOT_THE_BASES = {"save_pretrained", "push_to_hub", "generate_batch", "init_continuous_batching"}
+
+
+class _Bound(functools.partial):
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[0].base_model.forward)
 
 
 class _Forward:
     """`TwoPassModel._forward` with the base model's signature, by which Trainer keeps columns."""
 
     def __get__(self, model: "TwoPassModel | None", owner: type["TwoPassModel"]):
-        if model is None:
-            return owner._forward
-        forward = functools.partial(owner._forward, model)
-        forward.__signature__ = inspect.signature(model.base_model.forward)
-        return forward
+        return owner._forward if model is None else _Bound(owner._forward, model)
 
 
 class TwoPassModel(nn.Module):
@@ -53,26 +57,36 @@ class TwoPassModel(nn.Module):
         freeze_base: bool = True,
     ):
         super().__init__()
-        self._arch = describe(model)
+        arch = describe(model)
         if model in _wrapped:
             raise ValueError(
                 "This model carries an adapter already: call unload() on the wrapped model first."
             )
         self.base_model, self.training = model, model.training
-        self.layers, self.memory_layers = len(self._arch.blocks), tuple(memory)
+        self.layers, self.memory_layers = len(arch.blocks), tuple(memory)
         self.sources = tuple(sorted(updates))
         self.two_passes = bool(memory) and max(memory) > self.sources[0]
         # The states of the first pass that the rest is made from, lowest first.
         self.needed = tuple(sorted({self.sources[0], *memory}))
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
         for layer, update in updates.items():
-            update.to(runs_on(self._arch.blocks[layer].module), torch.float32)
+            update.to(runs_on(arch.blocks[layer].module), torch.float32)
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled = True
         self.one_pass = False  # see `BackAttentionModel`
-        self.register_load_state_dict_post_hook(_frozen_weights_may_lack)
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_frozen_may_lack)
         _wrapped.add(model)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._required_gradient is not None:
+            _wrapped.add(self.base_model)
+
+    @property
+    def _arch(self) -> Arch:
+        return describe(self.base_model)
 
     def _forward(self, input_ids=None, attention_mask=None, labels=None, first_pass=None, **kwargs):
         """The base model's own forward, with the adapter in force; returns what it returns.
@@ -148,36 +162,37 @@ class TwoPassModel(nn.Module):
         if self.request.get("applied") == threading.get_ident():
             yield
             return
-        lock = _locks.setdefault(self.base_model, threading.RLock())
-        with lock, self._asked(applied=threading.get_ident()), attached(self):
+        thread = threading.get_ident()
+        with exclusive(self), self._asked(applied=thread), attached(self):
             yield
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """The unadapted model while the block runs, in this thread."""
         return self._asked(off=True)
 
-    def generate(self, *args, **kwargs) -> Tensor:
+    def generate(self, inputs=None, generation_config=None, **kwargs) -> Tensor:
         """The base model's `generate`, adapted; both passes and the memory are cached.
 
-        A new token costs two short passes, or one (`BackAttentionModel.one_pass`). Raises
-        ValueError for assisted generation: what it takes back the memory cannot forget.
+        A new token costs two short passes, or one (`BackAttentionModel.one_pass`). An assistant or
+        prompt lookup changes nothing but the speed. Raises ValueError for them, before any work,
+        where caches cannot take back what they guess: with a sliding window, or in one pass.
         """
-        config = kwargs.get("generation_config")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
-                raise ValueError(f"An adapter cannot generate with an assistant: leave out {name}.")
+        config = generation_config or self.base_model.generation_config
+        asked = {k for k, v in {**vars(config), **kwargs}.items() if v is not None}
+        wrong = {"assistant_early_exit"}
+        if self.one_pass or getattr(self.base_model.config, "sliding_window", None):
+            wrong |= {"assistant_model", "prompt_lookup_num_tokens"}
+        if self.one_pass:
+            wrong |= {"prefill_chunk_size"}
+        wrong = sorted(wrong & asked)
+        if wrong and not self.request["off"]:
+            raise ValueError(f"This adapter cannot generate with {', '.join(wrong)}: leave it out.")
         with self.applied():
-            return self.base_model.generate(*args, **kwargs)
+            return self.base_model.generate(inputs, generation_config, **kwargs)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's tensors by name, as they are: "updates.6.q_proj.weight" and so on."""
         return {f"updates.{name}": p.detach() for name, p in self.updates.named_parameters()}
-
-    def state_dict(self, *args, **kwargs) -> dict:
-        """What is trained: the adapter's tensors, and the base model's if they are not frozen."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        whole = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in whole.items() if k in trained or k.startswith("updates.")}
 
     def trainable(self) -> tuple[int, int]:
         """Numbers of weights: (trained, all)."""
@@ -205,9 +220,24 @@ class TwoPassModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in _NOT_THE_BASES:
+                raise AttributeError(
+                    f"{name} would be of the base model, without the adapter: call base_model."
+                    f"{name}() if that is meant."
+                ) from None
             return getattr(super().__getattr__("base_model"), name)
 
 
-def _frozen_weights_may_lack(model: TwoPassModel, incompatible) -> None:
-    needed = tuple(model.state_dict())
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.endswith(needed)]
+def _leave_out_frozen(model: TwoPassModel, state: dict, prefix: str, _) -> None:
+    """A state dict holds what is trained: the adapter, and a base model that is not frozen."""
+    trained = {prefix + name for name, p in model.named_parameters() if p.requires_grad}
+    for key in [k for k in state if k.startswith(f"{prefix}base_model.") and k not in trained]:
+        del state[key]
+
+
+def _frozen_may_lack(model: TwoPassModel, incompatible) -> None:
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {f"base_model.{name}" for name in nn.Module.state_dict(model.base_model)} - trained
+    incompatible.missing_keys[:] = [
+        k for k in incompatible.missing_keys if not k.endswith(tuple(frozen))
+    ]

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from backattn.models.tokens import Batch
+from backattn.models.tokens import Batch, prompt_ids
 
 IGNORED = -100  # label of positions without a target
 
@@ -76,6 +76,8 @@ def first_tokens(
         [' Paris']
     """
     prompts, answers = _tokens(tokenizer, frame)
+    if accepted is not None and len(accepted) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} questions, and `accepted` for {len(accepted)}.")
     answers = [answer[:1] for answer in answers]
     accepted = [frozenset(answer) for answer in answers] if accepted is None else list(accepted)
     return Items(prompts, answers, frame["answer"].tolist(), accepted, frozenset())
@@ -87,7 +89,7 @@ def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list, list]:
         raise ValueError("There are no questions: choose another split, or more of them.")
     prompts, answers = [], []
     for prompt, answer in zip(frame["prompt"], frame["answer"], strict=True):
-        head, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + end)["input_ids"]
+        head, both = (prompt_ids(tokenizer, text) for text in (prompt, prompt + answer + end))
         if both[: len(head)] != head:
             raise ValueError(
                 f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt "

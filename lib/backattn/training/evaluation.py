@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.devices import input_device
+from backattn.models.tokens import prompt_ids
 from backattn.runtime import progress
 from backattn.training.batches import IGNORED, Items, Questions, collate, in_halves
 
@@ -79,9 +80,10 @@ def answer_logits(
     places = torch.arange(width - batch.labels.shape[1], width, device=batch.input_ids.device)
     inputs = {"input_ids": batch.input_ids[:, -width:], "attention_mask": batch.attention_mask}
     inputs |= {"position_ids": batch.position_ids[:, -width:], "logits_to_keep": places}
+    inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
     if first_pass is not None:
         inputs |= {"first_pass": first_pass, "past_key_values": cache}
-    return model(**inputs, use_cache=False).logits.float()
+    return model(**inputs).logits.float()
 
 
 def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
@@ -151,7 +153,9 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> floa
         >>> perplexity(model, tokenizer, "one two three four " * 20, window=8) > 1
         True
     """
-    input_ids = torch.tensor(tokenizer(text)["input_ids"])
+    input_ids = torch.tensor(prompt_ids(tokenizer, text))
+    if len(input_ids) < window:
+        raise ValueError(f"The text has {len(input_ids)} tokens, less than a window of {window}.")
     windows = input_ids[: len(input_ids) // window * window].view(-1, window)
     losses = []
     for part in windows.to(input_device(model)).split(4):

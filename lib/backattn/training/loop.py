@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from backattn import runtime
+from backattn.adapters.saving import sample_weights
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.files import atomic_file
 from backattn.models.devices import input_device
@@ -95,8 +96,11 @@ def train(
     rate = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimiser, warmup = torch.optim.AdamW(weights.values(), **rate), recipe.warmup * recipe.steps
     schedule = get_cosine_schedule_with_warmup(optimiser, round(warmup), recipe.steps)
-    about = {"recipe": asdict(recipe), "model": repr(model), "trained weights": sorted(weights)}
-    about |= {"questions": _digest(items), "validation": _digest(validation)}
+    about = {"recipe": asdict(recipe), "model": repr(model), "questions": _digest(items)}
+    about |= {"trained weights": {name: [*p.shape, str(p.dtype)] for name, p in weights.items()}}
+    frozen = [x.tobytes().hex() for k, x in sample_weights(model).items() if k not in weights]
+    dtypes = sorted({str(p.dtype) for p in model.parameters()})
+    about |= {"frozen weights": _hash([frozen, dtypes]), "validation": _digest(validation)}
     state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     if checkpoint and checkpoint.exists():
         state = _load(checkpoint, about, weights, optimiser, schedule)
@@ -155,7 +159,12 @@ def _curve_row(state: dict, model: nn.Module, validation: Items | None) -> dict:
 
 def _digest(items: Items | None) -> str:
     """What tells questions from others."""
-    parts = items and [items.prompts, items.answers, [*map(sorted, items.accepted or [])]]
+    accepted = items and items.accepted and [*map(sorted, items.accepted)]
+    parts = items and [items.prompts, items.answers, accepted, sorted(items.number_continuations)]
+    return _hash(parts and [*parts, [*items.kinds] if items.kinds is not None else None])
+
+
+def _hash(parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -329,7 +329,6 @@ ROW = torch.tensor([[5, 9, 30, 41, 7]])
             lambda m: m.generate(ROW, max_new_tokens=2, cache_implementation="static"),
             r"DynamicCache|\[batch, time\]",  # older ones mask it first
         ),
-        (lambda m: m.generate(ROW, prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
         (lambda m: m.generate(ROW, assistant_early_exit=2), "assistant_early_exit"),
         (lambda m: m(ROW, first_pass=torch.ones(2, 1, 5, 32)), "the 4 states"),
     ],
