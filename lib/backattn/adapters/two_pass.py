@@ -25,43 +25,32 @@ _requests: ContextVar[dict[int, dict]] = ContextVar("requests")
 _NOT_THE_BASES = {"save_pretrained", "push_to_hub", "generate_batch", "init_continuous_batching"}
 
 
-class _Bound(functools.partial):
+class _Forward(functools.partial):
+    """A method with the base model's signature on an instance, by which Trainer keeps columns."""
+
+    def __get__(self, model, owner):
+        return self if model is None else _Forward(self.func, model)
+
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.args[0].base_model.forward)
-
-
-class _Forward:
-    """`TwoPassModel._forward` with the base model's signature, by which Trainer keeps columns."""
-
-    def __get__(self, model: "TwoPassModel | None", owner: type["TwoPassModel"]):
-        return owner._forward if model is None else _Bound(owner._forward, model)
+        return inspect.signature(self.args[0].base_model.forward if self.args else self.func)
 
 
 class TwoPassModel(nn.Module):
     """A decoder that gets updates at source layers, made from the states of a first pass.
 
     updates: source layer -> `Update`. memory: the layers whose states it remembers. Where one lies
-    above a source layer, the layers from the lowest source layer on run twice.
-
-    The base model's weights are frozen unless freeze_base=False; it is the plain model, except
-    while this one runs, in its thread. Threads that call wait for each other. Padding may stand on
-    either side; GPT-2 with padding on the left needs position_ids, as it does without an adapter.
+    above a source layer, the layers from the lowest source layer on run twice. The base model's
+    weights are frozen unless freeze_base=False; it is the plain model, except while this one runs,
+    in its thread. Threads that call wait for each other. Padding may stand on either side; GPT-2
+    with padding on the left needs position_ids, as it does without an adapter.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        updates: dict[int, Update],
-        memory: Sequence[int],
-        freeze_base: bool = True,
-    ):
+    def __init__(self, model, updates: dict[int, Update], memory: Sequence[int], freeze_base=True):
         super().__init__()
         arch = describe(model)
         if model in _wrapped:
-            raise ValueError(
-                "This model carries an adapter already: call unload() on the wrapped model first."
-            )
+            raise ValueError("This model carries an adapter already: call its unload() first.")
         self.base_model, self.training = model, model.training
         self.layers, self.memory_layers = len(arch.blocks), tuple(memory)
         self.sources = tuple(sorted(updates))
@@ -88,8 +77,12 @@ class TwoPassModel(nn.Module):
     def _arch(self) -> Arch:
         return describe(self.base_model)
 
+    @property
+    def frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.base_model.parameters())
+
     def _forward(self, input_ids=None, attention_mask=None, labels=None, first_pass=None, **kwargs):
-        """The base model's own forward, with the adapter in force; returns what it returns.
+        """The base model's own forward, with the adapter in force.
 
         first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is
         then left out. With a cache input_ids are the last T tokens of the texts in it; what it
@@ -103,14 +96,12 @@ class TwoPassModel(nn.Module):
             with self.applied():
                 return self.base_model(**kwargs)
         if len(first_pass) != len(self.needed) or self.request["off"]:
-            raise ValueError(
-                f"first_pass must hold the {len(self.needed)} states {self.needed}, "
-                "and the adapter be on."
-            )
+            states = f"the {len(self.needed)} states {self.needed}"
+            raise ValueError(f"first_pass must hold {states}, and the adapter be on.")
         if cache is not None:
             if attention_mask is None:
                 raise ValueError(
-                    "With first_pass and a cache pass attention_mask too, of the whole texts."
+                    "With first_pass and a cache pass the whole texts' attention_mask."
                 )
             earlier = attention_mask.shape[1] - input_ids.shape[1]
             kwargs["past_key_values"] = cache_prefix(cache, earlier)
@@ -120,7 +111,7 @@ class TwoPassModel(nn.Module):
             out["past_key_values"] = None  # the layers of the first pass have not grown
         return out
 
-    forward = _Forward()
+    forward = _Forward(_forward)
 
     @torch.no_grad()
     def first_pass_states(
@@ -128,12 +119,11 @@ class TwoPassModel(nn.Module):
     ) -> Tensor:
         """The states entering the layers `needed`, from one unmodified pass: [K, B, T, D]."""
         states: dict[int, Tensor] = {}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         # A place, not a count: see `training.evaluation.answer_logits`.
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-        inputs |= {"position_ids": position_ids, "logits_to_keep": last}
         with self._asked(states=states), self.applied():
-            self.base_model(**inputs, use_cache=False)
+            self.base_model(input_ids, **inputs, logits_to_keep=last, use_cache=False)
         return torch.stack([states[t].to(input_ids.device) for t in self.needed])
 
     @property
@@ -155,15 +145,12 @@ class TwoPassModel(nn.Module):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """`base_model` itself is the adapted model while the block runs, for what needs its class.
-
-        In this thread; others that call wait.
-        """
+        """`base_model` itself is the adapted model while the block runs, for what needs its class,
+        in this thread; others that call wait."""
         if self.request.get("applied") == threading.get_ident():
             yield
             return
-        thread = threading.get_ident()
-        with exclusive(self), self._asked(applied=thread), attached(self):
+        with exclusive(self), self._asked(applied=threading.get_ident()), attached(self):
             yield
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
@@ -173,17 +160,15 @@ class TwoPassModel(nn.Module):
     def generate(self, inputs=None, generation_config=None, **kwargs) -> Tensor:
         """The base model's `generate`, adapted; both passes and the memory are cached.
 
-        A new token costs two short passes, or one (`BackAttentionModel.one_pass`). An assistant or
-        prompt lookup changes nothing but the speed. Raises ValueError for them, before any work,
-        where caches cannot take back what they guess: with a sliding window, or in one pass.
+        A new token costs two short passes, or one (`BackAttentionModel.one_pass`). Raises
+        ValueError, before any work, for an assistant or prompt lookup where caches cannot take back
+        what they guess: with a sliding window, or in one pass.
         """
         config = generation_config or self.base_model.generation_config
         asked = {k for k, v in {**vars(config), **kwargs}.items() if v is not None}
-        wrong = {"assistant_early_exit"}
+        wrong = {"assistant_early_exit", *(["prefill_chunk_size"] if self.one_pass else [])}
         if self.one_pass or getattr(self.base_model.config, "sliding_window", None):
             wrong |= {"assistant_model", "prompt_lookup_num_tokens"}
-        if self.one_pass:
-            wrong |= {"prefill_chunk_size"}
         wrong = sorted(wrong & asked)
         if wrong and not self.request["off"]:
             raise ValueError(f"This adapter cannot generate with {', '.join(wrong)}: leave it out.")
@@ -201,9 +186,9 @@ class TwoPassModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print how many weights are trained."""
-        trained, total = self.trainable()
-        share = f"{100 * trained / total:.4f}"
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share}")
+        some, total = self.trainable()
+        share = f"trainable%: {100 * some / total:.4f}"
+        print(f"trainable params: {some:,} || all params: {total:,} || {share}")
 
     def unload(self) -> nn.Module:
         """Take the adapter off; returns the base model as it was, requires_grad included."""
@@ -221,23 +206,20 @@ class TwoPassModel(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             if name in _NOT_THE_BASES:
-                raise AttributeError(
-                    f"{name} would be of the base model, without the adapter: call base_model."
-                    f"{name}() if that is meant."
-                ) from None
+                meant = f"call base_model.{name}() if that is meant"
+                raise AttributeError(f"{name} would be without the adapter: {meant}.") from None
             return getattr(super().__getattr__("base_model"), name)
 
 
 def _leave_out_frozen(model: TwoPassModel, state: dict, prefix: str, _) -> None:
-    """A state dict holds what is trained: the adapter, and a base model that is not frozen."""
+    """A state dict holds what is trained."""
     trained = {prefix + name for name, p in model.named_parameters() if p.requires_grad}
     for key in [k for k in state if k.startswith(f"{prefix}base_model.") and k not in trained]:
-        del state[key]
+        state.pop(key)
 
 
 def _frozen_may_lack(model: TwoPassModel, incompatible) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {f"base_model.{name}" for name in nn.Module.state_dict(model.base_model)} - trained
-    incompatible.missing_keys[:] = [
-        k for k in incompatible.missing_keys if not k.endswith(tuple(frozen))
-    ]
+    missing = [k for k in incompatible.missing_keys if not k.endswith(tuple(frozen))]
+    incompatible.missing_keys[:] = missing

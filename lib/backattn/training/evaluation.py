@@ -25,11 +25,8 @@ def by_length(items: Items, size: int) -> list[list[int]]:
 
 
 class FirstPasses:
-    """The states of the first pass of each question, computed when first wanted and kept.
-
-    Questions are computed in fixed groups of similar length, so that a resumed run gets the same
-    states to the bit. Of use only where the base model is frozen.
-    """
+    """The states of the first pass of each question, for a base model that is frozen: computed when
+    first wanted, in fixed groups of similar length, so that a resumed run gets the same bits."""
 
     def __init__(self, model: TwoPassModel, items: Items, group: int = 32):
         self.model, self.items = model, items
@@ -64,10 +61,8 @@ class FirstPasses:
 def answer_logits(
     model: nn.Module, batch: Questions, first_pass: Tensor | None = None, cache: Cache | None = None
 ) -> Tensor:
-    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32.
-
-    first_pass, cache: see `TwoPassModel.forward`; with a cache of these questions first_pass is of
-    their last tokens only, K or more of them.
+    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32. first_pass and
+    cache: see `TwoPassModel.forward`; with a cache first_pass is of the last tokens, K or more.
 
     Example:
         >>> batch = collate(Items([[5, 6]], [[8, 9]], ["a"], None, frozenset()), [0])
@@ -87,11 +82,8 @@ def answer_logits(
 
 
 def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
-    """Which questions greedy decoding would answer right: [B] bool.
-
-    The whole answer by its own tokens, then anything that does not make it another number; or an
-    accepted first token.
-    """
+    """Which questions greedy decoding would answer right: [B] bool. The whole answer by its own
+    tokens, then anything that does not make it another number; or an accepted first token."""
     predicted = logits.argmax(-1)  # [B, K]
     if items.accepted is not None:
         last = zip(predicted[:, -1].tolist(), rows, strict=True)
@@ -126,11 +118,8 @@ NUMBER = re.compile(r"\s*(-?\d+)(?!\d|,\d)")
 def written(
     model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batch_size: int = 64
 ) -> np.ndarray:
-    """Which questions greedy generation answers with the right number, however spaced: [n] bool.
-
-    What follows the number does not count. An early end of text is not allowed, since models tuned
-    for chat like to say nothing.
-    """
+    """Which questions greedy generation answers with the right number, however spaced, whatever
+    follows: [n] bool. The text may not end early: models tuned for chat like to say nothing."""
     # Prompts alone: the last token of an answer is never in the batch.
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):
