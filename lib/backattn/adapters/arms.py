@@ -47,10 +47,6 @@ def _back_attention(model, source_layer, dim, memory_layers):
     return get_back_attention_model(model, config)
 
 
-def _same_layer(model, source_layer, dim, _):
-    return _back_attention(model, source_layer, dim, (source_layer,))
-
-
 def _at_source(kind, reads_final=False):
     """What puts an update of the width and of rank 2·dim at each source layer."""
 
@@ -86,7 +82,8 @@ _ARMS = (
     Arm(
         "same layer",
         "the same module, reading only the source layer's own states: no second pass",
-        *(_same_layer, "#de8f05", "s"),
+        lambda model, layer, dim, _: _back_attention(model, layer, dim, (layer,)),
+        *("#de8f05", "s"),
     ),
     Arm(
         "residual LoRA",

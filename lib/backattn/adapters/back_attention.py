@@ -83,18 +83,14 @@ class BackAttentionModel(TwoPassModel):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as PEFT does; a base model that
         was trained too is saved on its own, and other files stay. dtype: of the file."""
-        tensors = {
-            saving.PREFIX + name: p.to(dtype or p.dtype).cpu().contiguous()
-            for name, p in self.adapter_state().items()
-        }
+        state = {saving.PREFIX + name: p for name, p in self.adapter_state().items()}
+        tensors = {name: p.to(dtype or p.dtype).cpu().contiguous() for name, p in state.items()}
         with atomic_file(Path(folder) / saving.WEIGHTS_FILE) as temporary:
             save_file(tensors, temporary)
         with atomic_file(Path(folder) / saving.CONFIG_FILE) as temporary:
             temporary.write_text(json.dumps(self._about(), indent=2) + "\n", encoding="utf-8")
 
-    def push_to_hub(
-        self, repo_id: str, private: bool | None = None, token: str | None = None, **options
-    ) -> str:
+    def push_to_hub(self, repo_id: str, private=None, token=None, **options) -> str:
         """Put what `save_pretrained` writes, and a card, on the Hugging Face hub; returns the
         commit's address. options: of `HfApi.upload_folder`."""
         from huggingface_hub import HfApi

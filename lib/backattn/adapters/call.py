@@ -34,10 +34,9 @@ class Call:
         ids = inputs.get("input_ids")
         self.batch, self.time = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())  # tokens before this call
-        self.model, self.layers, self.source = model, layers, model.sources[0]
-        self.again, self.cache = False, None
+        self.model, self.layers, self.again, self.cache = model, layers, False, None
         self.cells, self.memory, self.maps = map(request.get, ("cells", "memory", "maps"))
-        self.states = request.get("states")  # layer -> [B, T, D]
+        self.source, self.states = model.sources[0], request.get("states")  # layer -> [B, T, D]
         self.arguments: dict[int, tuple[list, dict]] = {}  # layer -> its others
         self.single = self.past > 0 and model.one_pass and model.two_passes
         self.first = model.layers if model.two_passes else self.source  # layers of the first pass

@@ -67,10 +67,9 @@ def about(model: nn.Module, options: dict) -> dict:
     fingerprint = {"model_type": model.config.model_type, "layers": len(arch.blocks)}
     fingerprint["sizes"] = [arch.width, block.heads, block.kv_heads, block.head_dim]
     fingerprint |= {"dtype": str(model.dtype).removeprefix("torch."), "sample": sample}
-    kind = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
     base, revision = model.config.name_or_path, getattr(model.config, "_commit_hash", None)
-    kind |= {"base_model_name_or_path": base, "revision": revision}
-    return {**kind, **options, FINGERPRINT: fingerprint}
+    kind = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    return {**kind, "revision": revision, **options, FINGERPRINT: fingerprint}
 
 
 def check_base(known: dict, model: nn.Module, source: str | Path) -> None:

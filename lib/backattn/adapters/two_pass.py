@@ -114,9 +114,7 @@ class TwoPassModel(nn.Module):
     forward = _Forward(_forward)
 
     @torch.no_grad()
-    def first_pass_states(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-    ) -> Tensor:
+    def first_pass_states(self, input_ids, attention_mask, position_ids) -> Tensor:
         """The states entering the layers `needed`, from one unmodified pass: [K, B, T, D]."""
         states: dict[int, Tensor] = {}
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}

@@ -36,9 +36,8 @@ class FirstPasses:
     @staticmethod
     def gigabytes(model: TwoPassModel, items: Items) -> float:
         """What keeping all states takes, in GiB."""
-        weight = next(model.base_model.parameters())
-        width = model.base_model.config.hidden_size
-        return len(model.needed) * int(items.lengths.sum()) * width * weight.element_size() / 2**30
+        size = model.config.hidden_size * next(model.base_model.parameters()).element_size()
+        return len(model.needed) * int(items.lengths.sum()) * size / 2**30
 
     def __call__(self, rows: Sequence[int], batch: Questions) -> Tensor:
         """[K, B, T, D] for a batch made of `rows`; zero where it is padded."""

@@ -1,8 +1,8 @@
 """One training loop, for adapters on a frozen model and for small models from scratch.
 
-Batches are padded on the left, so that all answers end in the last column; logits are taken only
-where answers are. With a frozen base the first pass's states are computed once per question and
-kept. Under `accelerate launch` each process takes a part of every batch; gradients are added up.
+Batches are padded on the left; logits are taken only where answers are. With a frozen base the
+first pass's states are computed once per question. Under `accelerate launch` each process takes a
+part of every batch; gradients are added up.
 """
 
 import hashlib
@@ -154,10 +154,10 @@ def _curve_row(state: dict, model: nn.Module, validation: Items | None) -> dict:
 
 
 def _hash(parts) -> str:
-    def plain(x):
-        return sorted(x) if isinstance(x, set | frozenset) else str(x)
-
-    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
+    text = json.dumps(
+        parts, default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _load(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedule) -> dict:
