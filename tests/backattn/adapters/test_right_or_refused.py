@@ -2,10 +2,10 @@
 
 import copy
 import json
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,27 +156,23 @@ def test_guessing_ahead_is_greedy_decoding_or_refused(name, one_pass):
     settings.assistant_early_exit = 2
     with refused:
         greedy(wrapped)
-    with wrapped.applied(), pytest.raises(ValueError, match="Early exit"):
-        greedy(wrapped.base_model)
     settings.assistant_early_exit = None
+    with wrapped.applied(), pytest.raises(ValueError, match="Early exit"):
+        greedy(wrapped.base_model, assistant_early_exit=2)
     assert wrapped.config.num_hidden_layers == 4 and torch.equal(greedy(wrapped), right)
 
 
-FOUR = torch.ones(1, 1, 9, 9).tril()
-AGAIN = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+AGAIN, FOUR = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), torch.ones(1, 1, 9, 9).tril()
+PACKED = {"position_ids": AGAIN, "cu_seq_lens_q": AGAIN, "seq_idx": AGAIN, "attention_mask": FOUR}
 
 
 @families
-@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens_q", "seq_idx", "mask", "masks"])
+@pytest.mark.parametrize("given", PACKED)
 def test_several_texts_in_a_row_are_refused(name, given):
-    values = {"position_ids": AGAIN, "cu_seq_lens_q": torch.tensor([0, 4, 9]), "seq_idx": AGAIN}
-    masks = {"mask": FOUR, "masks": {"full_attention": FOUR}}
     wrapped = trained(name)
     before = logits(wrapped)
     with pytest.raises(ValueError, match=r"Several texts in one row|\[batch, time\]"):
-        wrapped(
-            ROW, **({given: values[given]} if given in values else {"attention_mask": masks[given]})
-        )
+        wrapped(ROW, **{given: PACKED[given]})
     assert torch.equal(logits(wrapped), before)
 
 
@@ -299,20 +295,14 @@ def kept_on_the_hub(wrapped, folder):
     wrapped.base_model.config.name_or_path = str(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HfApi, "create_repo", lambda *_, **__: type("", (), {"repo_id": "me/it"}))
-        patch.setattr(
-            HfApi,
-            "upload_folder",
-            lambda _, repo_id, folder_path, **__: [
-                (folder / path.name).write_bytes(path.read_bytes())
-                for path in Path(folder_path).iterdir()
-            ],
-        )
+        copied = lambda _, folder_path, **__: shutil.copytree(folder_path, folder / "hub")  # noqa: E731
+        patch.setattr(HfApi, "upload_folder", copied)
         wrapped.push_to_hub("it", private=True)
-    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    card = (folder / "README.md").read_text()
-    assert sorted(path.name for path in folder.iterdir()) == files
+    card = (folder / "hub" / "README.md").read_text()
     assert '"me/it"' in card and str(folder) not in card
-    return folder
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (folder / "hub").iterdir()) == files
+    return folder / "hub"
 
 
 @pytest.mark.parametrize("keep", [kept_by_trainer, kept_by_accelerate, kept_on_the_hub])
@@ -340,9 +330,7 @@ def test_state_dicts_are_checked_and_nested():
     state.pop("head.weight")
     with pytest.raises(RuntimeError, match=r"head\.weight"):
         nested.load_state_dict(state)
-    average = AveragedModel(wrapped)
-    average.update_parameters(wrapped)
-    assert torch.equal(logits(average), logits(wrapped))
+    assert torch.equal(logits(AveragedModel(wrapped)), logits(wrapped))
     with pytest.raises(ValueError, match="carries an adapter already"):
         get_back_attention_model(copy.deepcopy(wrapped).base_model, CONFIG)
 

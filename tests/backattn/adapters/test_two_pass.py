@@ -470,12 +470,6 @@ def test_works_in_trainer_and_pipeline(wrapped, llama, tmp_path, caplog):
     assert "not supported" not in caplog.text
 
 
-def test_a_wrapped_model_is_not_wrapped_again(wrapped):
-    with pytest.raises(ValueError, match="unload"):
-        get_back_attention_model(wrapped.base_model, ONE)
-    get_back_attention_model(wrapped.unload(), ONE)
-
-
 @pytest.mark.parametrize("config", [ONE, CONFIGS["same layer only"]])
 def test_copies_and_state_dicts_are_those_of_any_module(config, batch, tmp_path):
     wrapped = trained(load_model("tiny-llama")[0], config)
