@@ -37,15 +37,16 @@ def use_terminal() -> None:
             stream.reconfigure(errors="replace")
 
 
-def dtype() -> torch.dtype:
-    """What models are loaded in: BACKATTN_DTYPE of the environment, else fp32.
+def dtype(given: torch.dtype | str | None = None) -> torch.dtype:
+    """What models are loaded in: the given dtype, BACKATTN_DTYPE of the environment, or fp32.
 
-    Raises ValueError for another than float32, bfloat16 and float16.
+    Raises ValueError for another name than float32, bfloat16 and float16.
     """
-    name = os.environ.get(DTYPE, "float32")
-    if name not in DTYPES:
-        raise ValueError(f"{DTYPE} is {name!r}: set it to one of {', '.join(DTYPES)}.")
-    return getattr(torch, name)
+    name = given or os.environ.get(DTYPE, "float32")
+    if isinstance(name, str) and (name := name.removeprefix("torch.")) not in DTYPES:
+        what = "dtype" if given else DTYPE
+        raise ValueError(f"{what} is {name!r}: set it to one of {', '.join(DTYPES)}.")
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 def process_state():

@@ -1,8 +1,8 @@
 """The arms that back attention must beat: what else could the same data and weights do?
 
-Each arm acts at one place, the input of the source layer, as back attention does, but for LoRA on
-queries and values, which is peft's. All start as the identity. A loop that hands the final state
-back whole would not: a pretrained model's low layers cannot read it.
+Each acts at the input of the source layer, as back attention does, but for peft's LoRA on queries
+and values. All start as the identity. A loop that hands the final state back whole would not: a
+pretrained model's low layers cannot read it.
 """
 
 from collections.abc import Callable
@@ -47,24 +47,16 @@ def _back_attention(model, source_layer, dim, memory_layers):
     return get_back_attention_model(model, config)
 
 
-def _same_layer(model, source_layer, dim, _):
-    return _back_attention(model, source_layer, dim, (source_layer,))
+def _at_source(kind, reads_final=False):
+    """What puts an update of the width and of rank 2·dim at each source layer."""
 
+    def make(model, source_layer, dim, _):
+        arch = describe(model)
+        layers = (source_layer,) if isinstance(source_layer, int) else source_layer
+        updates = {layer: kind(arch.width, 2 * dim) for layer in layers}
+        return TwoPassModel(model, updates, memory=(len(arch.blocks),) * reads_final)
 
-def _residual_lora(model, source_layer, dim, _):
-    width, layers = describe(model).width, source_layer
-    layers = (layers,) if isinstance(layers, int) else layers
-    return TwoPassModel(model, {layer: ResidualLoRA(width, 2 * dim) for layer in layers}, memory=())
-
-
-def _loop_lora(model, source_layer, dim, _):
-    arch = describe(model)
-    update = LoopLoRA(arch.width, 2 * dim)
-    return TwoPassModel(model, {source_layer: update}, memory=(len(arch.blocks),))
-
-
-def _bias(model, source_layer, *_):
-    return TwoPassModel(model, {source_layer: Bias(describe(model).width)}, memory=())
+    return make
 
 
 def _lora(model, _, dim, __):
@@ -73,15 +65,11 @@ def _lora(model, _, dim, __):
     names = ("q_proj", "v_proj")
     linear = [m for name, m in model.named_modules() if name.endswith(names)]
     if not linear:
-        raise ValueError(
-            "LoRA on queries and values needs modules named q_proj and v_proj; this model has none."
-        )
+        raise ValueError("LoRA on q,v needs modules named q_proj and v_proj; this model has none.")
     per_rank = sum(m.in_features + m.out_features for m in linear)
     rank = max(1, round(4 * dim * describe(model).width / per_rank))
-    settings = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=list(names), task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, settings, autocast_adapter_dtype=True)
+    about = {"target_modules": list(names), "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **about))
 
 
 _ARMS = (
@@ -89,26 +77,25 @@ _ARMS = (
         "back attention",
         "reads the states of the source layer and all above it, at this and earlier positions",
         *(_back_attention, "#d55e00", "o"),
-        two_passes=True,
-        several_sources=True,
-        chooses_memory=True,
+        **dict.fromkeys(("two_passes", "several_sources", "chooses_memory"), True),
     ),
     Arm(
         "same layer",
         "the same module, reading only the source layer's own states: no second pass",
-        *(_same_layer, "#de8f05", "s"),
+        lambda model, layer, dim, _: _back_attention(model, layer, dim, (layer,)),
+        *("#de8f05", "s"),
     ),
     Arm(
         "residual LoRA",
         "a low-rank map of the source layer's own state at the same position: no second pass",
-        *(_residual_lora, "#0173b2", "D"),
+        *(_at_source(ResidualLoRA), "#0173b2", "D"),
         several_sources=True,
     ),
     Arm(
         "loop LoRA",
         "a low-rank map of the final state at the same position, added at the source layer; "
         "layers run again",
-        *(_loop_lora, "#cc78bc", "^"),
+        *(_at_source(LoopLoRA, reads_final=True), "#cc78bc", "^"),
         two_passes=True,
     ),
     Arm(
@@ -120,7 +107,7 @@ _ARMS = (
     Arm(
         "bias",
         "one trained vector, added at the source layer",
-        *(_bias, "#ca9161", "d"),
+        *(_at_source(lambda width, _: Bias(width)), "#ca9161", "d"),
         rates=(4e-3, 1.6e-2, 6.4e-2),
     ),
 )
@@ -132,20 +119,13 @@ UNTRAINED: dict[str, Arm] = {
 
 
 def make_arm(
-    name: str,
-    model: nn.Module,
-    source_layer: Layers,
-    dim: int,
-    memory_layers: tuple[int, ...] | None = None,
+    name: str, model: nn.Module, source_layer: Layers, dim: int, memory_layers: Layers | None = None
 ) -> nn.Module:
     """Put an arm on a frozen model, untrained, with as many weights as back attention of `dim` has.
 
-    Exactly as many for the arms at the source layer (rank 2·dim), the nearest rank for LoRA on
-    queries and values, one vector for the bias. source_layer: several for back attention and
-    residual LoRA only. memory_layers: see `BackAttentionConfig`, of back attention only.
-
-    Returns the wrapped model. Raises ValueError for an unknown arm, and for layers that an arm
-    cannot have.
+    Exactly as many at the source layer (rank 2·dim), the nearest rank for LoRA on queries and
+    values, one vector for the bias. memory_layers: see `BackAttentionConfig`. Returns the wrapped
+    model. Raises ValueError for an unknown arm, and for layers that an arm cannot have.
 
     Example:
         >>> make_arm("bias", model, source_layer=1, dim=8).trainable()[0]

@@ -17,26 +17,28 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from backattn.adapters.modules import BackAttention, Update
 
+# Arguments that say where texts in a row begin.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens")
+
 
 class Call:
     """One forward pass of the decoder: what its first pass leaves for what follows.
 
-    model: a `TwoPassModel`. inputs: the decoder's arguments by name. Of request: first_pass, states
-    [K, B, T, D] that stand for the first pass; states, to be filled by a first pass and nothing
-    else; cells, memory and maps, see `BackAttentionModel`. Raises ValueError for what does not fit.
+    model: a `TwoPassModel`. layers: of the decoder. inputs: its arguments by name. Of request:
+    first_pass, states [K, B, T, D] that stand for the first pass; states, to be filled by a first
+    pass and nothing else; cells, memory and maps, see `BackAttentionModel`.
     """
 
-    def __init__(self, model, inputs: dict, request: dict):
+    def __init__(self, model, layers: list[nn.Module], inputs: dict, request: dict):
         cache, self.mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         ids = inputs.get("input_ids")
-        ids = inputs["inputs_embeds"] if ids is None else ids
-        self.batch, self.time = ids.shape[:2]
+        self.batch, self.time = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())  # tokens before this call
-        self.model, self.source, self.again, self.cache = model, model.sources[0], False, None
+        self.model, self.layers, self.again, self.cache = model, layers, False, None
         self.cells, self.memory, self.maps = map(request.get, ("cells", "memory", "maps"))
-        self.states = request.get("states")  # layer -> [B, T, D]
+        self.source, self.states = model.sources[0], request.get("states")  # layer -> [B, T, D]
         self.arguments: dict[int, tuple[list, dict]] = {}  # layer -> its others
-        self.single = self.past > 0 and self.time == 1 and model.one_pass and model.two_passes
+        self.single = self.past > 0 and model.one_pass and model.two_passes
         self.first = model.layers if model.two_passes else self.source  # layers of the first pass
         self.only_first = self.states is not None
         if self.only_first:
@@ -48,7 +50,8 @@ class Call:
             self.states = dict(zip(model.needed, request["first_pass"], strict=True))
         elif self.single:
             self.first = self.source
-        self._check(inputs)
+        if problem := self._problem(inputs):
+            raise ValueError(problem)
 
     def second_pass(self) -> Tensor:
         """h_s + B, then layers s … L−1 again: the new state before the final norm [B, T, D].
@@ -69,7 +72,7 @@ class Call:
                 mixed = update.mix(q, k, v, visible)  # softmax(q · k / √d′) v
                 h = h + update.write(mixed).to(h.dtype)  # h_s + mixed W_o
             args, kwargs = self.arguments[layer]
-            out = self.model._arch.blocks[layer].module(h, *args, **kwargs)  # layers s … L−1 again
+            out = self.layers[layer](h, *args, **kwargs)  # layers s … L−1 again
             h = out[0] if isinstance(out, tuple) else out
         if self.single:
             self.states[self.model.layers] = h
@@ -79,8 +82,7 @@ class Call:
         return h
 
     def _read(self, layer: int, update: Update, h: Tensor) -> tuple[Tensor | None, ...]:
-        """Keys, values and visible [B, T, past + T], as `Update.mix` takes them, earlier tokens'
-        included."""
+        """Keys, values and visible [B, T, past + T], as `Update.mix` takes them."""
         if not self.model.memory_layers:
             return None, None, None
         columns = torch.arange(self.past + self.time, device=h.device)
@@ -102,66 +104,57 @@ class Call:
 
     def _remember(self, update: Update) -> tuple[Tensor, Tensor]:
         """Keys and values of this call's memory for the update of a source layer."""
-        memory = self.memory
-        if memory is None:
-            memory = [self.states[t] for t in self.model.memory_layers]
+        own = self.memory is None
+        memory = [self.states[t] for t in self.model.memory_layers] if own else self.memory
         return update.remember(torch.stack([h.to(update.device) for h in memory]))
 
     def note(self, layer: int, h: Tensor, args: tuple, kwargs: dict) -> None:
         """Keep what the decoder gives a layer, with the second pass's cache for its own."""
-        model = self.model
-        if layer in model.needed:
+        if layer in self.model.needed:
             self.states.setdefault(layer, h)
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
-        if cache is not None and self.cache is None and model.memory_layers:
+        if cache is not None and self.cache is None and self.model.memory_layers:
             if self.memory is not None:
-                raise ValueError(
-                    "No other memory can be read where there is a cache: pass use_cache=False."
-                )
-            self.cache = UpperCache(cache, model, self.single)
+                raise ValueError("No other memory can be read with a cache: pass use_cache=False.")
+            self.cache = UpperCache(cache, self.model, self.single)
         upper = self.cache or cache
         self.arguments[layer] = (
             [upper if v is cache else v for v in args],
             {k: upper if v is cache else v for k, v in kwargs.items()},
         )
 
-    def _check(self, inputs: dict) -> None:
-        """Raises ValueError, before anything is computed, for what back attention cannot do."""
-        shape, total, mask = [self.batch, self.time], self.past + self.time, self.mask
+    def _problem(self, inputs: dict) -> str | None:
+        """What back attention cannot do with these inputs, before anything is computed."""
+        total, mask, places = self.past + self.time, self.mask, inputs.get("position_ids")
         attends = [isinstance(update, BackAttention) for update in self.model.updates.values()]
         edited = any(edit is not None for edit in (self.cells, self.memory, self.maps))
-        places, wrong = inputs.get("position_ids"), None
-        if self.single and not all(attends):
-            wrong = "One pass is for back attention: this adapter needs a token's own final state."
-        elif self.single and edited:
-            wrong = (
-                "In one pass the memory can be neither edited nor mapped: set one_pass to False."
-            )
-        elif mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            wrong = "The attention mask must be [batch, time] with 1 for real tokens, or none."
-        elif mask is not None and mask.shape[1] != total:
-            wrong = f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
-        elif any(attends) and self.time > 1 and places is not None:
+        packed = any(inputs.get(name) is not None for name in PACKED)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return "The attention mask must be [batch, time] with 1 for real tokens, or none."
+        if mask is not None and mask.shape[1] != total:
+            return f"The attention mask covers {mask.shape[1]} tokens; there are {total}."
+        if self.time > 1 and places is not None and places.dim() == 2:
             again = places[:, 1:] <= places[:, :-1]
             if mask is not None:
                 real = mask[:, -self.time :].bool().to(places.device)
                 again = again & real[:, 1:] & real[:, :-1]
-            if again.any():
-                wrong = (
-                    "position_ids start again inside a row: back attention would read other texts "
-                    "packed into it. Give each text a row of its own, padded."
-                )
-        if self.memory is not None and [*self.memory.shape[1:3]] != shape:
-            wrong = f"memory is {[*self.memory.shape[1:3]]} per layer; this pass has {shape}."
+            packed = packed or bool(again.any())
+        if packed and any(attends):
+            texts = "Several texts in one row (position_ids start again, or cu_seq_lens)"
+            return f"{texts}: back attention would read the others. Pad a row for each text."
+        if self.single and not all(attends):
+            return "One pass is for back attention: this adapter needs a token's own final state."
+        if self.single and (edited or self.time > 1):
+            one = "In one pass new tokens come one at a time, and the memory"
+            return f"{one} can be neither edited nor mapped: set one_pass to False."
+        here = f"this pass has {self.batch} texts, {self.time} queries and {total} positions."
+        if self.memory is not None and self.memory.shape[1:3] != (self.batch, self.time):
+            return f"memory is {[*self.memory.shape[1:3]]} per layer; {here}"
         if self.cells is not None:
             texts, queries, _, positions = self.cells.shape
             if texts not in (1, self.batch) or queries not in (1, self.time) or positions != total:
-                wrong = (
-                    f"cells are for {texts} texts, {queries} queries and {positions} positions; "
-                    f"this pass has {shape[0]} texts, {shape[1]} queries and {total} positions."
-                )
-        if wrong:
-            raise ValueError(wrong)
+                return f"cells are {[*self.cells.shape]}; {here}"
+        return None
 
 
 class UpperCache:
@@ -169,8 +162,7 @@ class UpperCache:
 
     Behind the first pass's layers lie, in the same cache, so that beams and copies take them along,
     one layer for each that runs again and one for the memory of each source layer. single: put new
-    keys and values into the first pass's layers too, so that all layers stay of one length. Raises
-    ValueError for a cache of another kind than transformers' DynamicCache.
+    keys and values into the first pass's layers too, so that all layers stay of one length.
     """
 
     def __init__(self, cache: Cache, model, single: bool):
@@ -181,12 +173,10 @@ class UpperCache:
             cache.layers.append(cache.layer_class_to_replicate())
         if len(cache.layers) > model.layers:
             return
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    f"Back attention cannot use a cache of {type(layer).__name__}; "
-                    "leave the default, DynamicCache."
-                )
+        other = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        if other:
+            names = ", ".join(kind.__name__ for kind in other)
+            raise ValueError(f"Back attention cannot use a cache of {names}; leave DynamicCache.")
         windows = [getattr(cache.layers[t], "sliding_window", None) for t in again]
         cache.layers += [DynamicSlidingWindowLayer(w) if w else DynamicLayer() for w in windows]
         cache.layers += [DynamicLayer() for _ in model.sources]
@@ -195,10 +185,8 @@ class UpperCache:
         """A source layer's memory of `past` earlier tokens; ValueError where it is not there."""
         layer = self._cache.layers[self._sources.index(source) - len(self._sources)]
         if layer.get_seq_length() != past:
-            raise ValueError(
-                "This cache was filled while the adapter was off, or by another model: "
-                "start with a fresh one."
-            )
+            filled = "This cache was filled while the adapter was off, or by another model"
+            raise ValueError(f"{filled}: start with a fresh one.")
         return layer
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs):
@@ -212,28 +200,37 @@ class UpperCache:
 
 @contextlib.contextmanager
 def attached(model) -> Iterator[None]:
-    """A `Call` at each forward pass that this thread makes of the base model of a `TwoPassModel`.
-
-    Whatever happens in the block, nothing of it stays on the base model.
-    """
+    """A `Call` at each forward pass that this thread makes of the base model of a `TwoPassModel`,
+    on which nothing stays, whatever happens in the block."""
     arch, thread, running = model._arch, get_ident(), []
+    decoder = model.base_model.get_submodule(arch.family.layers.rpartition(".")[0])
+    layers, depth = [block.module for block in arch.blocks], decoder.config.num_hidden_layers
+    if len(layers) != model.layers:
+        now = f"The base model has {len(layers)} layers now; it had {model.layers}"
+        raise ValueError(f"{now}: wrap it anew.")
 
     def running_call() -> Call | None:
         return running[0] if running and get_ident() == thread else None
 
-    def begin(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(decoder: nn.Module, args: tuple, kwargs: dict):
         request = model.request
         if get_ident() != thread or (request["off"] and "states" not in request):
-            return
-        hidden = ("output_hidden_states", "output_attentions")
-        if any(kwargs.get(name, getattr(decoder.config, name, None)) for name in hidden):
-            raise ValueError(
-                "With back attention the layers run twice: output_hidden_states and "
-                "output_attentions would mix both passes. Leave them out; see attention_maps() for "
-                "the memory, first_pass_states() for the first pass."
-            )
+            return None
         inputs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        running[:] = [Call(model, inputs, request)]
+        inputs |= inputs.pop("kwargs", {})
+        wishes = {name: inputs.get(name) for name in ("output_hidden_states", "output_attentions")}
+        for name, wish in wishes.items():
+            if getattr(decoder.config, name, False) if wish is None else wish:
+                twice = f"With back attention the layers run twice: {name} would mix both passes"
+                see = "attention_maps() for the memory, first_pass_states() for the first pass"
+                raise ValueError(f"{twice}. Leave it out; see {see}.")
+        if decoder.config.num_hidden_layers != depth:
+            raise ValueError("Early exit leaves out layers that back attention reads.")
+        running[:] = [Call(model, layers, inputs, request)]
+        return args, {
+            "return_dict": True,
+            **kwargs,
+        }  # whatever the config says: its caller reads it
 
     def end(*_) -> None:
         if get_ident() == thread:
@@ -256,7 +253,6 @@ def attached(model) -> Iterator[None]:
         call.again = True
         return args if call.only_first else (call.second_pass(), *args[1:])
 
-    decoder = model.base_model.get_submodule(arch.family.layers.rpartition(".")[0])
     with contextlib.ExitStack() as stack:
         for handle in (
             decoder.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),
@@ -264,11 +260,11 @@ def attached(model) -> Iterator[None]:
             arch.final_norm_module.register_forward_pre_hook(before_final_norm, prepend=True),
         ):
             stack.callback(handle.remove)
-        for layer, block in enumerate(arch.blocks):
+        for layer, module in enumerate(layers):
             # Put back what accelerate gives a layer as its own forward, else uncover the class's.
-            own, forward = vars(block.module), block.module.forward
-            back = {"forward": forward} if "forward" in own else {}
-            stack.callback(own.update, back)
-            stack.callback(own.pop, "forward")
+            own, forward = vars(module), module.forward
+            back = (own.update, {"forward": forward}) if "forward" in own else (own.pop, "forward")
+            stack.callback(*back)
             own["forward"] = functools.partial(in_layer, layer, forward)
+        stack.callback(setattr, decoder.config, "num_hidden_layers", depth)  # else early exit's
         yield

@@ -9,13 +9,11 @@ class BackAttentionConfig:
     """Where back attention sits and how large it is.
 
     source_layer: layer whose input gets the update; several layers each get a module of their own.
-    dim: d′, the width of queries, keys and values over all heads; a module has 4 · width · dim
-        weights.
+    dim: d′, the width of queries, keys and values over all heads; of 4 · width · dim weights.
     memory_layers: states that are read (t: the state entering layer t, L: the one before the final
         norm); None reads the lowest source layer's and all above it.
     norm: RMS norm without weights in front of the projections.
-    softmax: "joint" over (layer, position) pairs, or "per-layer" over positions, then the mean over
-        layers.
+    softmax: "joint" over (layer, position), or "per-layer" over positions, their mean over layers.
 
     Raises ValueError for a size or an option that makes no sense.
 
@@ -40,44 +38,33 @@ class BackAttentionConfig:
                 raise ValueError(f"{name} must be an integer or several, not {layers!r}.")
         sizes = self.dim, self.heads
         if not all(isinstance(n, int) and n > 0 for n in sizes) or self.dim % self.heads:
-            raise ValueError(
-                "dim and heads must be integers, and dim a positive multiple of heads, not "
-                f"{self.dim!r} and {self.heads!r}."
-            )
+            needed = "dim and heads must be integers, and dim a positive multiple of heads"
+            raise ValueError(f"{needed}, not {self.dim!r} and {self.heads!r}.")
         if self.softmax not in ("joint", "per-layer"):
             raise ValueError(f'Unknown softmax {self.softmax!r}; choose "joint" or "per-layer".')
 
     @property
     def sources(self) -> tuple[int, ...]:
         """The source layers, lowest first."""
-        several = _several(self.source_layer)
-        return tuple(sorted(self.source_layer)) if several else (self.source_layer,)
+        layers = self.source_layer
+        return tuple(sorted(layers)) if _several(layers) else (layers,)
 
     def memory(self, layers: int) -> tuple[int, ...]:
-        """The memory layers of a model with `layers` layers, lowest first.
-
-        Raises ValueError for source or memory layers that it does not have.
-        """
+        """The memory layers of a model with `layers` layers, lowest first. Raises ValueError for
+        source or memory layers that it does not have."""
         sources, chosen = self.sources, self.memory_layers
         if not _each_once(sources, layers - 1):
-            raise ValueError(
-                f"source_layer {self.source_layer} must name layers of 0 … {layers - 1}, each once."
-            )
+            needed = f"must name layers of 0 … {layers - 1}, each once"
+            raise ValueError(f"source_layer {self.source_layer} {needed}.")
         chosen = tuple(range(sources[0], layers + 1)) if chosen is None else tuple(sorted(chosen))
         if not _each_once(chosen, layers):
-            raise ValueError(
-                f"memory_layers {self.memory_layers} must name states of 0 … {layers}, each once."
-            )
+            needed = f"must name states of 0 … {layers}, each once"
+            raise ValueError(f"memory_layers {self.memory_layers} {needed}.")
         return chosen
 
     @classmethod
     def from_dict(cls, options: dict) -> "BackAttentionConfig":
-        """The config of such options, also after JSON made lists of tuples; others are ignored.
-
-        Example:
-            >>> BackAttentionConfig.from_dict({"source_layer": [0, 2], "task": "any"}).sources
-            (0, 2)
-        """
+        """The config of such options, also after JSON made lists of tuples; others are ignored."""
         known = {f.name: options[f.name] for f in fields(cls) if f.name in options}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 

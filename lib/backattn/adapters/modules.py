@@ -20,12 +20,9 @@ def normed(x: Tensor) -> Tensor:
 
 
 class Update(nn.Module):
-    """What is added to h [B, T, D] at a source layer, in parts that each adapter has its own of.
-
-    query: of h. remember, where memory is read: keys and values [B, K, S, d] of its states
-    [M, B, S, D]. mix: of query, keys, values and visible [B, T, S], the positions that a query may
-    read. write: the mixture as a vector of the residual stream.
-    """
+    """What is added to h [B, T, D] at a source layer, in parts: query, of h; remember, where memory
+    is read: keys and values [B, K, S, d] of its states [M, B, S, D]; mix, of both and of visible
+    [B, T, S], the positions that a query may read; write, a vector of the residual stream."""
 
     @property
     def device(self) -> torch.device:
@@ -40,14 +37,13 @@ class Update(nn.Module):
     def write(self, mixed: Tensor) -> Tensor:
         return mixed
 
-    def forward(self, h: Tensor, keys, values, visible) -> Tensor:
-        return self.write(self.mix(self.query(h), keys, values, visible))
+    def forward(self, h: Tensor, *memory) -> Tensor:
+        return self.write(self.mix(self.query(h), *memory))
 
 
 class BackAttention(Update):
-    """Attention of h over the memory: softmax(N(h) W_q · N(memory) W_k / √d) N(memory) W_v W_o.
-
-    W_o starts at zero, so that an untrained module changes nothing, to the bit.
+    """Attention of h over the memory: softmax(N(h) W_q · N(memory) W_k / √d) N(memory) W_v W_o,
+    where W_o starts at zero.
 
     Example:
         >>> update = BackAttention(32, BackAttentionConfig(source_layer=1, dim=8))
@@ -63,9 +59,8 @@ class BackAttention(Update):
     def __init__(self, width: int, config: BackAttentionConfig):
         super().__init__()
         self.config = config
-        self.q_proj = nn.Linear(width, config.dim, bias=False)
-        self.k_proj = nn.Linear(width, config.dim, bias=False)
-        self.v_proj = nn.Linear(width, config.dim, bias=False)
+        projections = (nn.Linear(width, config.dim, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = projections
         self.o_proj = nn.Linear(config.dim, width, bias=False)
         nn.init.zeros_(self.o_proj.weight)
 
@@ -89,10 +84,8 @@ class BackAttention(Update):
         )
 
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """softmax(query · keys / √d) values: [B, T, H·d].
-
-        visible may also be [B, T, M, S], of single cells; a query that sees none gets zero.
-        """
+        """softmax(query · keys / √d) values: [B, T, H·d]. visible may also be [B, T, M, S], of
+        single cells; a query that sees none gets zero."""
         by_layer, layers = (self.config.heads, -1), keys.shape[1] // self.config.heads
         if visible.dim() == 4:
             weights = self.weights(query, keys, visible)
@@ -111,11 +104,8 @@ class BackAttention(Update):
         return self.o_proj(mixed)
 
     def weights(self, query: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
-        """Attention weights of every query over (memory layer, position): [B, H, T, M, S].
-
-        They sum to one; to zero where no cell is visible (per-layer: a layer of which no cell is
-        visible counts zero).
-        """
+        """Attention weights of every query over (memory layer, position): [B, H, T, M, S]. They sum
+        to one; where no cell (per-layer: none of a layer) is visible, to zero."""
         keys = keys.unflatten(1, (self.config.heads, -1))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", query, keys) / math.sqrt(keys.shape[-1])
         seen = (visible if visible.dim() == 4 else visible[:, :, None])[:, None]  # [B, 1, T, M, S]
@@ -143,15 +133,13 @@ class ResidualLoRA(Update):
 
 
 class LoopLoRA(ResidualLoRA):
-    """h + N(h_L) A B: the upper layers run as a weight-tied loop of two turns, the second of which
+    """h + N(h_L) A B: a weight-tied loop of two turns over the upper layers, the second of which
     begins with h_s and a low-rank image of what the first ended with, position by position."""
 
     query = Update.query
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of the final states [1, B, S, D], as keys and as values: [B, 1, S, r]."""
-        low = ResidualLoRA.query(self, memory[0])[:, None]
-        return low, low
+        return (ResidualLoRA.query(self, memory[0])[:, None],) * 2  # [B, 1, S, r]
 
     def mix(self, query: Tensor, keys, values: Tensor, visible) -> Tensor:
         return values[:, 0, -query.shape[1] :]
@@ -165,9 +153,7 @@ class Return(Update):
         self.gain = nn.Parameter(torch.zeros(1))
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The final states [1, B, S, D], normed, as keys and as values: [B, 1, S, D]."""
-        whole = normed(memory[0])[:, None]
-        return whole, whole
+        return (normed(memory[0])[:, None],) * 2  # [B, 1, S, D]
 
     mix = LoopLoRA.mix
 

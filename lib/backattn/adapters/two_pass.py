@@ -13,69 +13,76 @@ from torch import Tensor, nn
 
 from backattn.adapters.call import attached
 from backattn.adapters.modules import Update
-from backattn.models.decoder import describe
+from backattn.models.decoder import Arch, describe
 from backattn.models.devices import runs_on
+from backattn.models.hooks import exclusive
 from backattn.models.next_token import cache_prefix
 
 _wrapped: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-_locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 # What `with` blocks of this thread ask of a model: id of the model -> options of `Call`.
 _requests: ContextVar[dict[int, dict]] = ContextVar("requests")
+# Of the base model's methods those that would leave the adapter out.
+_NOT_THE_BASES = {"save_pretrained", "push_to_hub", "generate_batch", "init_continuous_batching"}
 
 
-class _Forward:
-    """`TwoPassModel._forward` with the base model's signature, by which Trainer keeps columns."""
+class _Forward(functools.partial):
+    """A method with the base model's signature on an instance, by which Trainer keeps columns."""
 
-    def __get__(self, model: "TwoPassModel | None", owner: type["TwoPassModel"]):
-        if model is None:
-            return owner._forward
-        forward = functools.partial(owner._forward, model)
-        forward.__signature__ = inspect.signature(model.base_model.forward)
-        return forward
+    def __get__(self, model, owner):
+        return self if model is None else _Forward(self.func, model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[0].base_model.forward if self.args else self.func)
 
 
 class TwoPassModel(nn.Module):
     """A decoder that gets updates at source layers, made from the states of a first pass.
 
     updates: source layer -> `Update`. memory: the layers whose states it remembers. Where one lies
-    above a source layer, the layers from the lowest source layer on run twice.
-
-    The base model's weights are frozen unless freeze_base=False; it is the plain model, except
-    while this one runs, in its thread. Threads that call wait for each other. Padding may stand on
-    either side; GPT-2 with padding on the left needs position_ids, as it does without an adapter.
+    above a source layer, the layers from the lowest source layer on run twice. The base model's
+    weights are frozen unless freeze_base=False; it is the plain model, except while this one runs,
+    in its thread. Threads that call wait for each other. Padding may stand on either side; GPT-2
+    with padding on the left needs position_ids, as it does without an adapter.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        updates: dict[int, Update],
-        memory: Sequence[int],
-        freeze_base: bool = True,
-    ):
+    def __init__(self, model, updates: dict[int, Update], memory: Sequence[int], freeze_base=True):
         super().__init__()
-        self._arch = describe(model)
+        arch = describe(model)
         if model in _wrapped:
-            raise ValueError(
-                "This model carries an adapter already: call unload() on the wrapped model first."
-            )
+            raise ValueError("This model carries an adapter already: call its unload() first.")
         self.base_model, self.training = model, model.training
-        self.layers, self.memory_layers = len(self._arch.blocks), tuple(memory)
+        self.layers, self.memory_layers = len(arch.blocks), tuple(memory)
         self.sources = tuple(sorted(updates))
         self.two_passes = bool(memory) and max(memory) > self.sources[0]
         # The states of the first pass that the rest is made from, lowest first.
         self.needed = tuple(sorted({self.sources[0], *memory}))
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
         for layer, update in updates.items():
-            update.to(runs_on(self._arch.blocks[layer].module), torch.float32)
+            update.to(runs_on(arch.blocks[layer].module), torch.float32)
         self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(not freeze_base)
         self.enabled = True
         self.one_pass = False  # see `BackAttentionModel`
-        self.register_load_state_dict_post_hook(_frozen_weights_may_lack)
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_frozen_may_lack)
         _wrapped.add(model)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._required_gradient is not None:
+            _wrapped.add(self.base_model)
+
+    @property
+    def _arch(self) -> Arch:
+        return describe(self.base_model)
+
+    @property
+    def frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.base_model.parameters())
+
     def _forward(self, input_ids=None, attention_mask=None, labels=None, first_pass=None, **kwargs):
-        """The base model's own forward, with the adapter in force; returns what it returns.
+        """The base model's own forward, with the adapter in force.
 
         first_pass: [K, B, T, D] from `first_pass_states` for these very tokens; the first pass is
         then left out. With a cache input_ids are the last T tokens of the texts in it; what it
@@ -89,14 +96,12 @@ class TwoPassModel(nn.Module):
             with self.applied():
                 return self.base_model(**kwargs)
         if len(first_pass) != len(self.needed) or self.request["off"]:
-            raise ValueError(
-                f"first_pass must hold the {len(self.needed)} states {self.needed}, "
-                "and the adapter be on."
-            )
+            states = f"the {len(self.needed)} states {self.needed}"
+            raise ValueError(f"first_pass must hold {states}, and the adapter be on.")
         if cache is not None:
             if attention_mask is None:
                 raise ValueError(
-                    "With first_pass and a cache pass attention_mask too, of the whole texts."
+                    "With first_pass and a cache pass the whole texts' attention_mask."
                 )
             earlier = attention_mask.shape[1] - input_ids.shape[1]
             kwargs["past_key_values"] = cache_prefix(cache, earlier)
@@ -106,20 +111,17 @@ class TwoPassModel(nn.Module):
             out["past_key_values"] = None  # the layers of the first pass have not grown
         return out
 
-    forward = _Forward()
+    forward = _Forward(_forward)
 
     @torch.no_grad()
-    def first_pass_states(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-    ) -> Tensor:
+    def first_pass_states(self, input_ids, attention_mask, position_ids) -> Tensor:
         """The states entering the layers `needed`, from one unmodified pass: [K, B, T, D]."""
         states: dict[int, Tensor] = {}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         # A place, not a count: see `training.evaluation.answer_logits`.
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-        inputs |= {"position_ids": position_ids, "logits_to_keep": last}
         with self._asked(states=states), self.applied():
-            self.base_model(**inputs, use_cache=False)
+            self.base_model(input_ids, **inputs, logits_to_keep=last, use_cache=False)
         return torch.stack([states[t].to(input_ids.device) for t in self.needed])
 
     @property
@@ -141,43 +143,39 @@ class TwoPassModel(nn.Module):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """`base_model` itself is the adapted model while the block runs, for what needs its class.
-
-        In this thread; others that call wait.
-        """
+        """`base_model` itself is the adapted model while the block runs, for what needs its class,
+        in this thread; others that call wait."""
         if self.request.get("applied") == threading.get_ident():
             yield
             return
-        lock = _locks.setdefault(self.base_model, threading.RLock())
-        with lock, self._asked(applied=threading.get_ident()), attached(self):
+        with exclusive(self), self._asked(applied=threading.get_ident()), attached(self):
             yield
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """The unadapted model while the block runs, in this thread."""
         return self._asked(off=True)
 
-    def generate(self, *args, **kwargs) -> Tensor:
+    def generate(self, inputs=None, generation_config=None, **kwargs) -> Tensor:
         """The base model's `generate`, adapted; both passes and the memory are cached.
 
         A new token costs two short passes, or one (`BackAttentionModel.one_pass`). Raises
-        ValueError for assisted generation: what it takes back the memory cannot forget.
+        ValueError, before any work, for an assistant or prompt lookup where caches cannot take back
+        what they guess: with a sliding window, or in one pass.
         """
-        config = kwargs.get("generation_config")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
-                raise ValueError(f"An adapter cannot generate with an assistant: leave out {name}.")
+        config = generation_config or self.base_model.generation_config
+        asked = {k for k, v in {**vars(config), **kwargs}.items() if v is not None}
+        wrong = {"assistant_early_exit", *(["prefill_chunk_size"] if self.one_pass else [])}
+        if self.one_pass or getattr(self.base_model.config, "sliding_window", None):
+            wrong |= {"assistant_model", "prompt_lookup_num_tokens"}
+        wrong = sorted(wrong & asked)
+        if wrong and not self.request["off"]:
+            raise ValueError(f"This adapter cannot generate with {', '.join(wrong)}: leave it out.")
         with self.applied():
-            return self.base_model.generate(*args, **kwargs)
+            return self.base_model.generate(inputs, generation_config, **kwargs)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's tensors by name, as they are: "updates.6.q_proj.weight" and so on."""
         return {f"updates.{name}": p.detach() for name, p in self.updates.named_parameters()}
-
-    def state_dict(self, *args, **kwargs) -> dict:
-        """What is trained: the adapter's tensors, and the base model's if they are not frozen."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        whole = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in whole.items() if k in trained or k.startswith("updates.")}
 
     def trainable(self) -> tuple[int, int]:
         """Numbers of weights: (trained, all)."""
@@ -186,9 +184,9 @@ class TwoPassModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print how many weights are trained."""
-        trained, total = self.trainable()
-        share = f"{100 * trained / total:.4f}"
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share}")
+        some, total = self.trainable()
+        share = f"trainable%: {100 * some / total:.4f}"
+        print(f"trainable params: {some:,} || all params: {total:,} || {share}")
 
     def unload(self) -> nn.Module:
         """Take the adapter off; returns the base model as it was, requires_grad included."""
@@ -205,9 +203,21 @@ class TwoPassModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in _NOT_THE_BASES:
+                meant = f"call base_model.{name}() if that is meant"
+                raise AttributeError(f"{name} would be without the adapter: {meant}.") from None
             return getattr(super().__getattr__("base_model"), name)
 
 
-def _frozen_weights_may_lack(model: TwoPassModel, incompatible) -> None:
-    needed = tuple(model.state_dict())
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k.endswith(needed)]
+def _leave_out_frozen(model: TwoPassModel, state: dict, prefix: str, _) -> None:
+    """A state dict holds what is trained."""
+    trained = {prefix + name for name, p in model.named_parameters() if p.requires_grad}
+    for key in [k for k in state if k.startswith(f"{prefix}base_model.") and k not in trained]:
+        state.pop(key)
+
+
+def _frozen_may_lack(model: TwoPassModel, incompatible) -> None:
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {f"base_model.{name}" for name in nn.Module.state_dict(model.base_model)} - trained
+    missing = [k for k in incompatible.missing_keys if not k.endswith(tuple(frozen))]
+    incompatible.missing_keys[:] = missing

@@ -2,9 +2,20 @@
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 from torch import nn
+
+_locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
+
+
+def exclusive(model: nn.Module):
+    """The lock that a thread holds while it changes a model, or the base model in a wrapper."""
+    while "base_model" in model._modules:
+        model = model._modules["base_model"]
+    return _locks.setdefault(model, threading.RLock())
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from backattn.paths import CACHE
 
 def load_model(
     name: str,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ):
@@ -25,8 +25,9 @@ def load_model(
     Args:
         name: "smollm2", "gemma3-270m", "tiny-<family>" (see `tiny_names`), a Hugging Face id, or a
             local folder.
-        dtype: None: fp32, or what the environment variable BACKATTN_DTYPE says (`--dtype`). Sums of
-            bf16 contributions are off by about one per cent.
+        dtype: also by its name, "bfloat16". None: fp32, or what the environment variable
+            BACKATTN_DTYPE says (`--dtype`). Sums of bf16 contributions are off by about one per
+            cent.
         device: where the weights go. "auto" spreads the layers over all GPUs, the machine's memory
             and the disk, and so does any other where a hub id or a folder does not fit (which is
             said). Back attention works on such a model (its training needs room for the layers
@@ -41,7 +42,7 @@ def load_model(
         >>> model.config.num_hidden_layers, model.dtype
         (4, torch.float32)
     """
-    name, dtype = str(name), dtype or runtime.dtype()
+    name, dtype = str(name), runtime.dtype(dtype)
     if name.startswith("tiny-"):
         model, tokenizer = tiny_model(name)
         model = model.to(dtype)

@@ -81,6 +81,11 @@ def encode(
     return Batch(ids.to(device), mask.to(device))
 
 
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on."""
+    return tokenizer(text, padding=False, truncation=False)["input_ids"]
+
+
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
     """The token by which each prompt's answer is scored: an id as it is, the first of " word".
 

@@ -8,20 +8,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from backattn.models.tokens import Batch
+from backattn.models.tokens import Batch, prompt_ids
 
 IGNORED = -100  # label of positions without a target
 
 
 @dataclass
 class Items:
-    """Tokenised questions.
-
-    prompts, answers: token ids; texts: the answers as text. accepted: per question the first tokens
-    that count as right, or None where the whole answer must be right. number_continuations: tokens
-    that, after an answer, would make it another number. kinds: of each question, where the learning
-    curve tells them apart.
-    """
+    """Tokenised questions. prompts, answers: token ids; texts: the answers as text. accepted: per
+    question the first tokens that count as right, or None where the whole answer must be right.
+    number_continuations: tokens that, after an answer, would make it another number. kinds: of each
+    question, where the learning curve tells them apart."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -48,9 +45,8 @@ class Questions(Batch):
 
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
-    """Questions (columns prompt, answer) answered by a number, all of whose tokens must be right.
-
-    `end` is learnt after it. Raises ValueError for an empty frame.
+    """Questions (columns prompt, answer) answered by a number, all of whose tokens must be right,
+    and after which `end` is learnt. Raises ValueError for an empty frame.
 
     Example:
         >>> items = numbers(tokenizer, pd.DataFrame({"prompt": ["two is"], "answer": [" 12"]}))
@@ -66,9 +62,8 @@ def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
 def first_tokens(
     tokenizer, frame: pd.DataFrame, accepted: Sequence[frozenset[int]] | None = None
 ) -> Items:
-    """Questions judged by the first token of the answer, one of `accepted` (None: its own).
-
-    The answer's own first token is what is learnt. Raises ValueError for an empty frame.
+    """Questions judged by the first token of the answer, one of `accepted` (None: its own); its own
+    is what is learnt. Raises ValueError for an empty frame.
 
     Example:
         >>> frame = pd.DataFrame({"prompt": ["France's capital is"], "answer": [" Paris"]})
@@ -78,6 +73,8 @@ def first_tokens(
     prompts, answers = _tokens(tokenizer, frame)
     answers = [answer[:1] for answer in answers]
     accepted = [frozenset(answer) for answer in answers] if accepted is None else list(accepted)
+    if len(accepted) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} questions, and `accepted` for {len(accepted)}.")
     return Items(prompts, answers, frame["answer"].tolist(), accepted, frozenset())
 
 
@@ -87,12 +84,10 @@ def _tokens(tokenizer, frame: pd.DataFrame, end: str = "") -> tuple[list, list]:
         raise ValueError("There are no questions: choose another split, or more of them.")
     prompts, answers = [], []
     for prompt, answer in zip(frame["prompt"], frame["answer"], strict=True):
-        head, both = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer + end)["input_ids"]
+        head, both = (prompt_ids(tokenizer, text) for text in (prompt, prompt + answer + end))
         if both[: len(head)] != head:
-            raise ValueError(
-                f"The tokens of {prompt!r} change when {answer!r} follows: word the prompt "
-                "differently."
-            )
+            change = f"The tokens of {prompt!r} change when {answer!r} follows"
+            raise ValueError(f"{change}: word the prompt differently.")
         prompts.append(head)
         answers.append(both[len(head) :])
     return prompts, answers
@@ -102,10 +97,9 @@ def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu
     """A batch of questions with their answers, each but for the last token, only a target.
 
     Example:
-        >>> items = Items([[5, 6], [7]], [[8, 9], [10]], ["a", "b"], None, frozenset())
-        >>> batch = collate(items, [0, 1])
-        >>> batch.input_ids.tolist(), batch.labels.tolist()
-        ([[5, 6, 8], [0, 0, 7]], [[8, 9], [-100, 10]])
+        >>> items = Items([[5], [7]], [[8, 9], [10]], ["a", "b"], None, frozenset())
+        >>> collate(items, [0, 1]).input_ids.tolist(), collate(items, [0, 1]).labels.tolist()
+        ([[5, 8], [0, 7]], [[8, 9], [-100, 10]])
     """
     rows = list(rows)
     texts = [items.prompts[row] + items.answers[row][:-1] for row in rows]

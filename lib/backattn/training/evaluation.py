@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.devices import input_device
+from backattn.models.tokens import prompt_ids
 from backattn.runtime import progress
 from backattn.training.batches import IGNORED, Items, Questions, collate, in_halves
 
@@ -24,11 +25,8 @@ def by_length(items: Items, size: int) -> list[list[int]]:
 
 
 class FirstPasses:
-    """The states of the first pass of each question, computed when first wanted and kept.
-
-    Questions are computed in fixed groups of similar length, so that a resumed run gets the same
-    states to the bit. Of use only where the base model is frozen.
-    """
+    """The states of the first pass of each question, for a base model that is frozen: computed when
+    first wanted, in fixed groups of similar length, so that a resumed run gets the same bits."""
 
     def __init__(self, model: TwoPassModel, items: Items, group: int = 32):
         self.model, self.items = model, items
@@ -38,9 +36,8 @@ class FirstPasses:
     @staticmethod
     def gigabytes(model: TwoPassModel, items: Items) -> float:
         """What keeping all states takes, in GiB."""
-        weight = next(model.base_model.parameters())
-        width = model.base_model.config.hidden_size
-        return len(model.needed) * int(items.lengths.sum()) * width * weight.element_size() / 2**30
+        size = model.config.hidden_size * next(model.base_model.parameters()).element_size()
+        return len(model.needed) * int(items.lengths.sum()) * size / 2**30
 
     def __call__(self, rows: Sequence[int], batch: Questions) -> Tensor:
         """[K, B, T, D] for a batch made of `rows`; zero where it is padded."""
@@ -63,10 +60,8 @@ class FirstPasses:
 def answer_logits(
     model: nn.Module, batch: Questions, first_pass: Tensor | None = None, cache: Cache | None = None
 ) -> Tensor:
-    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32.
-
-    first_pass, cache: see `TwoPassModel.forward`; with a cache of these questions first_pass is of
-    their last tokens only, K or more of them.
+    """The model's logits where the answers' tokens are predicted: [B, K, V], fp32. first_pass and
+    cache: see `TwoPassModel.forward`; with a cache first_pass is of the last tokens, K or more.
 
     Example:
         >>> batch = collate(Items([[5, 6]], [[8, 9]], ["a"], None, frozenset()), [0])
@@ -79,17 +74,15 @@ def answer_logits(
     places = torch.arange(width - batch.labels.shape[1], width, device=batch.input_ids.device)
     inputs = {"input_ids": batch.input_ids[:, -width:], "attention_mask": batch.attention_mask}
     inputs |= {"position_ids": batch.position_ids[:, -width:], "logits_to_keep": places}
+    inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
     if first_pass is not None:
         inputs |= {"first_pass": first_pass, "past_key_values": cache}
-    return model(**inputs, use_cache=False).logits.float()
+    return model(**inputs).logits.float()
 
 
 def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
-    """Which questions greedy decoding would answer right: [B] bool.
-
-    The whole answer by its own tokens, then anything that does not make it another number; or an
-    accepted first token.
-    """
+    """Which questions greedy decoding would answer right: [B] bool. The whole answer by its own
+    tokens, then anything that does not make it another number; or an accepted first token."""
     predicted = logits.argmax(-1)  # [B, K]
     if items.accepted is not None:
         last = zip(predicted[:, -1].tolist(), rows, strict=True)
@@ -124,11 +117,8 @@ NUMBER = re.compile(r"\s*(-?\d+)(?!\d|,\d)")
 def written(
     model: nn.Module, tokenizer, items: Items, new_tokens: int = 8, batch_size: int = 64
 ) -> np.ndarray:
-    """Which questions greedy generation answers with the right number, however spaced: [n] bool.
-
-    What follows the number does not count. An early end of text is not allowed, since models tuned
-    for chat like to say nothing.
-    """
+    """Which questions greedy generation answers with the right number, however spaced, whatever
+    follows: [n] bool. The text may not end early: models tuned for chat like to say nothing."""
     # Prompts alone: the last token of an answer is never in the batch.
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):
@@ -151,7 +141,9 @@ def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> floa
         >>> perplexity(model, tokenizer, "one two three four " * 20, window=8) > 1
         True
     """
-    input_ids = torch.tensor(tokenizer(text)["input_ids"])
+    input_ids = torch.tensor(prompt_ids(tokenizer, text))
+    if len(input_ids) < window:
+        raise ValueError(f"The text has {len(input_ids)} tokens, less than a window of {window}.")
     windows = input_ids[: len(input_ids) // window * window].view(-1, window)
     losses = []
     for part in windows.to(input_device(model)).split(4):

@@ -1,8 +1,8 @@
 """One training loop, for adapters on a frozen model and for small models from scratch.
 
-Batches are padded on the left, so that all answers end in the last column; logits are taken only
-where answers are. With a frozen base the first pass's states are computed once per question and
-kept. Under `accelerate launch` each process takes a part of every batch; gradients are added up.
+Batches are padded on the left; logits are taken only where answers are. With a frozen base the
+first pass's states are computed once per question. Under `accelerate launch` each process takes a
+part of every batch; gradients are added up.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from backattn import runtime
+from backattn.adapters.saving import sample_weights
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.files import atomic_file
 from backattn.models.devices import input_device
@@ -32,10 +33,8 @@ from backattn.training.evaluation import FirstPasses, answer_logits, evaluate, r
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard to train: AdamW, warm-up, then cosine decay.
-
-    The seed draws the order of the questions.
-    """
+    """How long and how hard to train: AdamW, warm-up, then cosine decay. The seed draws the order
+    of the questions."""
 
     steps: int
     learning_rate: float
@@ -59,22 +58,18 @@ def train(
 ) -> pd.DataFrame:
     """Train whatever of `model` requires gradients.
 
-    Args:
-        checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps,
-            and stay; where it exists, training goes on from it, to the same result as without the
-            stop.
-        keep_first_passes: gibibytes for the first pass's states of a frozen base, None: a quarter
-            of what is free on the device; where they would take more, both passes run each time,
-            which is said, to the same result but for rounding.
+    checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps, and
+    stay; where it exists, training goes on from it, to the same result as without the stop.
+    keep_first_passes: gibibytes for the first pass's states of a frozen base, None: a quarter of
+    what is free on the device; where they would take more, both passes run each time.
 
-    Returns the learning curve: step, loss (mean since the row before), train (share answered right
-    since then), validation (share right; NaN without questions for it), seconds (of all sittings),
-    losses (of each step since the row before); where validation questions have kinds also kinds
-    (kind -> share right).
+    Returns the learning curve: step, loss and train (mean loss, share answered right since the row
+    before), validation (share right, or NaN), seconds (of all sittings), losses (of each step since
+    the row before); where validation questions have kinds also kinds (kind -> share right).
 
     A batch that the device's memory does not hold is taken in two parts from then on, then in four,
-    and so on, which is said; the gradient stays that of the whole batch. All processes of
-    `accelerate launch` must call this alike; the first one writes the checkpoint.
+    and so on; the gradient stays that of the whole batch. All processes of `accelerate launch` must
+    call this alike; the first one writes the checkpoint.
 
     Raises ValueError when nothing is to be trained, a batch has fewer questions than there are
     processes, or the checkpoint is of another training, FloatingPointError when the loss is no
@@ -95,8 +90,16 @@ def train(
     rate = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimiser, warmup = torch.optim.AdamW(weights.values(), **rate), recipe.warmup * recipe.steps
     schedule = get_cosine_schedule_with_warmup(optimiser, round(warmup), recipe.steps)
-    about = {"recipe": asdict(recipe), "model": repr(model), "trained weights": sorted(weights)}
-    about |= {"questions": _digest(items), "validation": _digest(validation)}
+    frozen = [x.tolist() for name, x in sample_weights(model).items() if name not in weights]
+    configs = [model.config, *getattr(model, "peft_config", {}).values()]
+    about = {
+        "recipe": asdict(recipe),
+        "model": repr(model) + _hash([config.to_dict() for config in configs]),
+        "trained weights": {name: [*p.shape, str(p.dtype)] for name, p in weights.items()},
+        "frozen weights": _hash([frozen, sorted({str(p.dtype) for p in model.parameters()})]),
+        "questions": _hash(items and vars(items)),
+        "validation": _hash(validation and vars(validation)),
+    }
     state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     if checkpoint and checkpoint.exists():
         state = _load(checkpoint, about, weights, optimiser, schedule)
@@ -105,17 +108,14 @@ def train(
     evaluations = range(1, recipe.evaluations + 1)
     evaluated_after = {round(recipe.steps * k / recipe.evaluations) for k in evaluations}
     model.eval()  # no dropout: two passes of one model must agree
-    with runtime.progress(
-        description="training", total=recipe.steps, initial=state["step"], unit="step"
-    ) as bar:
+    length = {"total": recipe.steps, "initial": state["step"], "unit": "step"}
+    with runtime.progress(description="training", **length) as bar:
         while state["step"] < recipe.steps:
             rows = _rows_of(state["step"], items.lengths, recipe)
             loss, right = batches.gradients(rows, list(weights.values()))
             if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss is {loss} at step {state['step']}: lower the learning rate "
-                    f"({recipe.learning_rate:g})."
-                )
+                lower = f"lower the learning rate ({recipe.learning_rate:g})"
+                raise FloatingPointError(f"The loss is {loss} at step {state['step']}: {lower}.")
             torch.nn.utils.clip_grad_norm_(weights.values(), recipe.clip)
             optimiser.step()
             schedule.step()
@@ -132,8 +132,12 @@ def train(
                 state |= {"losses": [], "right": []}
             if checkpoint and (state["step"] % save_every == 0 or evaluated):
                 state["seconds"] = time.monotonic() - begin
+                content = {"about": about, "weights": {k: p.detach() for k, p in weights.items()}}
+                content |= {"optimiser": optimiser.state_dict(), "state": state}
+                content["schedule"] = schedule.state_dict()
                 if batches.processes.is_main_process:
-                    _save(checkpoint, about, weights, optimiser, schedule, state)
+                    with atomic_file(checkpoint) as temporary:
+                        torch.save(content, temporary)
     columns = ["step", "loss", "train", "validation", "seconds", "losses"]
     columns += ["kinds"] * bool(validation and validation.kinds)
     return pd.DataFrame(state["curve"], columns=columns)
@@ -141,48 +145,31 @@ def train(
 
 def _curve_row(state: dict, model: nn.Module, validation: Items | None) -> dict:
     right = evaluate(model, validation)[0] if validation else np.array([np.nan])
-    row = {
-        "step": float(state["step"]),
-        "loss": float(np.mean(state["losses"])),
-        "train": float(np.mean(state["right"])),
-        "validation": float(right.mean()),
-        "losses": [round(loss, 4) for loss in state["losses"]],
-    }
+    row = {"step": float(state["step"]), "losses": [round(loss, 4) for loss in state["losses"]]}
+    row |= {"loss": float(np.mean(state["losses"])), "train": float(np.mean(state["right"]))}
+    row["validation"] = float(right.mean())
     if validation and validation.kinds:
         row["kinds"] = pd.Series(right).groupby(validation.kinds).mean().to_dict()
     return row
 
 
-def _digest(items: Items | None) -> str:
-    """What tells questions from others."""
-    parts = items and [items.prompts, items.answers, [*map(sorted, items.accepted or [])]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _save(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedule, state) -> None:
-    content = {"about": about, "weights": {name: p.detach() for name, p in weights.items()}}
-    content |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
-    with atomic_file(path) as temporary:
-        torch.save({**content, "state": state}, temporary)
+def _hash(parts) -> str:
+    text = json.dumps(
+        parts, default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _load(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedule) -> dict:
-    """Put back what `_save` wrote; returns its state. Raises ValueError for another training's."""
+    """Put back what a checkpoint holds; returns its state. ValueError for another training's."""
     try:
-        device = next(iter(weights.values())).device
-        kept = torch.load(path, map_location=device, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
+        kept = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise OSError(
-            f"{path} is damaged, or holds more than numbers, and was not used: delete it."
-        ) from error
-    other = [name for name in about if kept.get("about", {}).get(name) != about[name]]
-    if other:
-        raise ValueError(
-            f"{path} belongs to another training run (other {', '.join(other)}): delete it, or "
-            "train into another folder."
-        )
+        damage = "is damaged, or holds more than numbers, and was not used: delete it"
+        raise OSError(f"{path} {damage}.") from error
+    if other := [name for name in about if kept.get("about", {}).get(name) != about[name]]:
+        what = f"another training run (other {', '.join(other)})"
+        raise ValueError(f"{path} belongs to {what}: delete it, or train into another folder.")
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(kept["weights"][name])
@@ -193,9 +180,7 @@ def _load(path: Path, about: dict, weights: dict[str, Tensor], optimiser, schedu
 
 def _first_passes(model: nn.Module, items: Items, room: float | None) -> FirstPasses | None:
     """The states of the first pass, where the base is frozen and there is room (GiB) for them."""
-    if not isinstance(model, TwoPassModel):
-        return None
-    if any(p.requires_grad for p in model.base_model.parameters()):
+    if not isinstance(model, TwoPassModel) or not model.frozen:
         return None
     if room is None:
         device = input_device(model)
@@ -204,11 +189,8 @@ def _first_passes(model: nn.Module, items: Items, room: float | None) -> FirstPa
     need = FirstPasses.gigabytes(model, items)
     if need <= room:
         return FirstPasses(model, items)
-    print(
-        f"The first pass's states would take {need:.1f} GiB, and there is room for {room:.1f}: "
-        "it runs each time.",
-        file=sys.stderr,
-    )
+    finding = f"The first pass's states would take {need:.1f} GiB, and there is room for {room:.1f}"
+    print(f"{finding}: it runs each time.", file=sys.stderr)
     return None
 
 
@@ -237,10 +219,8 @@ class _Batches:
                 if self.pieces >= len(part):
                     raise
                 self.pieces = min(2 * self.pieces, len(part))
-                print(
-                    f"Out of memory: a batch is taken in {self.pieces} pieces from here on.",
-                    file=sys.stderr,
-                )
+                finding = f"Out of memory: a batch is taken in {self.pieces} pieces from here on."
+                print(finding, file=sys.stderr)
                 torch.cuda.empty_cache()  # nothing where there is no GPU
         if self.processes.num_processes > 1:
             for p in weights:
@@ -262,10 +242,8 @@ class _Batches:
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:
-    """The questions of a step: each once per epoch, in an order drawn from seed and epoch.
-
-    So no state is kept. Of every eight batches' worth the shorter questions go together.
-    """
+    """The questions of a step: each once per epoch, in an order drawn from seed and epoch (no state
+    is kept). Of every eight batches' worth the shorter questions go together."""
     size = min(recipe.batch_size, len(lengths))
     per_epoch = len(lengths) // size
     epoch, place = divmod(step, per_epoch)

@@ -58,12 +58,9 @@ def test_a_bad_folder_is_refused_and_leaves_the_model_free(saved, damage, messag
     get_back_attention_model(model, CONFIG)
 
 
-def test_another_base_model_or_folder_is_refused(saved):
-    model, folder = saved
-    with pytest.raises(AdapterError, match=r"tiny-llama.*differs from this model's"):
-        BackAttentionModel.from_pretrained(load_model("tiny-qwen2")[0], folder)
+def test_another_folder_is_refused(saved):
     with pytest.raises(AdapterError, match="lacks adapter_config"):
-        BackAttentionModel.from_pretrained(model, folder / "nowhere")
+        BackAttentionModel.from_pretrained(saved[0], saved[1] / "nowhere")
 
 
 def test_saving_leaves_other_files_alone(saved):
