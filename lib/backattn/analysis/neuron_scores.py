@@ -32,13 +32,16 @@ CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it th
 
 class Reading:
     """A batch of B prompts, and the lens that reads the answer to each: token ids, or None for the
-    model's own next tokens.
+    model's own next tokens. Raises UnsupportedModelError unless the residual sums and the lens are
+    the model's.
 
     frozen: [B, 1] the final norm's scale at the end, None: recomputed at each state.
     """
 
     def __init__(self, stream: Stream, norm: str, answers: Sequence[int] | None = None):
         self.stream, self.lens, self.answer = stream, Lens(stream.arch), stream.logits.argmax(-1)
+        stream.prove_sums()
+        self.lens.prove(stream)
         if answers is not None:
             self.answer = torch.tensor(answers, device=self.answer.device)
         end = stream.batch.at_last(stream.hidden[-1])

@@ -5,19 +5,39 @@ layer. `capture` records every term of that sum in one forward pass, together wi
 made of (source positions, value channels, neurons), without changing the model.
 """
 
-import weakref
-from collections import defaultdict
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from backattn.models.decoder import Arch, describe
+from backattn.models.decoder import Arch, Linear, describe
 from backattn.models.devices import in_one_place
 from backattn.models.families import UnsupportedModelError
-from backattn.models.hooks import hooks
-from backattn.models.tokens import Batch
+from backattn.models.hooks import analysis, hooks
+from backattn.models.tokens import PLAIN, Batch, padded
+
+FIRST = 8  # tokens on which eager attention is compared with that of the model as loaded
+
+
+@functools.cache
+def _directions(size: int, device: torch.device) -> Tensor:
+    """Fixed random directions, on which outputs are compared: [size, 4]."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, 4, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+
+def prove(arch: Arch, what: str, errors: Tensor, slack: float = 1.0) -> None:
+    """Raises UnsupportedModelError where a relative error is larger than what rounding explains."""
+    allowed = slack * max(1e-4, 5 * torch.finfo(arch.model.dtype).eps)
+    if not (worst := errors.max().item()) <= allowed:
+        raise UnsupportedModelError(
+            f"{type(arch.model).__name__}, {what}: what is computed from the weights misses what "
+            f"the model put out by {worst:.1e} (relative; allowed {allowed:.0e}). It was changed "
+            "or differs from its family's row in backattn/models/families.py: merge adapters into "
+            "it (merge_and_unload()), load it unquantised, take your hooks off."
+        )
 
 
 @dataclass
@@ -43,17 +63,21 @@ class Stream:
     def layers(self) -> int:
         return len(self.attention)
 
+    @property
+    def real(self) -> Tensor:
+        """Where there is no padding: [B, T]."""
+        return self.batch.attention_mask.bool()
+
     def middle(self, layer: int) -> Tensor:
         """The FFN's base r_l = h_l + a_l: [B, T, D]."""
         return self.hidden[layer] + self.attention[layer]
 
-    def attention_input(self, layer: int) -> Tensor:
-        """State that attention's norm reads: [B, T, D]."""
-        return self.hidden[layer]
-
-    def ffn_input(self, layer: int) -> Tensor:
-        """State that the FFN's norm reads (h_l where attention and FFN are parallel): [B, T, D]."""
-        return self.hidden[layer] if self.arch.parallel else self.middle(layer)
+    def input(self, kind: str, layer: int) -> Tensor:
+        """State that the norm of "attention" or "ffn" reads: h_l for both where they are parallel,
+        else h_l and r_l. [B, T, D]."""
+        return (
+            self.middle(layer) if kind == "ffn" and not self.arch.parallel else self.hidden[layer]
+        )
 
     def post_scale(self, kind: str, layer: int) -> Tensor:
         """Frozen scale of the sandwich norm of "attention" or "ffn", 1 without one: [B, T, 1]."""
@@ -63,30 +87,71 @@ class Stream:
         """Values with each key/value head repeated for the heads that read it: [B, T, H, d]."""
         return self.arch.blocks[layer].per_head(self.values[layer])
 
-    def decomposition_error(self) -> float:
-        """Largest ‖h_0 + Σ(a + f) − h_L‖ / ‖h_L‖ over real positions."""
-        total = self.hidden[0] + self.attention.sum(0) + self.ffn.sum(0)  # [B, T, D]
-        real = self.batch.attention_mask.bool()
-        error = (total - self.hidden[-1])[real].norm(dim=-1) / self.hidden[-1][real].norm(dim=-1)
-        return error.max().item()
+    def prove_sums(self) -> None:
+        """Raises UnsupportedModelError unless h_l + a_l + f_l = h_{l+1} in every layer."""
+        for layer in range(self.layers):
+            after = self.hidden[layer + 1]
+            errors = (self.middle(layer) + self.ffn[layer] - after).norm(dim=-1) / after.norm(
+                dim=-1
+            )
+            prove(self.arch, f"layer {layer}: residual sum", errors[self.real])
+
+    def prove_outputs(self, layer: int, values: Tensor, neurons: Tensor) -> None:
+        """Raises UnsupportedModelError unless a layer's output weights make, of attention's weights
+        and values [B, T, G, d] and of neurons [B, T, F], what it added to the stream.
+
+        Freivalds' check: both sides on some random directions, which costs one token's product.
+        """
+        block, directions = self.arch.blocks[layer], _directions(self.arch.width, values.device)
+        for kind, out in (("attention", block.attention_out), ("ffn", block.ffn_out)):
+            post, added = block.norm(f"{kind}_post"), getattr(self, kind)[layer]
+            through = post.adjoint(directions.T, out.weight.new_ones(())).T  # [D, 4]
+            read = out.weight.T @ through  # [n, 4]
+            if kind == "ffn":
+                whole = neurons @ read
+            else:
+                heads = read.unflatten(0, (block.heads, block.head_dim))
+                each = torch.einsum("bkhd,hdr->bhkr", block.per_head(values), heads)
+                whole = torch.einsum("bhqk,bhkr->bqr", self.weights[layer], each)
+            whole = (whole + out.bias @ through) * self.post_scale(kind, layer)
+            self._prove(f"layer {layer}: {kind} output", whole + post.bias @ directions, added)
+
+    def prove_inputs(self, layer: int, kind: str, *pairs: tuple[Linear | None, Tensor]) -> None:
+        """Raises UnsupportedModelError unless each weight of `pairs` makes what stands beside it
+        [B, T, n] of the state that "attention" or "ffn" reads, behind its norm."""
+        norm, state = self.arch.blocks[layer].norm(f"{kind}_norm"), self.input(kind, layer)
+        x = norm.linear(state, norm.scale(state)) + norm.bias
+        for linear, found in pairs:
+            if linear is not None:
+                directions = _directions(len(linear.weight), x.device)
+                whole = x @ (linear.weight.T @ directions) + linear.bias @ directions
+                self._prove(f"layer {layer}: {kind} norm and input", whole, found)
+
+    def _prove(self, what: str, whole: Tensor, found: Tensor) -> None:
+        """`whole` [B, T, 4] must be `found` [B, T, n] on the random directions."""
+        miss = whole - found @ _directions(found.shape[-1], found.device)
+        size = found.norm(dim=-1).clamp(min=1e-30)  # all weights may be zero
+        prove(self.arch, what, (miss.square().mean(-1).sqrt() / size)[self.real])
 
 
+@analysis
 def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     """One forward pass with every residual contribution recorded.
 
     model: a supported Hugging Face decoder; its mode, hooks and attention kind stay as they were.
     Of one with back attention, layers that run twice are recorded in their second run.
-    batch: padded on either side. detail: also record values, attention weights and neurons.
+    batch: padded on either side. detail: also record values, attention weights and neurons, and
+    prove on this very pass that they and the output weights give what each layer added.
 
-    Raises UnsupportedModelError (see `describe`) and ValueError when a prompt is longer than the
-    model's context, or when the model is spread over several places.
+    Raises UnsupportedModelError where they do not, or where eager attention, which gives attention
+    weights, is not what the model as loaded computes, and where `describe` does; ValueError when a
+    prompt is longer than the model's context, or the model is spread over several places.
 
     Example:
         >>> stream = capture(model, encode(tokenizer, ["France's capital is"]))
         >>> stream.attention.shape, stream.neurons[0].shape
         (torch.Size([4, 1, 5, 32]), torch.Size([1, 5, 48]))
-        >>> stream.decomposition_error() < 1e-5
-        True
+        >>> stream.prove_sums()
     """
     arch = describe(model)
     if not in_one_place(model):
@@ -100,15 +165,18 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         raise ValueError(
             f"A prompt has {length} tokens; this model takes at most {limit}. Shorten it."
         )
-    recorded: dict[str, dict[int, Tensor]] = defaultdict(dict)  # of two runs the second stays
+    recorded: dict[str, dict[int, Tensor]] = {}  # of two runs the second stays
 
     def record(name: str, layer: int, part: Callable = lambda x: x) -> Callable:
+        recorded[name] = {}
+
         def hook(x: Tensor | tuple) -> None:
             recorded[name][layer] = part(x).detach().float()
 
         return hook
 
-    taps = [(arch.final_norm_module, "input", record("hidden", len(arch.blocks)))]
+    last = arch.final_norm_module, "input", record("hidden", len(arch.blocks))
+    taps = [last]
     for layer, block in enumerate(arch.blocks):
         wanted = [("hidden", block.module, "input")]
         wanted += [(kind, block.result(kind), "output") for kind in ("attention", "ffn")]
@@ -120,57 +188,37 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
             ("raw_ffn", block.get("ffn"), "output"),
         ]
         taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
-    was_training, implementation = model.training, model.config._attn_implementation
-    model.eval()
-    if detail:
-        model.set_attn_implementation("eager")  # the only kind that returns its weights
+    loaded, first = model.config._attn_implementation, None
+    if detail and loaded != "eager":
+        beginning = padded([batch.rows[0][:FIRST]]).to(batch.input_ids.device)
+        with hooks(last):
+            model(**beginning.inputs, use_cache=False, logits_to_keep=1, **PLAIN)
+        first = recorded["hidden"].pop(len(arch.blocks))[0]  # [FIRST, D]
     try:
-        with torch.no_grad(), hooks(*taps):
-            logits = model(**batch.inputs, use_cache=False).logits
-    finally:
-        model.train(was_training)
         if detail:
-            model.set_attn_implementation(implementation)
+            model.set_attn_implementation("eager")  # the only kind that returns its weights
+        with hooks(*taps):
+            logits = model(**batch.inputs, use_cache=False, **PLAIN).logits
+    finally:
+        if detail:
+            model.set_attn_implementation(loaded)
 
+    if any(len(found) < len(arch.blocks) for found in recorded.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run through all of its modules, so that hooks see "
+            "nothing of it: pass the model itself, not a compiled one."
+        )
     parts = {name: [layers[k] for k in sorted(layers)] for name, layers in recorded.items()}
     for kind in ("attention", "ffn") if detail else ():
         pairs = zip(arch.blocks, parts.pop(f"raw_{kind}"), strict=True)
         scales = [block.norm(f"{kind}_post").scale(raw) for block, raw in pairs]
         parts.setdefault("scales", {})[kind] = scales
     parts |= {name: torch.stack(parts[name]) for name in ("hidden", "attention", "ffn")}
-    return Stream(arch, batch, batch.at_last(logits).float(), **parts)
-
-
-_checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def self_check(model: nn.Module) -> None:
-    """Verify the family's row on this very model with one short pass; remembered per model object.
-
-    Raises UnsupportedModelError with the measured error when residual contributions or neurons do
-    not sum to what the model computed.
-    """
-    if model in _checked:
-        return
-    ids = torch.tensor([[1, 5, 3, 7, 2]], device=model.device) % model.config.vocab_size
-    stream = capture(model, Batch(ids, torch.ones_like(ids)))
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    errors = {"residual contributions": [stream.decomposition_error()]}
-    for layer, block in enumerate(stream.arch.blocks):
-        values = stream.expanded_values(layer)
-        heads = torch.einsum("bhqk,bkhd->bqhd", stream.weights[layer], values).flatten(-2)
-        for kind, raw, whole in (
-            ("attention", block.attention_out(heads), stream.attention[layer]),
-            ("ffn", block.ffn_out(stream.neurons[layer]), stream.ffn[layer]),
-        ):
-            parts = block.norm(f"{kind}_post").linear(raw, stream.post_scale(kind, layer))
-            error = (parts - whole).norm() / whole.norm()
-            errors.setdefault(f"{kind} neurons", []).append(error.item())
-    for name, found in errors.items():
-        if not all(error <= tolerance for error in found):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: the {name} miss the model's own state by "
-                f"{max(found):.1e} (relative; allowed {tolerance:.0e}). This variant differs from "
-                "the family's row in backattn/models/families.py."
-            )
-    _checked.add(model)
+    stream = Stream(arch, batch, batch.at_last(logits).float(), **parts)
+    if first is not None:
+        eager = stream.hidden[-1, 0, batch.start[0] :][: len(first)]
+        errors = (eager - first).norm(dim=-1) / first.norm(dim=-1)
+        prove(arch, f"eager attention in place of {loaded!r}", errors, slack=4)
+    for layer in range(stream.layers) if detail else ():
+        stream.prove_outputs(layer, stream.values[layer], stream.neurons[layer])
+    return stream

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from backattn.models.tokens import Batch
+from backattn.models.hooks import analysis
+from backattn.models.tokens import PLAIN, Batch
 
 
-@torch.no_grad()
+@analysis
 def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None = None) -> Tensor:
     """Log-probabilities of the next token after each prompt, in fp32: [B, V].
 
@@ -22,7 +23,7 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
         >>> next_log_probs(model, batch).exp().sum(-1)
         tensor([1.0000, 1.0000])
     """
-    inputs = batch.inputs
+    inputs = batch.inputs | PLAIN
     if cache is not None:
         known = cache.get_seq_length()
         for name in ("input_ids", "position_ids"):
@@ -30,13 +31,14 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
     # Padding between the shared beginning and the rest would shift a sliding window.
     elif share and (length := _common_start(batch.rows)) and in_window(model, batch):
         first = batch.input_ids.new_tensor([batch.rows[0][:length]])
-        cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
+        options = {"use_cache": True, "logits_to_keep": 1, **PLAIN}
+        cache = model(input_ids=first, **options).past_key_values
         cache.batch_repeat_interleave(len(batch.input_ids))
         rest = batch.input_ids.shape[1] - length  # the last columns, where all prompts end
         column = torch.arange(rest, device=batch.input_ids.device)
         mask = (column >= rest - (batch.lengths - length)[:, None]).to(batch.attention_mask.dtype)
         whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
-        inputs = {
+        inputs |= {
             "input_ids": batch.input_ids[:, -rest:],
             "attention_mask": whole,
             "position_ids": (mask.cumsum(-1) - 1 + length).clamp(min=0),

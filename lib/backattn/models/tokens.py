@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+# Options of a call, against wishes in the model's config.
+PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,6 +51,10 @@ class Batch:
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: getattr(self, name) for name in names}
 
+    def to(self, device: str | torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
     def at_last(self, x: Tensor) -> Tensor:
         """x[b, last_b]: [batch, time, ...] -> [batch, ...]."""
         return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
@@ -56,7 +63,7 @@ class Batch:
 def encode(
     tokenizer, prompts: Sequence[str], side: str = "right", device: str | torch.device = "cpu"
 ) -> Batch:
-    """Tokenise prompts into a `Batch`, padded on the right or on the left.
+    """Tokenise prompts (see `prompt_ids`) into a `Batch`, padded on the right or on the left.
 
     Raises ValueError for an empty batch, for a prompt that is not text, or for one without tokens.
 
@@ -71,14 +78,85 @@ def encode(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"Prompt {index} is a {type(prompt).__name__}; prompts are strings.")
-    rows = [torch.tensor(row, dtype=torch.long) for row in tokenizer(prompts)["input_ids"]]
+    rows = _rows(tokenizer, prompts)
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        if not len(row) or not prompt.strip():
+        if not row or not prompt.strip():
             raise ValueError(f"Prompt {index} ({prompt!r}) has no words: give at least one.")
-    pad = tokenizer.pad_token_id or 0
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence([row * 0 + 1 for row in rows], batch_first=True, padding_side=side)
-    return Batch(ids.to(device), mask.to(device))
+    return padded(rows, tokenizer.pad_token_id or 0, side).to(device)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "left") -> Batch:
+    """A batch of token ids, padded on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([row * 0 + 1 for row in tensors], batch_first=True, padding_side=side)
+    return Batch(ids, mask)
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on: what the tokenizer puts before it (a beginning-of-text
+    token) and the text, whatever the tokenizer is set to cut, to pad, or to put behind.
+
+    Warns of what is left out: tokens behind the text, and those before it that the text itself
+    begins with. Raises ValueError where special tokens change how the text is cut into tokens.
+
+    Example:
+        >>> len(prompt_ids(tokenizer, "the capital of Spain"))
+        4
+    """
+    return _rows(tokenizer, [text])[0]
+
+
+def _rows(tokenizer, texts: list[str]) -> list[list[int]]:
+    """`prompt_ids` of many texts."""
+    plain = {"padding": False, "truncation": False}
+    whole, bare = (
+        tokenizer(texts, add_special_tokens=special, **plain)["input_ids"]
+        for special in (True, False)
+    )
+    if whole == bare:
+        return bare
+    rows, left_out = [], set()
+    for full, text in zip(whole, bare, strict=True):
+        count = len(text)
+        places = range(len(full) - count + 1)
+        start = next((i for i in places if full[i : i + count] == text), None)
+        if start is None:
+            raise ValueError(
+                "This tokenizer cuts a text otherwise where it adds special tokens: score prompts "
+                "with a tokenizer that only puts them around it."
+            )
+        before, behind = full[:start], full[start + count :]
+        # A text may begin with what the tokenizer puts before it, or with the end of that.
+        twice = next(i for i in range(start, -1, -1) if before[start - i :] == text[:i])
+        rows.append(before + text[twice:])
+        left_out |= {f"{tokenizer.decode([i])!r} behind" for i in behind}
+        left_out |= {f"a second {tokenizer.decode([i])!r} before" for i in text[:twice]}
+    if left_out:
+        message = f"The tokenizer puts {', '.join(sorted(left_out))} a prompt: it is left out."
+        warnings.warn(message, stacklevel=1)  # one place, so that it is said once
+    return rows
+
+
+def check_indices(what: str, wanted: Sequence[Sequence[int]], sizes: Sequence[int]) -> None:
+    """Raises TypeError or IndexError unless wanted[i] are whole numbers from 0 to sizes[i] − 1, and
+    ValueError where it is not one list for each."""
+    if len(wanted) != len(sizes):
+        raise ValueError(f"{what}: there are {len(sizes)} lists to give, not {len(wanted)}.")
+    for index, (values, size) in enumerate(zip(wanted, sizes, strict=True)):
+        for value in values:
+            number = value.item() if hasattr(value, "item") else value
+            if type(number) is not int:
+                raise TypeError(f"{what} {value!r} of prompt {index} is no whole number.")
+            if not 0 <= number < size:
+                raise IndexError(
+                    f"{what} {number} of prompt {index} is outside: there are {size}, from 0."
+                )
+
+
+def check_positions(tokenizer, prompts: Sequence[str], positions: Sequence[Sequence[int]]) -> None:
+    """Raises as `check_indices` unless all positions are in their prompts."""
+    check_indices("Position", positions, encode(tokenizer, list(prompts)).lengths.tolist())
 
 
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
@@ -130,7 +208,7 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
     if long:
         shown = ", ".join(dict.fromkeys(long[:5])) + (" …" if len(long) > 5 else "")
         message = f"Answers of several tokens are scored on their first token: {shown}."
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
     return ids
 
 
