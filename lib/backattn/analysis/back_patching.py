@@ -21,7 +21,7 @@ from backattn.models.decoder import Arch, Block, describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import analysis, hooks
 from backattn.models.lens import Lens
-from backattn.models.tokens import PLAIN, check_indices, check_positions, encode
+from backattn.models.tokens import check_indices, check_positions, encode
 from backattn.runtime import progress
 
 
@@ -131,7 +131,7 @@ def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[list
     def note(args: tuple, kwargs: dict) -> None:
         seen.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-    options = {"use_cache": True, "logits_to_keep": 1, **PLAIN}
+    options = {"use_cache": True, "logits_to_keep": 1}
     cache = arch.model(input_ids=ids[:, :position], **options).past_key_values
     past = _Past(cache)  # before it grows
     with hooks(*((block.module, "arguments", note) for block in arch.blocks)):
@@ -169,5 +169,5 @@ def back_patch_one(
 
     batch = encode(tokenizer, [prompt], device=model.device)
     with hooks((arch.blocks[target].module, "input", put)):
-        logits = model(**batch.inputs, use_cache=False, **PLAIN).logits
+        logits = model(**batch.inputs, use_cache=False).logits
     return logits[0, -1].float().log_softmax(-1)

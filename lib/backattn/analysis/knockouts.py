@@ -18,7 +18,7 @@ from backattn.models.activations import capture
 from backattn.models.decoder import describe
 from backattn.models.hooks import analysis, evaluating, hooks
 from backattn.models.next_token import cache_prefix, in_window, next_log_probs
-from backattn.models.tokens import PLAIN, Batch, check_indices, encode
+from backattn.models.tokens import Batch, check_indices, encode
 
 BATCH = 16
 
@@ -89,13 +89,12 @@ class CachedPrompts:
         self.arch, self.batches = describe(model), []
         self.lengths = encode(tokenizer, prompts).lengths.tolist()
         order = np.argsort(self.lengths, kind="stable").tolist()
-        options = {"use_cache": True, "logits_to_keep": 1, **PLAIN}
         for start in range(0, len(order), BATCH):
             rows, cache = order[start : start + BATCH], None
             batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
             if in_window(model, batch):
                 with evaluating(model):
-                    cache = model(**batch.inputs, **options).past_key_values
+                    cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
             self.batches.append((rows, batch, cache))
 
     def changed(self, edits: Callable) -> Iterator[tuple[list[int], Tensor]]:
@@ -154,7 +153,7 @@ class KnockoutProbe(CachedPrompts):
                 for layer in knockout.layers
             ]
 
-        result = torch.empty(len(self.answer_ids))
+        result = torch.empty(len(self.answer_ids), dtype=torch.float32)
         for rows, log_probs in self.changed(edits):
             ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
             result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()

@@ -163,8 +163,8 @@ class LogitFlow:
         return np.abs(total.to_numpy() - self.log_prob)
 
     def check(self) -> float:
-        """Largest of `errors`. Raises ValueError above the tolerance of the model's dtype, and where
-        the model as it is, without hooks, gives an answer another log-probability."""
+        """Largest of `errors`. Raises ValueError where it exceeds the tolerance of the dtype, and
+        where the model as it is, without hooks, gives an answer another log-probability."""
         errors = self.errors()
         worst = int(np.nanargmax(np.where(np.isnan(errors), np.inf, errors)))
         if not errors[worst] <= self.tolerance:

@@ -16,7 +16,7 @@ from backattn.models.decoder import Arch, Linear, describe
 from backattn.models.devices import in_one_place
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import analysis, hooks
-from backattn.models.tokens import PLAIN, Batch, padded
+from backattn.models.tokens import Batch, padded
 
 FIRST = 8  # tokens on which eager attention is compared with that of the model as loaded
 
@@ -192,13 +192,13 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
     if detail and loaded != "eager":
         beginning = padded([batch.rows[0][:FIRST]]).to(batch.input_ids.device)
         with hooks(last):
-            model(**beginning.inputs, use_cache=False, logits_to_keep=1, **PLAIN)
+            model(**beginning.inputs, use_cache=False, logits_to_keep=1)
         first = recorded["hidden"].pop(len(arch.blocks))[0]  # [FIRST, D]
     try:
         if detail:
             model.set_attn_implementation("eager")  # the only kind that returns its weights
         with hooks(*taps):
-            logits = model(**batch.inputs, use_cache=False, **PLAIN).logits
+            logits = model(**batch.inputs, use_cache=False).logits
     finally:
         if detail:
             model.set_attn_implementation(loaded)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from backattn.models.families import Family, UnsupportedModelError, check_supported, supported
 
@@ -28,7 +29,7 @@ class Linear:
         with its name, where there is no such matrix of floats."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
-            if type(module).__name__ == "Conv1D" or weight.shape[axis] != width:  # [in, out]
+            if isinstance(module, Conv1D) or weight.shape[axis] != width:  # [in, out]
                 weight = weight.T
             if weight.shape[axis] == width and (bias is None or isinstance(bias, Tensor)):
                 weight = _plain(weight)

@@ -11,6 +11,7 @@ from torch import nn
 
 from backattn.models.decoder import describe
 
+PLAIN = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 
 
@@ -23,18 +24,23 @@ def exclusive(model: nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for this thread alone, without gradients, autocast and inference mode;
-    afterwards each module's mode is as it was. Raises UnsupportedModelError, see `describe`."""
-    describe(model)
+    """The model in eval mode for this thread alone, without gradients, autocast, inference mode and
+    wishes in its config; afterwards all is as it was. Raises UnsupportedModelError (`describe`)."""
+    config = describe(model).model.config
     full = torch.autocast(model.device.type, enabled=False)
     with exclusive(model), torch.inference_mode(False), torch.no_grad(), full:
         training = [module for module in model.modules() if module.training]
+        wishes = {name: getattr(config, name) for name in PLAIN}
         try:
+            for name, value in PLAIN.items():
+                setattr(config, name, value)
             model.eval()
             yield
         finally:
             for module in training:
                 module.training = True
+            for name, value in wishes.items():
+                setattr(config, name, value)
 
 
 def analysis(function: Callable) -> Callable:

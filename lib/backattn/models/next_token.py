@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from backattn.models.hooks import analysis
-from backattn.models.tokens import PLAIN, Batch
+from backattn.models.tokens import Batch
 
 
 @analysis
@@ -23,7 +23,7 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
         >>> next_log_probs(model, batch).exp().sum(-1)
         tensor([1.0000, 1.0000])
     """
-    inputs = batch.inputs | PLAIN
+    inputs = batch.inputs
     if cache is not None:
         known = cache.get_seq_length()
         for name in ("input_ids", "position_ids"):
@@ -31,8 +31,7 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
     # Padding between the shared beginning and the rest would shift a sliding window.
     elif share and (length := _common_start(batch.rows)) and in_window(model, batch):
         first = batch.input_ids.new_tensor([batch.rows[0][:length]])
-        options = {"use_cache": True, "logits_to_keep": 1, **PLAIN}
-        cache = model(input_ids=first, **options).past_key_values
+        cache = model(input_ids=first, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(batch.input_ids))
         rest = batch.input_ids.shape[1] - length  # the last columns, where all prompts end
         column = torch.arange(rest, device=batch.input_ids.device)

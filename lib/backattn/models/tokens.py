@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# Options of a call, against wishes in the model's config.
-PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-
 
 @dataclass(frozen=True)
 class Batch:
