@@ -30,7 +30,7 @@ from backattn.models.decoder import describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.lens import read_states
 from backattn.models.next_token import next_log_probs
-from backattn.models.tokens import encode
+from backattn.models.tokens import _say, encode
 
 TEXTS = [PROMPTS[0], PROMPTS[2]]
 PATHS = ("attention_out", "value", "ffn_out", "up", "gate")
@@ -266,6 +266,7 @@ def test_what_is_left_out_of_a_prompt_is_said(llama):
             ids = llama[1](texts, add_special_tokens=False)["input_ids"]
             return {"input_ids": [row + [2] * add_special_tokens for row in ids]}
 
+    _say.cache_clear()  # it is said once
     with pytest.warns(UserWarning, match="'</s>' behind a prompt"):
         encode(Ends(), TEXTS)
 

@@ -21,7 +21,7 @@ from backattn.models.decoder import Arch, Block, describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import analysis, hooks
 from backattn.models.lens import Lens
-from backattn.models.tokens import check_indices, check_positions, encode
+from backattn.models.tokens import check_indices, encode
 from backattn.runtime import progress
 
 
@@ -62,7 +62,7 @@ def back_patch(
     """
     arch, layers = describe(model), len(describe(model).blocks)
     lens, places = Lens(arch), list(zip(prompts, positions, strict=True))
-    _check_places(tokenizer, places + list(donors or []))
+    _check_places(tokenizer, *places, *(donors or []))
     check_indices("Token id", tokens, [len(lens.weight)] * len(places))
     said = torch.full((len(prompts), layers, layers + 1), -1)
     log_probs = torch.full((*said.shape, len(tokens[0])), float("nan"), dtype=torch.float32)
@@ -80,8 +80,7 @@ def back_patch(
             parts = torch.cat([active, joining]).split(rows)
             active = torch.cat([_run(block, part, *given) for part in parts])
             plain = _run(block, plain, *given)
-        error = (plain[0] - entering[-1]).float().norm(dim=-1) / entering[-1].float().norm(dim=-1)
-        prove(arch, "layers that run again", error, slack=4)
+        prove(arch, "layers that run again", plain[0] - entering[-1], entering[-1], slack=4)
         last, read = (
             lens.cap(arch.unembedding_module(arch.final_norm_module(x)).float())
             for x in (entering[-1, -1:], active[:, -1])
@@ -98,13 +97,11 @@ def _run(block: Block, states: Tensor, args: list, kwargs: dict) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _check_places(tokenizer, places: Sequence[tuple[str, int]]) -> None:
+def _check_places(tokenizer, *places: tuple[str, int]) -> None:
     """Raises IndexError or TypeError unless each position is in its prompt, and not the first."""
     prompts, positions = zip(*places, strict=True)
-    check_positions(tokenizer, prompts, [[position] for position in positions])
-    if 0 in positions:
-        prompt = prompts[positions.index(0)]
-        raise IndexError(f"Position 0 of {prompt!r} cannot be patched: nothing stands before it.")
+    lengths = encode(tokenizer, prompts).lengths.tolist()
+    check_indices("Position", [[position] for position in positions], lengths, first=1)
 
 
 def _states(model, tokenizer, prompt: str) -> tuple[Stream, Tensor]:
@@ -158,7 +155,7 @@ def back_patch_one(
         tensor(1.)
     """
     arch, (given, place) = describe(model), donor or (prompt, position)
-    _check_places(tokenizer, [(prompt, position), (given, place)])
+    _check_places(tokenizer, (prompt, position), (given, place))
     check_indices("Layer", [[source], [target]], [len(arch.blocks) + 1, len(arch.blocks)])
     patch = _states(model, tokenizer, given)[1][source, place]
 

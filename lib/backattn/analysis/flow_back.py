@@ -168,7 +168,7 @@ def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[
         stream.prove_outputs(layer, values, neurons[0])
         for kind, sublayer, made in (("ffn", _ffn, neurons), ("attention", _attention, values)):
             units, bias, to_units, to_input = sublayer(stream, layer, made, linear)
-            post, scale = block.norm(f"{kind}_post"), stream.post_scale(kind, layer)
+            post, scale = block.norm(f"{kind}_post"), stream.scales[kind][layer]
             raw = post.adjoint(above if stream.arch.parallel else covector, scale)
             direct = torch.zeros_like(units)
             if (kind, layer) in groups:

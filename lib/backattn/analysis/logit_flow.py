@@ -156,16 +156,13 @@ class LogitFlow:
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     streams: list[Stream] = field(default_factory=list, repr=False)
 
-    def errors(self) -> np.ndarray:
-        """|log p(w | 0) + sum of layer importances − the model's log-probability| per prompt."""
+    def check(self) -> float:
+        """Largest |log p(w | 0) + Σ layer importances − the model's log-probability|. Raises
+        ValueError where it exceeds the tolerance of the dtype, and where the model as it is,
+        without hooks, gives an answer another log-probability."""
         grouped = self.layers.groupby("prompt", sort=True)
         total = grouped["log_prob_before"].first() + grouped["increase"].sum()
-        return np.abs(total.to_numpy() - self.log_prob)
-
-    def check(self) -> float:
-        """Largest of `errors`. Raises ValueError where it exceeds the tolerance of the dtype, and
-        where the model as it is, without hooks, gives an answer another log-probability."""
-        errors = self.errors()
+        errors = np.abs(total.to_numpy() - self.log_prob)
         worst = int(np.nanargmax(np.where(np.isnan(errors), np.inf, errors)))
         if not errors[worst] <= self.tolerance:
             raise ValueError(
@@ -174,9 +171,9 @@ class LogitFlow:
             )
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
-            batch = padded(self.input_ids[part]).to(self.model.device)
-            ids = torch.tensor(self.answer_ids[part], device=self.model.device)
-            plain = next_log_probs(self.model, batch).gather(1, ids[:, None])[:, 0].cpu().numpy()
+            batch = padded(self.input_ids[part], device=self.model.device)
+            log_probs = next_log_probs(self.model, batch).cpu().numpy()
+            plain = log_probs[range(len(log_probs)), self.answer_ids[part]]
             miss = np.abs(plain - self.log_prob[part]).max()
             if not miss <= 10 * self.tolerance:
                 raise ValueError(

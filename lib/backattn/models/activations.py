@@ -6,6 +6,7 @@ made of (source positions, value channels, neurons), without changing the model.
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import analysis, hooks
 from backattn.models.tokens import Batch, padded
 
-FIRST = 8  # tokens on which eager attention is compared with that of the model as loaded
+FIRST = 4  # tokens on which eager attention is compared with that of the model as loaded
 
 
 @functools.cache
@@ -28,10 +29,12 @@ def _directions(size: int, device: torch.device) -> Tensor:
     return torch.randn(size, 4, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
-def prove(arch: Arch, what: str, errors: Tensor, slack: float = 1.0) -> None:
-    """Raises UnsupportedModelError where a relative error is larger than what rounding explains."""
-    allowed = slack * max(1e-4, 5 * torch.finfo(arch.model.dtype).eps)
-    if not (worst := errors.max().item()) <= allowed:
+def prove(arch: Arch, what: str, miss: Tensor, whole: Tensor, slack: float = 1.0) -> None:
+    """Raises UnsupportedModelError where a difference [..., n] is larger, against what it is part
+    of [..., m], than what rounding explains."""
+    size = whole.float().norm(dim=-1).clamp(min=1e-30)  # all weights may be zero
+    worst, eps = (miss.float().norm(dim=-1) / size).max().item(), torch.finfo(arch.model.dtype).eps
+    if not worst <= (allowed := slack * max(1e-4, 5 * eps)):
         raise UnsupportedModelError(
             f"{type(arch.model).__name__}, {what}: what is computed from the weights misses what "
             f"the model put out by {worst:.1e} (relative; allowed {allowed:.0e}). It was changed "
@@ -57,44 +60,27 @@ class Stream:
     values: Sequence[Tensor] = ()  # [B, T, G, d]
     weights: Sequence[Tensor] = ()  # [B, H, T, T] attention (query, source)
     neurons: Sequence[Tensor] = ()  # [B, T, F] coefficients m
-    scales: dict[str, Sequence[Tensor]] = field(default_factory=dict)  # see `post_scale`
+    # The frozen scale of the sandwich norm of "attention" or "ffn", 1 without one: [B, T, 1].
+    scales: dict[str, Sequence[Tensor]] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         return len(self.attention)
-
-    @property
-    def real(self) -> Tensor:
-        """Where there is no padding: [B, T]."""
-        return self.batch.attention_mask.bool()
 
     def middle(self, layer: int) -> Tensor:
         """The FFN's base r_l = h_l + a_l: [B, T, D]."""
         return self.hidden[layer] + self.attention[layer]
 
     def input(self, kind: str, layer: int) -> Tensor:
-        """State that the norm of "attention" or "ffn" reads: h_l for both where they are parallel,
-        else h_l and r_l. [B, T, D]."""
-        return (
-            self.middle(layer) if kind == "ffn" and not self.arch.parallel else self.hidden[layer]
-        )
-
-    def post_scale(self, kind: str, layer: int) -> Tensor:
-        """Frozen scale of the sandwich norm of "attention" or "ffn", 1 without one: [B, T, 1]."""
-        return self.scales[kind][layer]
-
-    def expanded_values(self, layer: int) -> Tensor:
-        """Values with each key/value head repeated for the heads that read it: [B, T, H, d]."""
-        return self.arch.blocks[layer].per_head(self.values[layer])
+        """State that the norm of "attention" or "ffn" reads, h_l or r_l: [B, T, D]."""
+        reads_sum = kind == "ffn" and not self.arch.parallel
+        return self.middle(layer) if reads_sum else self.hidden[layer]
 
     def prove_sums(self) -> None:
         """Raises UnsupportedModelError unless h_l + a_l + f_l = h_{l+1} in every layer."""
-        for layer in range(self.layers):
-            after = self.hidden[layer + 1]
-            errors = (self.middle(layer) + self.ffn[layer] - after).norm(dim=-1) / after.norm(
-                dim=-1
-            )
-            prove(self.arch, f"layer {layer}: residual sum", errors[self.real])
+        for layer, after in enumerate(self.hidden[1:]):
+            miss = self.middle(layer) + self.ffn[layer] - after
+            self._prove(f"layer {layer}: residual sum", miss, after)
 
     def prove_outputs(self, layer: int, values: Tensor, neurons: Tensor) -> None:
         """Raises UnsupportedModelError unless a layer's output weights make, of attention's weights
@@ -105,16 +91,17 @@ class Stream:
         block, directions = self.arch.blocks[layer], _directions(self.arch.width, values.device)
         for kind, out in (("attention", block.attention_out), ("ffn", block.ffn_out)):
             post, added = block.norm(f"{kind}_post"), getattr(self, kind)[layer]
-            through = post.adjoint(directions.T, out.weight.new_ones(())).T  # [D, 4]
-            read = out.weight.T @ through  # [n, 4]
+            through = post.adjoint(directions.T, out.weight.new_ones(()))  # [4, D]
+            whole = (through @ out.weight).T  # [n, 4]
             if kind == "ffn":
-                whole = neurons @ read
+                whole = neurons @ whole
             else:
-                heads = read.unflatten(0, (block.heads, block.head_dim))
-                each = torch.einsum("bkhd,hdr->bhkr", block.per_head(values), heads)
-                whole = torch.einsum("bhqk,bhkr->bqr", self.weights[layer], each)
-            whole = (whole + out.bias @ through) * self.post_scale(kind, layer)
-            self._prove(f"layer {layer}: {kind} output", whole + post.bias @ directions, added)
+                heads = whole.unflatten(0, (block.heads, block.head_dim))
+                whole = torch.einsum("bkhd,hdr->bhkr", block.per_head(values), heads)
+                whole = torch.einsum("bhqk,bhkr->bqr", self.weights[layer], whole)
+            whole = (whole + out.bias @ through.T) * self.scales[kind][layer]
+            miss = whole + post.bias @ directions - added @ directions
+            self._prove(f"layer {layer}: {kind} output", miss / 2, added)  # 2 = √4 directions
 
     def prove_inputs(self, layer: int, kind: str, *pairs: tuple[Linear | None, Tensor]) -> None:
         """Raises UnsupportedModelError unless each weight of `pairs` makes what stands beside it
@@ -124,14 +111,13 @@ class Stream:
         for linear, found in pairs:
             if linear is not None:
                 directions = _directions(len(linear.weight), x.device)
-                whole = x @ (linear.weight.T @ directions) + linear.bias @ directions
-                self._prove(f"layer {layer}: {kind} norm and input", whole, found)
+                whole = x @ (directions.T @ linear.weight).T + linear.bias @ directions
+                miss = whole - found @ directions
+                self._prove(f"layer {layer}: {kind} norm and input", miss / 2, found)
 
-    def _prove(self, what: str, whole: Tensor, found: Tensor) -> None:
-        """`whole` [B, T, 4] must be `found` [B, T, n] on the random directions."""
-        miss = whole - found @ _directions(found.shape[-1], found.device)
-        size = found.norm(dim=-1).clamp(min=1e-30)  # all weights may be zero
-        prove(self.arch, what, (miss.square().mean(-1).sqrt() / size)[self.real])
+    def _prove(self, what: str, miss: Tensor, whole: Tensor) -> None:
+        real = self.batch.attention_mask.bool()  # [B, T]
+        prove(self.arch, what, miss[real], whole[real])
 
 
 @analysis
@@ -140,12 +126,11 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
 
     model: a supported Hugging Face decoder; its mode, hooks and attention kind stay as they were.
     Of one with back attention, layers that run twice are recorded in their second run.
-    batch: padded on either side. detail: also record values, attention weights and neurons, and
-    prove on this very pass that they and the output weights give what each layer added.
+    batch: padded on either side. detail: also record values, attention weights and neurons.
 
-    Raises UnsupportedModelError where they do not, or where eager attention, which gives attention
-    weights, is not what the model as loaded computes, and where `describe` does; ValueError when a
-    prompt is longer than the model's context, or the model is spread over several places.
+    Raises UnsupportedModelError as `describe` does, and where eager attention, which gives its
+    weights, is not what the model as loaded computes; ValueError when a prompt is longer than the
+    model's context, or the model is spread over several places.
 
     Example:
         >>> stream = capture(model, encode(tokenizer, ["France's capital is"]))
@@ -165,11 +150,9 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         raise ValueError(
             f"A prompt has {length} tokens; this model takes at most {limit}. Shorten it."
         )
-    recorded: dict[str, dict[int, Tensor]] = {}  # of two runs the second stays
+    recorded: dict[str, dict[int, Tensor]] = defaultdict(dict)  # of two runs the second stays
 
     def record(name: str, layer: int, part: Callable = lambda x: x) -> Callable:
-        recorded[name] = {}
-
         def hook(x: Tensor | tuple) -> None:
             recorded[name][layer] = part(x).detach().float()
 
@@ -188,12 +171,12 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
             ("raw_ffn", block.get("ffn"), "output"),
         ]
         taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
-    loaded, first = model.config._attn_implementation, None
+    loaded = model.config._attn_implementation
     if detail and loaded != "eager":
-        beginning = padded([batch.rows[0][:FIRST]]).to(batch.input_ids.device)
+        beginning = padded([batch.rows[0][:FIRST]], device=batch.input_ids.device)
         with hooks(last):
             model(**beginning.inputs, use_cache=False, logits_to_keep=1)
-        first = recorded["hidden"].pop(len(arch.blocks))[0]  # [FIRST, D]
+    first = recorded["hidden"].pop(len(arch.blocks), None)  # [1, FIRST, D]
     try:
         if detail:
             model.set_attn_implementation("eager")  # the only kind that returns its weights
@@ -203,10 +186,9 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         if detail:
             model.set_attn_implementation(loaded)
 
-    if any(len(found) < len(arch.blocks) for found in recorded.values()):
+    if any(len(recorded[name]) < len(arch.blocks) for name, *_ in wanted):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run through all of its modules, so that hooks see "
-            "nothing of it: pass the model itself, not a compiled one."
+            f"{type(model).__name__} does not run all of its modules: pass one not compiled."
         )
     parts = {name: [layers[k] for k in sorted(layers)] for name, layers in recorded.items()}
     for kind in ("attention", "ffn") if detail else ():
@@ -214,11 +196,7 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         scales = [block.norm(f"{kind}_post").scale(raw) for block, raw in pairs]
         parts.setdefault("scales", {})[kind] = scales
     parts |= {name: torch.stack(parts[name]) for name in ("hidden", "attention", "ffn")}
-    stream = Stream(arch, batch, batch.at_last(logits).float(), **parts)
     if first is not None:
-        eager = stream.hidden[-1, 0, batch.start[0] :][: len(first)]
-        errors = (eager - first).norm(dim=-1) / first.norm(dim=-1)
-        prove(arch, f"eager attention in place of {loaded!r}", errors, slack=4)
-    for layer in range(stream.layers) if detail else ():
-        stream.prove_outputs(layer, stream.values[layer], stream.neurons[layer])
-    return stream
+        eager = parts["hidden"][-1, :1, batch.start[0] :][:, : first.shape[1]]
+        prove(arch, f"eager attention in place of {loaded!r}", eager - first, first, slack=4)
+    return Stream(arch, batch, batch.at_last(logits).float(), **parts)

@@ -25,16 +25,14 @@ class Linear:
 
     @classmethod
     def of(cls, module: nn.Module, name: str, width: int, axis: int) -> "Linear":
-        """That of a module whose weight has `width` entries along an axis; UnsupportedModelError,
-        with its name, where there is no such matrix of floats."""
+        """Of a module with `width` weights along an axis; else UnsupportedModelError."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
             if isinstance(module, Conv1D) or weight.shape[axis] != width:  # [in, out]
                 weight = weight.T
-            if weight.shape[axis] == width and (bias is None or isinstance(bias, Tensor)):
+            if weight.shape[axis] == width:
                 weight = _plain(weight)
-                zeros = weight.new_zeros(len(weight))
-                return cls(weight, zeros if bias is None else _plain(bias))
+                return cls(weight, weight.new_zeros(len(weight)) if bias is None else _plain(bias))
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__} whose weight is no matrix of floats: load the "
             "model unquantised (dtype float32, bfloat16 or float16), merge adapters into it."
@@ -107,13 +105,11 @@ class Block:
         return Linear.of(self.get(name), path, self.width, axis)
 
     @property
-    def attention_out(self) -> Linear:
-        """W_O: [width, heads * head_dim]."""
+    def attention_out(self) -> Linear:  # W_O: [width, heads * head_dim]
         return self._linear("attention_out")
 
     @property
-    def ffn_out(self) -> Linear:
-        """W_down: [width, neurons]."""
+    def ffn_out(self) -> Linear:  # W_down: [width, neurons]
         return self._linear("ffn_out")
 
     def value_part(self, fused: Tensor) -> Tensor:

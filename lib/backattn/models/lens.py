@@ -14,7 +14,7 @@ from torch import Tensor
 from backattn.models.activations import Stream, capture, prove
 from backattn.models.decoder import Arch, Linear, Norm, describe
 from backattn.models.hooks import analysis
-from backattn.models.tokens import check_indices, check_positions, encode
+from backattn.models.tokens import check_indices, encode
 from backattn.runtime import progress
 
 
@@ -45,8 +45,8 @@ class Lens:
         said = stream.logits
         if read is None:
             read = self.cap(self.raw_logits(stream.batch.at_last(stream.hidden[-1])))
-        spread = (said - said.mean(-1, keepdim=True)).norm(dim=-1)
-        prove(stream.arch, "final norm and unembedding", (read - said).norm(dim=-1) / spread)
+        spread = said - said.mean(-1, keepdim=True)
+        prove(stream.arch, "final norm and unembedding", read - said, spread)
 
     def scale(self, state: Tensor) -> Tensor:
         """Scale of the final norm at a state: [..., D] -> [..., 1]."""
@@ -94,7 +94,7 @@ def read_states(
         (1, 2, 5, 3)
     """
     lens, logits, places = Lens(describe(model)), [], []
-    check_positions(tokenizer, prompts, positions)
+    check_indices("Position", positions, encode(tokenizer, prompts).lengths.tolist())
     check_indices("Token id", tokens, [len(lens.weight)] * len(prompts))
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
@@ -103,8 +103,8 @@ def read_states(
         where, row = where + batch.start[:, None], torch.arange(len(where), device=model.device)
         stream = capture(model, batch, detail=False)
         lens.prove(stream)
-        states = stream.hidden[:, row[:, None], where].permute(1, 2, 0, 3).contiguous()
-        # [B, P, L+1, D]
+        states = stream.hidden[:, row[:, None], where]
+        states = states.permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
         ids = torch.tensor(list(map(list, tokens[part])), device=model.device)  # [B, K]
         read = lens.norm.linear(states, lens.scale(states))
         raw = torch.einsum("bpld,bkd->bplk", read, lens.weight[ids])

@@ -1,5 +1,6 @@
 """From text to token ids: batches, answers, continuations."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,10 +49,6 @@ class Batch:
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: getattr(self, name) for name in names}
 
-    def to(self, device: str | torch.device) -> "Batch":
-        """The same on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
-
     def at_last(self, x: Tensor) -> Tensor:
         """x[b, last_b]: [batch, time, ...] -> [batch, ...]."""
         return x[torch.arange(len(x), device=x.device), self.last.to(x.device)]
@@ -79,23 +76,22 @@ def encode(
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         if not row or not prompt.strip():
             raise ValueError(f"Prompt {index} ({prompt!r}) has no words: give at least one.")
-    return padded(rows, tokenizer.pad_token_id or 0, side).to(device)
+    return padded(rows, tokenizer.pad_token_id or 0, side, device)
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "left") -> Batch:
+def padded(rows: Sequence[Sequence[int]], pad=0, side="left", device="cpu") -> Batch:
     """A batch of token ids, padded on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
     mask = pad_sequence([row * 0 + 1 for row in tensors], batch_first=True, padding_side=side)
-    return Batch(ids, mask)
+    return Batch(ids.to(device), mask.to(device))
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that goes on: what the tokenizer puts before it (a beginning-of-text
-    token) and the text, whatever the tokenizer is set to cut, to pad, or to put behind.
+    """Token ids of a text that goes on: what the tokenizer puts before it, and the text.
 
-    Warns of what is left out: tokens behind the text, and those before it that the text itself
-    begins with. Raises ValueError where special tokens change how the text is cut into tokens.
+    What it cuts, pads, or puts behind is left out, and what it puts before a text that begins with
+    it. Warns of that; raises ValueError where special tokens change how the text is cut.
 
     Example:
         >>> len(prompt_ids(tokenizer, "the capital of Spain"))
@@ -106,54 +102,50 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
 
 def _rows(tokenizer, texts: list[str]) -> list[list[int]]:
     """`prompt_ids` of many texts."""
-    plain = {"padding": False, "truncation": False}
     whole, bare = (
-        tokenizer(texts, add_special_tokens=special, **plain)["input_ids"]
-        for special in (True, False)
+        tokenizer(texts, add_special_tokens=x, padding=False, truncation=False)["input_ids"]
+        for x in (True, False)
     )
     if whole == bare:
         return bare
     rows, left_out = [], set()
     for full, text in zip(whole, bare, strict=True):
-        count = len(text)
-        places = range(len(full) - count + 1)
-        start = next((i for i in places if full[i : i + count] == text), None)
+        places = range(len(full) - len(text) + 1)
+        start = next((i for i in places if full[i : i + len(text)] == text), None)
         if start is None:
-            raise ValueError(
-                "This tokenizer cuts a text otherwise where it adds special tokens: score prompts "
-                "with a tokenizer that only puts them around it."
-            )
-        before, behind = full[:start], full[start + count :]
+            raise ValueError("This tokenizer cuts texts otherwise where it adds special tokens.")
+        before, behind = full[:start], full[start + len(text) :]
         # A text may begin with what the tokenizer puts before it, or with the end of that.
         twice = next(i for i in range(start, -1, -1) if before[start - i :] == text[:i])
         rows.append(before + text[twice:])
         left_out |= {f"{tokenizer.decode([i])!r} behind" for i in behind}
         left_out |= {f"a second {tokenizer.decode([i])!r} before" for i in text[:twice]}
     if left_out:
-        message = f"The tokenizer puts {', '.join(sorted(left_out))} a prompt: it is left out."
-        warnings.warn(message, stacklevel=1)  # one place, so that it is said once
+        _say(f"The tokenizer puts {', '.join(sorted(left_out))} a prompt: it is left out.")
     return rows
 
 
-def check_indices(what: str, wanted: Sequence[Sequence[int]], sizes: Sequence[int]) -> None:
-    """Raises TypeError or IndexError unless wanted[i] are whole numbers from 0 to sizes[i] − 1, and
-    ValueError where it is not one list for each."""
+@functools.cache
+def _say(message: str) -> None:
+    """Warn once."""
+    warnings.warn(message, stacklevel=6)
+
+
+def check_indices(
+    what: str, wanted: Sequence[Sequence[int]], sizes: Sequence[int], first: int = 0
+) -> None:
+    """Raises TypeError or IndexError unless wanted[i] are whole numbers from `first` to below
+    sizes[i], and ValueError where it is not one list for each."""
     if len(wanted) != len(sizes):
-        raise ValueError(f"{what}: there are {len(sizes)} lists to give, not {len(wanted)}.")
+        raise ValueError(f"{what}: give {len(sizes)} lists of them, not {len(wanted)}.")
     for index, (values, size) in enumerate(zip(wanted, sizes, strict=True)):
         for value in values:
             number = value.item() if hasattr(value, "item") else value
             if type(number) is not int:
                 raise TypeError(f"{what} {value!r} of prompt {index} is no whole number.")
-            if not 0 <= number < size:
-                raise IndexError(
-                    f"{what} {number} of prompt {index} is outside: there are {size}, from 0."
-                )
-
-
-def check_positions(tokenizer, prompts: Sequence[str], positions: Sequence[Sequence[int]]) -> None:
-    """Raises as `check_indices` unless all positions are in their prompts."""
-    check_indices("Position", positions, encode(tokenizer, list(prompts)).lengths.tolist())
+            if not first <= number < size:
+                end = f"there are {size}, and the first is {first}."
+                raise IndexError(f"{what} {number} of prompt {index} is not in range: {end}")
 
 
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:

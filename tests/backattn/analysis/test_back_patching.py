@@ -38,7 +38,7 @@ def test_a_position_outside_the_prompt_is_named(llama):
     for position, message in (
         (99, "Position 99 of prompt 0"),
         (-1, "-1"),
-        (0, "cannot be patched"),
+        (0, "the first is 1"),
     ):
         with pytest.raises(IndexError, match=message):
             back_patch(*llama, PROMPTS[:1], [position], [[5]])
