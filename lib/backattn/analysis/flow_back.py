@@ -131,12 +131,13 @@ def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
             stream = kept[start // batch_size] if kept else capture(model, batch)
             said = stream.logits.log_softmax(-1)[range(len(batch.rows)), flow.answer_ids[part]]
             miss = np.abs(said.cpu().numpy() - flow.log_prob[part]).max()
-            same = miss <= flow.tolerance
+            same = miss <= 10 * flow.tolerance  # batches of another size round otherwise
         if not same:
             raise ValueError(
                 "This flow was made by another model or tokenizer: pass those given to logit_flow."
             )
-        stream.prove_sums()
+        if not kept:  # else proved by logit_flow
+            stream.prove_sums()
         yield start, stream
 
 

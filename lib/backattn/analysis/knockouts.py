@@ -68,7 +68,7 @@ def group_means(
     totals, counts = {"ffn": defaultdict(float), "attention": defaultdict(float)}, defaultdict(int)
     for start in range(0, len(prompts), batch_size):
         batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
-        stream = capture(model, batch)
+        stream = capture(model, batch, compare=start == 0)
         parts = {"ffn": stream.ffn, "attention": torch.stack(stream.values)}  # [L, B, T, …]
         for name in names:
             where = _where(groups[start : start + batch_size], batch, [name])

@@ -117,20 +117,21 @@ class Stream:
 
     def _prove(self, what: str, miss: Tensor, whole: Tensor) -> None:
         real = self.batch.attention_mask.bool()  # [B, T]
-        prove(self.arch, what, miss[real], whole[real])
+        sizes = (x.norm(dim=-1, keepdim=True)[real] for x in (miss, whole))
+        prove(self.arch, what, *sizes)
 
 
 @analysis
-def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
+def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream:
     """One forward pass with every residual contribution recorded.
 
     model: a supported Hugging Face decoder; its mode, hooks and attention kind stay as they were.
     Of one with back attention, layers that run twice are recorded in their second run.
     batch: padded on either side. detail: also record values, attention weights and neurons.
+    compare: that eager attention is what the model as loaded computes, on some tokens.
 
-    Raises UnsupportedModelError as `describe` does, and where eager attention, which gives its
-    weights, is not what the model as loaded computes; ValueError when a prompt is longer than the
-    model's context, or the model is spread over several places.
+    Raises UnsupportedModelError as `describe` does, and where it is not; ValueError when a prompt
+    is longer than the model's context, or the model is spread over several places.
 
     Example:
         >>> stream = capture(model, encode(tokenizer, ["France's capital is"]))
@@ -172,7 +173,7 @@ def capture(model: nn.Module, batch: Batch, detail: bool = True) -> Stream:
         ]
         taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
     loaded = model.config._attn_implementation
-    if detail and loaded != "eager":
+    if detail and compare and loaded != "eager":
         beginning = padded([batch.rows[0][:FIRST]], device=batch.input_ids.device)
         with hooks(last):
             model(**beginning.inputs, use_cache=False, logits_to_keep=1)

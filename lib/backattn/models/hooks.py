@@ -34,7 +34,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         try:
             for name, value in PLAIN.items():
                 setattr(config, name, value)
-            model.eval()
+            for module in training:
+                module.training = False
             yield
         finally:
             for module in training:
