@@ -66,7 +66,7 @@ def reference(
             head = torch.tensor(part["head"].to_numpy(int))
             where = torch.tensor(part["position"].to_numpy(int))
             coefficient = stream.weights[layer][0, head, last, where]
-            coefficient = coefficient * stream.expanded_values(layer)[0, where, head, unit]
+            coefficient = coefficient * block.per_head(stream.values[layer])[0, where, head, unit]
             unit = head * block.head_dim + unit
         out = (block.ffn_out if kind == "ffn" else block.attention_out).weight
         before = read(base.to(dtype))

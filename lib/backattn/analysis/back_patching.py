@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backattn.models.activations import capture
-from backattn.models.decoder import Arch, describe
-from backattn.models.hooks import hooks
+from backattn.models.activations import Stream, capture, prove
+from backattn.models.decoder import Arch, Block, describe
+from backattn.models.families import UnsupportedModelError
+from backattn.models.hooks import analysis, hooks
 from backattn.models.lens import Lens
-from backattn.models.tokens import encode
+from backattn.models.tokens import check_indices, encode
 from backattn.runtime import progress
 
 
@@ -32,6 +33,7 @@ class Patched:
     log_probs: Tensor  # [n, targets, sources, K] of the wanted tokens
 
 
+@analysis
 def back_patch(
     model,
     tokenizer,
@@ -49,8 +51,9 @@ def back_patch(
         donors: per prompt another prompt and a position in it, which give the states (control).
         rows: pairs that run at once; fewer need less memory.
 
-    Returns `Patched` with L targets and L+1 sources. Raises ValueError for a position outside its
-    prompt.
+    Returns `Patched` with L targets and L+1 sources. Raises IndexError or TypeError for a position
+    or a token that is not there, and UnsupportedModelError where layers that run again, unpatched,
+    do not give what the model gave.
 
     Example:
         >>> patched = back_patch(model, tokenizer, ["France's capital is"], [2], [[5]])
@@ -58,40 +61,53 @@ def back_patch(
         torch.Size([1, 4, 5, 1])
     """
     arch, layers = describe(model), len(describe(model).blocks)
+    lens, places = Lens(arch), list(zip(prompts, positions, strict=True))
+    _check_places(tokenizer, *places, *(donors or []))
+    check_indices("Token id", tokens, [len(lens.weight)] * len(places))
     said = torch.full((len(prompts), layers, layers + 1), -1)
-    log_probs = torch.full((*said.shape, len(tokens[0])), float("nan"))
+    log_probs = torch.full((*said.shape, len(tokens[0])), float("nan"), dtype=torch.float32)
     target, source = torch.triu_indices(layers, layers + 1, 1)  # in the order in which pairs join
     for index in progress(range(len(prompts)), "back-patching", unit="prompt"):
-        place = prompts[index], positions[index]
-        donor, spot = donors[index] if donors else place
-        ids, states = _states(model, tokenizer, *place)  # [L+1, T, D]
-        patches = _states(model, tokenizer, donor, spot)[1][:, spot] if donors else states[:, spot]
-        entering = states[:, place[1] :]  # [L+1, P, D]
-        active = entering[:0]  # [pairs, P, D]
-        with torch.no_grad():
-            for layer, (args, kwargs) in enumerate(_replay_arguments(arch, ids, place[1])):
-                joining = entering[layer].repeat(layers - layer, 1, 1)
-                joining[:, 0] = patches[layer + 1 :]
-                parts = torch.cat([active, joining]).split(rows)
-                outputs = [arch.blocks[layer].module(part, *args, **kwargs) for part in parts]
-                active = torch.cat([x[0] if isinstance(x, tuple) else x for x in outputs])
-            raw = arch.unembedding_module(arch.final_norm_module(active[:, -1])).float()
-            read = Lens(arch).cap(raw).log_softmax(-1)  # [pairs, V]
+        (prompt, place), (donor, spot) = places[index], donors[index] if donors else places[index]
+        stream, states = _states(model, tokenizer, prompt)  # [L+1, T, D]
+        patches = _states(model, tokenizer, donor)[1][:, spot] if donors else states[:, spot]
+        entering = states[:, place:]  # [L+1, P, D]
+        active, plain = entering[:0], entering[:1]  # [pairs, P, D], and one row without a patch
+        arguments = _replay_arguments(arch, stream.batch.input_ids, place)
+        for layer, (block, given) in enumerate(zip(arch.blocks, arguments, strict=True)):
+            joining = entering[layer].repeat(layers - layer, 1, 1)
+            joining[:, 0] = patches[layer + 1 :]
+            parts = torch.cat([active, joining]).split(rows)
+            active = torch.cat([_run(block, part, *given) for part in parts])
+            plain = _run(block, plain, *given)
+        prove(arch, "layers that run again", plain[0] - entering[-1], entering[-1], slack=4)
+        last, read = (
+            lens.cap(arch.unembedding_module(arch.final_norm_module(x)).float())
+            for x in (entering[-1, -1:], active[:, -1])
+        )
+        lens.prove(stream, last)
+        read = read.log_softmax(-1)  # [pairs, V]
         said[index, target, source] = read.argmax(-1).cpu()
         log_probs[index, target, source] = read[:, list(tokens[index])].cpu()
     return Patched(said, log_probs)
 
 
-def _states(model, tokenizer, prompt: str, position: int) -> tuple[Tensor, Tensor]:
-    """A prompt's token ids [1, T] and states [L+1, T, D], in the model's dtype."""
-    batch = encode(tokenizer, [prompt], device=model.device)
-    last = batch.input_ids.shape[1] - 1
-    if not 0 < position <= last:
-        raise ValueError(
-            f"Position {position} cannot be patched: {prompt!r} has positions 1 to {last}."
-        )
-    states = capture(model, batch, detail=False).hidden[:, 0].to(model.dtype)
-    return batch.input_ids, states
+def _run(block: Block, states: Tensor, args: list, kwargs: dict) -> Tensor:
+    out = block.module(states, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _check_places(tokenizer, *places: tuple[str, int]) -> None:
+    """Raises IndexError or TypeError unless each position is in its prompt, and not the first."""
+    prompts, positions = zip(*places, strict=True)
+    lengths = encode(tokenizer, prompts).lengths.tolist()
+    check_indices("Position", [[position] for position in positions], lengths, first=1)
+
+
+def _states(model, tokenizer, prompt: str) -> tuple[Stream, Tensor]:
+    """A prompt's stream, and its states [L+1, T, D] in the model's dtype."""
+    stream = capture(model, encode(tokenizer, [prompt], device=model.device), detail=False)
+    return stream, stream.hidden[:, 0].to(model.dtype)
 
 
 class _Past:
@@ -105,7 +121,6 @@ class _Past:
         return torch.cat([past_keys, keys], dim=-2), torch.cat([past_values, values], dim=-2)
 
 
-@torch.no_grad()
 def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[list, dict]]:
     """Per layer the arguments beside the states with which it runs from `position` on."""
     seen: list[tuple[tuple, dict]] = []
@@ -118,6 +133,10 @@ def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[list
     past = _Past(cache)  # before it grows
     with hooks(*((block.module, "arguments", note) for block in arch.blocks)):
         arch.model(input_ids=ids[:, position:], past_key_values=cache, **options)
+    if len(seen) != len(arch.blocks):
+        raise UnsupportedModelError(
+            f"{type(arch.model).__name__} runs layers more than once: pass the base model."
+        )
 
     def swap(value):
         return past if value is cache else value
@@ -125,6 +144,7 @@ def _replay_arguments(arch: Arch, ids: Tensor, position: int) -> list[tuple[list
     return [(list(map(swap, args)), {k: swap(v) for k, v in kw.items()}) for args, kw in seen]
 
 
+@analysis
 def back_patch_one(
     model, tokenizer, prompt: str, position: int, source: int, target: int, donor=None
 ) -> Tensor:
@@ -134,15 +154,17 @@ def back_patch_one(
         >>> back_patch_one(model, tokenizer, "France's capital is", 2, 3, 1).exp().sum().round()
         tensor(1.)
     """
-    given, place = donor or (prompt, position)
-    patch = _states(model, tokenizer, given, place)[1][source, place]
-    ids, _ = _states(model, tokenizer, prompt, position)
+    arch, (given, place) = describe(model), donor or (prompt, position)
+    _check_places(tokenizer, (prompt, position), (given, place))
+    check_indices("Layer", [[source], [target]], [len(arch.blocks) + 1, len(arch.blocks)])
+    patch = _states(model, tokenizer, given)[1][source, place]
 
     def put(states: Tensor) -> Tensor:
         states = states.clone()
         states[:, position] = patch
         return states
 
-    with torch.no_grad(), hooks((describe(model).blocks[target].module, "input", put)):
-        logits = model(input_ids=ids, use_cache=False).logits
+    batch = encode(tokenizer, [prompt], device=model.device)
+    with hooks((arch.blocks[target].module, "input", put)):
+        logits = model(**batch.inputs, use_cache=False).logits
     return logits[0, -1].float().log_softmax(-1)

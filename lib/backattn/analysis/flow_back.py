@@ -30,8 +30,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from backattn.analysis.logit_flow import LogitFlow, fingerprint
+from backattn.analysis.logit_flow import LogitFlow
 from backattn.models.activations import Stream, capture
+from backattn.models.hooks import analysis
 from backattn.models.lens import Lens
 from backattn.models.tokens import Batch, encode
 from backattn.runtime import progress
@@ -75,6 +76,7 @@ class FlowBack:
         return float(error)
 
 
+@analysis
 def flow_back(
     model, tokenizer, flow: LogitFlow, route: str = "parts", batch_size: int = 16
 ) -> FlowBack:
@@ -84,7 +86,8 @@ def flow_back(
     that the flow kept are used; without them its prompts run again, `batch_size` at a time.
 
     Raises ValueError for an unknown route, a flow without neurons, and another model or tokenizer
-    than made the flow.
+    than made the flow; UnsupportedModelError where a weight or norm that is read is not what the
+    model computed with.
 
     Example:
         >>> from backattn import flow_back, logit_flow
@@ -116,17 +119,26 @@ def flow_back(
 
 def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Stream]]:
     """Per batch the index of its first prompt and its stream, kept or made again."""
-    if flow.streams:
-        batch_size = len(flow.streams[0].batch.input_ids)
-    same, starts = fingerprint(model) == flow.weights, range(0, len(flow.prompts), batch_size)
+    kept = flow.streams if model is flow.model else []
+    if kept:
+        batch_size = len(kept[0].batch.input_ids)
+    starts = range(0, len(flow.prompts), batch_size)
     for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, flow.prompts[part], device=model.device)
-        if not same or batch.rows != flow.input_ids[part]:
+        same = batch.rows == flow.input_ids[part]
+        if same:
+            stream = kept[start // batch_size] if kept else capture(model, batch)
+            said = stream.logits.log_softmax(-1)[range(len(batch.rows)), flow.answer_ids[part]]
+            miss = np.abs(said.cpu().numpy() - flow.log_prob[part]).max()
+            same = miss <= 10 * flow.tolerance  # batches of another size round otherwise
+        if not same:
             raise ValueError(
                 "This flow was made by another model or tokenizer: pass those given to logit_flow."
             )
-        yield start, flow.streams[start // batch_size] if flow.streams else capture(model, batch)
+        if not kept:  # else proved by logit_flow
+            stream.prove_sums()
+        yield start, stream
 
 
 def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[str, Tensor]]:
@@ -141,6 +153,7 @@ def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[
     nodes, groups = {}, {}
     if linear:  # the answer's logit less the mean logit, the final norm's scale frozen
         lens, last = Lens(stream.arch), stream.batch.at_last(stream.hidden[-1])  # [B, D]
+        lens.prove(stream)
         gradient = lens.norm.adjoint(lens.weight[entering] - lens.weight.mean(0), lens.scale(last))
         covector[torch.arange(len(last), device=last.device), stream.batch.last] = gradient
         totals["entering"] = (gradient * last).sum(-1).double()
@@ -151,9 +164,12 @@ def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[
 
     for layer in reversed(range(stream.layers)):
         block, above = stream.arch.blocks[layer], covector
-        for kind, sublayer in (("ffn", _ffn), ("attention", _attention)):
-            state, units, bias, to_units, to_input = sublayer(stream, layer, linear)
-            post, scale = block.norm(f"{kind}_post"), stream.post_scale(kind, layer)
+        values = block.values(stream.input("attention", layer))
+        neurons = block.neurons(stream.input("ffn", layer))
+        stream.prove_outputs(layer, values, neurons[0])
+        for kind, sublayer, made in (("ffn", _ffn, neurons), ("attention", _attention, values)):
+            units, bias, to_units, to_input = sublayer(stream, layer, made, linear)
+            post, scale = block.norm(f"{kind}_post"), stream.scales[kind][layer]
             raw = post.adjoint(above if stream.arch.parallel else covector, scale)
             direct = torch.zeros_like(units)
             if (kind, layer) in groups:
@@ -164,7 +180,7 @@ def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[
             axes = tuple(range(2, units.dim()))
             nodes[kind, layer] = tuple((x * units).sum(axes) for x in (per_unit, direct))
             on_input, in_bias = to_input(per_unit)
-            norm = block.norm(f"{kind}_norm")
+            norm, state = block.norm(f"{kind}_norm"), stream.input(kind, layer)
             in_bias = in_bias + raw @ bias + on_input @ norm.bias  # [B, T]
             totals["in_biases"] += in_bias.sum(-1).double()
             covector = covector + norm.adjoint(on_input, norm.scale(state))
@@ -173,13 +189,12 @@ def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[
     return nodes, totals
 
 
-def _ffn(stream: Stream, layer: int, linear: bool) -> tuple:
-    """(the state it reads, its neurons m [B, T, F], its output's bias, and two functions: from a
-    covector on its output to one on m; from that to one on its normed input and what biases keep).
-    """
-    block, state = stream.arch.blocks[layer], stream.ffn_input(layer)
-    down, (gate, up), (m, g, u) = block.ffn_out, block.ffn_in, block.neurons(state)
-    act = block.get("activation")
+def _ffn(stream: Stream, layer: int, neurons: tuple, linear: bool) -> tuple:
+    """(its neurons m [B, T, F], its output's bias, and two functions: from a covector on its output
+    to one on m; from that to one on its normed input and what biases keep)."""
+    block, (m, g, u) = stream.arch.blocks[layer], neurons
+    down, (gate, up), act = block.ffn_out, block.ffn_in, block.get("activation")
+    stream.prove_inputs(layer, "ffn", (gate, g), (up, u))
 
     def to_input(per_unit: Tensor) -> tuple[Tensor, Tensor]:
         if gate is None:  # m = act(u): the gate is act(u) / u
@@ -193,13 +208,14 @@ def _ffn(stream: Stream, layer: int, linear: bool) -> tuple:
             return on_input, to_up @ up.bias + to_gate @ gate.bias
         return to_up @ up.weight, to_up @ up.bias
 
-    return state, m, down.bias, lambda raw: raw @ down.weight, to_input
+    return m, down.bias, lambda raw: raw @ down.weight, to_input
 
 
-def _attention(stream: Stream, layer: int, linear: bool) -> tuple:
+def _attention(stream: Stream, layer: int, values: Tensor, linear: bool) -> tuple:
     """The same of attention; its units are the values at the source positions [B, T, H, d]."""
-    block, state = stream.arch.blocks[layer], stream.attention_input(layer)
-    out, value, values = block.attention_out, block.value, block.per_head(block.values(state))
+    block = stream.arch.blocks[layer]
+    out, value = block.attention_out, block.value
+    stream.prove_inputs(layer, "attention", (value, values.flatten(2)))
 
     def to_units(raw: Tensor) -> Tensor:
         heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # at queries
@@ -209,7 +225,7 @@ def _attention(stream: Stream, layer: int, linear: bool) -> tuple:
         grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G·d]
         return grouped @ value.weight, grouped @ value.bias
 
-    return state, values, out.bias, to_units, to_input
+    return block.per_head(values), out.bias, to_units, to_input
 
 
 def _ratio(activated: Tensor, x: Tensor) -> Tensor:

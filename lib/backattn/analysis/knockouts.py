@@ -16,9 +16,9 @@ from torch import Tensor
 
 from backattn.models.activations import capture
 from backattn.models.decoder import describe
-from backattn.models.hooks import hooks
+from backattn.models.hooks import analysis, evaluating, hooks
 from backattn.models.next_token import cache_prefix, in_window, next_log_probs
-from backattn.models.tokens import Batch, encode
+from backattn.models.tokens import Batch, check_indices, encode
 
 BATCH = 16
 
@@ -41,24 +41,34 @@ def _where(groups: Sequence, batch: Batch, wanted: Collection[str]) -> Tensor:
     return mask
 
 
+def _check_labels(groups: Sequence, lengths: Sequence[int]) -> None:
+    """Raises IndexError where a prompt has not one label per token."""
+    for index, (labels, length) in enumerate(zip(groups, lengths, strict=True)):
+        if len(labels) != length:
+            raise IndexError(f"Prompt {index} has {length} tokens and {len(labels)} labels.")
+
+
+@analysis
 def group_means(
     model, tokenizer, prompts: Sequence[str], groups: Sequence, batch_size: int = 16
 ) -> dict[str, dict[str, Tensor]]:
     """Mean FFN contribution and mean value over the positions of each group in `prompts`.
 
     groups: one array of labels per prompt, one label per token.
-    Returns {"ffn": group -> [L, D], "attention": group -> [L, key/value heads, d]}.
+    Returns {"ffn": group -> [L, D], "attention": group -> [L, key/value heads, d]}. Raises
+    IndexError where the labels of a prompt are not as many as its tokens.
 
     Example:
         >>> labels = ["a"] * len(tokenizer("France is")["input_ids"])
         >>> group_means(model, tokenizer, ["France is"], [labels])["ffn"]["a"].shape
         torch.Size([4, 32])
     """
+    _check_labels(groups, encode(tokenizer, prompts).lengths.tolist())
     names = sorted({label for labels in groups for label in labels})
     totals, counts = {"ffn": defaultdict(float), "attention": defaultdict(float)}, defaultdict(int)
     for start in range(0, len(prompts), batch_size):
         batch = encode(tokenizer, prompts[start : start + batch_size], device=model.device)
-        stream = capture(model, batch)
+        stream = capture(model, batch, compare=start == 0)
         parts = {"ffn": stream.ffn, "attention": torch.stack(stream.values)}  # [L, B, T, …]
         for name in names:
             where = _where(groups[start : start + batch_size], batch, [name])
@@ -75,16 +85,16 @@ class CachedPrompts:
     window is shorter); similar lengths together. SmolLM2 takes 46 kB a token.
     """
 
-    @torch.no_grad()
     def __init__(self, model, tokenizer, prompts: Sequence[str]):
         self.arch, self.batches = describe(model), []
-        lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        order = np.argsort(lengths, kind="stable").tolist()
+        self.lengths = encode(tokenizer, prompts).lengths.tolist()
+        order = np.argsort(self.lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
             rows, cache = order[start : start + BATCH], None
             batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
             if in_window(model, batch):
-                cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
+                with evaluating(model):
+                    cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
             self.batches.append((rows, batch, cache))
 
     def changed(self, edits: Callable) -> Iterator[tuple[list[int], Tensor]]:
@@ -95,7 +105,7 @@ class CachedPrompts:
         for rows, batch, cache in self.batches:
             start, edited = edits(rows, batch)
             cache = None if cache is None else cache_prefix(cache, start)
-            with hooks(*edited):
+            with evaluating(self.arch.model), hooks(*edited):
                 log_probs = next_log_probs(self.arch.model, batch, cache=cache)
             yield rows, log_probs
 
@@ -103,7 +113,9 @@ class CachedPrompts:
 class KnockoutProbe(CachedPrompts):
     """Prompts with an answer each, to knock something out.
 
-    groups: one array of labels per prompt, one label per token; means: from `group_means`.
+    groups: one array of labels per prompt, one label per token; means: from `group_means`. Raises
+    IndexError where the labels of a prompt are not as many as its tokens, and for a layer or an
+    answer that is not there.
 
     Example:
         >>> prompts = ["France is", "Rome is"]
@@ -117,12 +129,17 @@ class KnockoutProbe(CachedPrompts):
     def __init__(self, model, tokenizer, prompts, answer_ids, groups, means):
         super().__init__(model, tokenizer, prompts)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
+        _check_labels(groups, self.lengths)
+        vocabulary = [self.arch.model.config.vocab_size] * len(prompts)
+        check_indices("Answer", [[answer] for answer in self.answer_ids], vocabulary)
 
     def log_probs(self, knockouts: Sequence[Knockout] = ()) -> Tensor:
         """The answers' log-probabilities with `knockouts` in force: [n]; ValueError for a kind that
         is none."""
         for kind in {knockout.kind for knockout in knockouts} - {"ffn", "attention"}:
             raise ValueError(f'Cannot knock out {kind!r}; choose "ffn" or "attention".')
+        layers = [knockout.layers for knockout in knockouts]
+        check_indices("Layer", layers, [len(self.arch.blocks)] * len(layers))
         touched = {group for knockout in knockouts if knockout.layers for group in knockout.groups}
 
         def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
@@ -136,7 +153,7 @@ class KnockoutProbe(CachedPrompts):
                 for layer in knockout.layers
             ]
 
-        result = torch.empty(len(self.answer_ids))
+        result = torch.empty(len(self.answer_ids), dtype=torch.float32)
         for rows, log_probs in self.changed(edits):
             ids = torch.tensor([self.answer_ids[row] for row in rows], device=log_probs.device)
             result[rows] = log_probs.gather(1, ids[:, None])[:, 0].cpu()
@@ -159,13 +176,16 @@ def blocked_log_probs(
     prompts: CachedPrompts, sources: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> Tensor:
     """Next-token log-probabilities while, in `layers`, the last position cannot attend to some: per
-    prompt those in `sources`, counted from its first token. Returns [n, V].
+    prompt those in `sources`, counted from its first token. Returns [n, V]. Raises IndexError or
+    TypeError for a position or a layer that is not there.
 
     Example:
         >>> prompts = CachedPrompts(model, tokenizer, ["Rome is"])
         >>> blocked_log_probs(prompts, [[0]], layers=[2, 3]).exp().sum().round()
         tensor(1.)
     """
+    check_indices("Position", sources, prompts.lengths)
+    check_indices("Layer", [layers], [len(prompts.arch.blocks)])
 
     def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
         hidden = torch.zeros_like(batch.attention_mask, dtype=torch.bool)  # [B, T]

@@ -18,7 +18,6 @@ weight times a column of W_O. A part of f_l is a neuron: a coefficient times a c
 `flow_back` goes on from the neurons at the last position to what switched them on.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from backattn.analysis.neuron_scores import Reading, Sublayer, exact, screened, sublayers
-from backattn.models.activations import Stream, capture, self_check
-from backattn.models.tokens import Batch, answer_ids, encode
+from backattn.models.activations import Stream, capture
+from backattn.models.hooks import analysis
+from backattn.models.next_token import next_log_probs
+from backattn.models.tokens import Batch, answer_ids, encode, padded
 from backattn.runtime import progress
 
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 CHUNK = 256  # states whose logits are in memory at once
+BATCH = 16
 KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
@@ -128,17 +130,6 @@ def _frame(parts: Iterable[dict], batch: Batch, first: int, tokenizer) -> pd.Dat
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the sums of all weights' bits by column and by row, in which the change of any entry
-    shows. It reads every weight twice, which is quicker by far than a forward pass."""
-    digest, integers = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    for weight in model.parameters():
-        bits = weight.detach().view(integers.get(weight.element_size(), torch.int64))
-        for dim in () if bits.is_meta else (0, -1):
-            digest.update(bits.sum(dim, dtype=torch.int32).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass
 class LogitFlow:
     """Result of `logit_flow`.
@@ -153,10 +144,10 @@ class LogitFlow:
         where they would take more than KEEP_BYTES, or at level "layer".
     """
 
+    model: nn.Module = field(repr=False)
     prompts: list[str]
     level: str
     tolerance: float
-    weights: str  # the model's `fingerprint`
     input_ids: list[list[int]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     answer_ids: list[int] = field(default_factory=list)
@@ -165,24 +156,34 @@ class LogitFlow:
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     streams: list[Stream] = field(default_factory=list, repr=False)
 
-    def errors(self) -> np.ndarray:
-        """|log p(w | 0) + sum of layer importances − the model's log-probability| per prompt."""
+    def check(self) -> float:
+        """Largest |log p(w | 0) + Σ layer importances − the model's log-probability|. Raises
+        ValueError where it exceeds the tolerance of the dtype, and where the model as it is,
+        without hooks, gives an answer another log-probability."""
         grouped = self.layers.groupby("prompt", sort=True)
         total = grouped["log_prob_before"].first() + grouped["increase"].sum()
-        return np.abs(total.to_numpy() - self.log_prob)
-
-    def check(self) -> float:
-        """Largest of `errors`; raises ValueError above the tolerance of the model's dtype."""
-        errors = self.errors()
+        errors = np.abs(total.to_numpy() - self.log_prob)
         worst = int(np.nanargmax(np.where(np.isnan(errors), np.inf, errors)))
         if not errors[worst] <= self.tolerance:
             raise ValueError(
                 f"The layer scores of prompt {worst} ({self.prompts[worst]!r}) miss the model's "
                 f"log-probability by {errors[worst]:.2e} nats (allowed {self.tolerance:.0e})."
             )
+        for start in range(0, len(self.prompts), BATCH):
+            part = slice(start, start + BATCH)
+            batch = padded(self.input_ids[part], device=self.model.device)
+            log_probs = next_log_probs(self.model, batch).cpu().numpy()
+            plain = log_probs[range(len(log_probs)), self.answer_ids[part]]
+            miss = np.abs(plain - self.log_prob[part]).max()
+            if not miss <= 10 * self.tolerance:
+                raise ValueError(
+                    f"The model by itself gives an answer a log-probability that is {miss:.2e} "
+                    "nats off the one scored: it was changed since, or hooks change its passes."
+                )
         return float(errors[worst])
 
 
+@analysis
 def logit_flow(
     model,
     tokenizer,
@@ -192,7 +193,7 @@ def logit_flow(
     norm: str = "final",
     method: str = "screen",
     top_k: int = 300,
-    batch_size: int = 16,
+    batch_size: int = BATCH,
 ) -> LogitFlow:
     """Importance of every layer, head or neuron for the answer at the last position.
 
@@ -209,7 +210,8 @@ def logit_flow(
     Returns a `LogitFlow`; call `.check()` to see that the layer scores telescope.
 
     Raises ValueError for an empty batch or prompt, an unusable answer or an unknown option, and
-    UnsupportedModelError for a model whose parts do not add up (see `activations.self_check`).
+    UnsupportedModelError where the weights that are read are not what the model computes with, or
+    its parts do not add up (proved on each forward pass; see `capture`).
 
     Example:
         >>> from backattn import logit_flow
@@ -225,9 +227,8 @@ def logit_flow(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     prompts, ids = _checked(tokenizer, prompts, answers)
-    self_check(model)
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-    flow = LogitFlow(prompts, level, tolerance, weights=fingerprint(model))
+    flow = LogitFlow(model, prompts, level, tolerance)
     room, layers, parts = KEEP_BYTES if level != "layer" else 0, [], []
     starts = range(0, len(prompts), batch_size)
     for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
@@ -242,9 +243,9 @@ def logit_flow(
         flow.log_prob = np.append(flow.log_prob, logs.cpu().numpy())
         flow.input_ids += batch.rows
         flow.answer_ids += reading.answer.tolist()
-        empty = logs.new_empty(0)
-        slim = replace(reading.stream, logits=empty, ffn=empty, values=(), neurons=())
-        room -= sum(x.nbytes for x in (slim.hidden, slim.attention, *slim.weights))
+        slim = replace(reading.stream, values=(), neurons=())
+        tensors = slim.logits, slim.hidden, slim.attention, slim.ffn, *slim.weights
+        room -= sum(x.nbytes for x in tensors)
         flow.streams = [*flow.streams, slim] if room >= 0 else []
         del reading  # before the next batch needs its memory
     flow.answers = [tokenizer.decode([i]) for i in flow.answer_ids]
@@ -265,5 +266,5 @@ def _checked(tokenizer, prompts, answers) -> tuple[list[str], list[int] | None]:
         return prompts, None
     if any(prompt[-1].isspace() for prompt in prompts):
         message = "A prompt ends with a space, and answers begin with one: drop the prompt's."
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
     return prompts, answer_ids(tokenizer, answers, len(prompts))

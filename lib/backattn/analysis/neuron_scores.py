@@ -32,13 +32,18 @@ CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it th
 
 class Reading:
     """A batch of B prompts, and the lens that reads the answer to each: token ids, or None for the
-    model's own next tokens.
+    model's own next tokens. Raises UnsupportedModelError unless the residual sums, the output
+    weights and the lens are the model's.
 
     frozen: [B, 1] the final norm's scale at the end, None: recomputed at each state.
     """
 
     def __init__(self, stream: Stream, norm: str, answers: Sequence[int] | None = None):
         self.stream, self.lens, self.answer = stream, Lens(stream.arch), stream.logits.argmax(-1)
+        stream.prove_sums()
+        for layer, (values, neurons) in enumerate(zip(stream.values, stream.neurons, strict=True)):
+            stream.prove_outputs(layer, values, neurons)
+        self.lens.prove(stream)
         if answers is not None:
             self.answer = torch.tensor(answers, device=self.answer.device)
         end = stream.batch.at_last(stream.hidden[-1])
@@ -73,14 +78,15 @@ def sublayers(stream: Stream) -> Iterator[Sublayer]:
     for layer, block in enumerate(stream.arch.blocks):
         hidden, attention = at_last(stream.hidden[layer]), at_last(stream.attention[layer])
         alpha = at_last(stream.weights[layer].transpose(1, 2)).transpose(1, 2)  # [B, T, H]
-        channels = (alpha[..., None] * stream.expanded_values(layer)).flatten(2)  # [B, T, H·d]
+        values = block.per_head(stream.values[layer])  # [B, T, H, d]
+        channels = (alpha[..., None] * values).flatten(2)
         units = at_last(stream.neurons[layer])[:, None]  # [B, 1, F]
         for kind, out, coefficient, base in (
             ("attention", block.attention_out, channels, hidden),
             ("ffn", block.ffn_out, units, hidden + attention),
         ):
             post = block.norm(f"{kind}_post")
-            scale = at_last(stream.post_scale(kind, layer))  # [B, 1]
+            scale = at_last(stream.scales[kind][layer])  # [B, 1]
             vectors = post.linear(out.weight.T, out.weight.new_ones(()))
             bias = post.linear(out.bias, scale) if out.bias.any() else None
             coefficient = coefficient * scale[:, None]

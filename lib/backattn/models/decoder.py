@@ -5,8 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from backattn.models.families import Family, UnsupportedModelError, check_supported, supported
+
+
+def _plain(x: Tensor) -> Tensor:
+    """In fp32, without a graph, and fit for one where it was made in inference mode."""
+    x = x.detach().float()
+    return x.clone() if x.is_inference() else x
 
 
 @dataclass(frozen=True)
@@ -16,8 +23,20 @@ class Linear:
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
+    @classmethod
+    def of(cls, module: nn.Module, name: str, width: int, axis: int) -> "Linear":
+        """Of a module with `width` weights along an axis; else UnsupportedModelError."""
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+            if isinstance(module, Conv1D) or weight.shape[axis] != width:  # [in, out]
+                weight = weight.T
+            if weight.shape[axis] == width:
+                weight = _plain(weight)
+                return cls(weight, weight.new_zeros(len(weight)) if bias is None else _plain(bias))
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__} whose weight is no matrix of floats: load the "
+            "model unquantised (dtype float32, bfloat16 or float16), merge adapters into it."
+        )
 
 
 class Norm:
@@ -27,11 +46,12 @@ class Norm:
     depends on x, so freezing it makes the norm affine. A missing module is the identity.
     """
 
-    def __init__(self, module: nn.Module | None, width: int, offset: float = 0.0):
+    def __init__(self, module: nn.Module | None, width: int, offset: float, device: torch.device):
         self.present = module is not None
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        self.weight = torch.ones(width) if weight is None else weight.detach().float() + offset
-        self.bias = torch.zeros_like(self.weight) if bias is None else bias.detach().float()
+        ones = torch.ones(width, dtype=torch.float32, device=device)
+        self.weight = ones if weight is None else _plain(weight) + offset
+        self.bias = torch.zeros_like(self.weight) if bias is None else _plain(bias)
         self.centred = isinstance(module, nn.LayerNorm)
         self.eps = getattr(module, "variance_epsilon", getattr(module, "eps", 0.0))
 
@@ -58,6 +78,7 @@ class Block:
     """One decoder layer: its own modules, and its weights in one orientation for all families."""
 
     family: Family
+    layer: int
     module: nn.Module
     width: int
     heads: int
@@ -75,24 +96,20 @@ class Block:
 
     def norm(self, name: str) -> Norm:
         """`name`: attention_norm, attention_post, ffn_norm or ffn_post."""
-        return Norm(self.get(name), self.width, self.family.norm_offset)
+        device = next(self.module.parameters()).device
+        return Norm(self.get(name), self.width, self.family.norm_offset, device)
 
     def _linear(self, name: str) -> Linear:
-        module = self.get(name)
-        weight, bias = module.weight.detach().float(), module.bias
-        if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
-            weight = weight.T
-        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
-        return Linear(weight, bias)
+        axis = 0 if name.endswith("_out") else 1  # where the residual stream's width is
+        path = f"Layer {self.layer}: {getattr(self.family, name)}"
+        return Linear.of(self.get(name), path, self.width, axis)
 
     @property
-    def attention_out(self) -> Linear:
-        """W_O: [width, heads * head_dim]."""
+    def attention_out(self) -> Linear:  # W_O: [width, heads * head_dim]
         return self._linear("attention_out")
 
     @property
-    def ffn_out(self) -> Linear:
-        """W_down: [width, neurons]."""
+    def ffn_out(self) -> Linear:  # W_down: [width, neurons]
         return self._linear("ffn_out")
 
     def value_part(self, fused: Tensor) -> Tensor:
@@ -173,6 +190,10 @@ def describe(model: nn.Module) -> Arch:
         >>> len(arch.blocks), arch.blocks[0].ffn_out.weight.shape  # [width, neurons]
         (4, torch.Size([32, 48]))
     """
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps a model by peft: pass model.merge_and_unload()."
+        )
     if not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a Hugging Face decoder with a language-model head. "
@@ -184,7 +205,8 @@ def describe(model: nn.Module) -> Arch:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = config.hidden_size, heads, kv_heads, head_dim
     try:
-        blocks = [Block(family, layer, *sizes) for layer in model.get_submodule(family.layers)]
+        layers = enumerate(model.get_submodule(family.layers))
+        blocks = [Block(family, layer, module, *sizes) for layer, module in layers]
         for name in ("attention", "attention_out", "value", "ffn_out", "up"):
             blocks[0].get(name)
         final_norm = model.get_submodule(family.final_norm)

@@ -1,4 +1,4 @@
-"""Hooks that are always removed."""
+"""Hooks that are always removed, and a model to which nobody else does anything meanwhile."""
 
 import contextlib
 import functools
@@ -6,8 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
+from backattn.models.decoder import describe
+
+PLAIN = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 _locks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 
 
@@ -19,8 +23,41 @@ def exclusive(model: nn.Module):
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for this thread alone, without gradients, autocast, inference mode and
+    wishes in its config; afterwards all is as it was. Raises UnsupportedModelError (`describe`)."""
+    config = describe(model).model.config
+    full = torch.autocast(model.device.type, enabled=False)
+    with exclusive(model), torch.inference_mode(False), torch.no_grad(), full:
+        training = [module for module in model.modules() if module.training]
+        wishes = {name: getattr(config, name) for name in PLAIN}
+        try:
+            for name, value in PLAIN.items():
+                setattr(config, name, value)
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for name, value in wishes.items():
+                setattr(config, name, value)
+
+
+def analysis(function: Callable) -> Callable:
+    """A function of a model that runs while it is `evaluating`."""
+
+    @functools.wraps(function)
+    def alone(model: nn.Module, *args, **kwargs):
+        with evaluating(model):
+            return function(model, *args, **kwargs)
+
+    return alone
+
+
+@contextlib.contextmanager
 def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
-    """Attach hooks while the block runs, and remove them whatever happens in it.
+    """Attach hooks for this thread while the block runs, and remove them whatever happens in it.
 
     Each entry is (module, side, function). What the function returns replaces what it gets; None
     leaves that as it is. It gets, by side:
@@ -35,30 +72,34 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
         >>> states[0].shape
         torch.Size([1, 4, 32])
     """
+    thread = threading.get_ident()
+
+    def before(function: Callable, first: bool, module: nn.Module, args: tuple, kwargs: dict):
+        if threading.get_ident() != thread:
+            return None
+        if not first:
+            return function(args, kwargs)
+        key = None if args else next(k for k in ("hidden_states", "input") if k in kwargs)
+        new = function(args[0] if args else kwargs[key])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
+
+    def after(function: Callable, first: bool, module: nn.Module, args: tuple, output):
+        if threading.get_ident() != thread:
+            return None
+        if not (first and isinstance(output, tuple)):
+            return function(output)
+        new = function(output[0])
+        return None if new is None else (new, *output[1:])
+
     with contextlib.ExitStack() as attached:
         for module, side, function in hooked:
             if side in ("input", "arguments"):
-                hook = functools.partial(_before, function, side == "input")
+                hook = functools.partial(before, function, side == "input")
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                hook = functools.partial(_after, function, side == "output")
+                hook = functools.partial(after, function, side == "output")
                 handle = module.register_forward_hook(hook)
             attached.callback(handle.remove)
         yield
-
-
-def _before(function: Callable, first: bool, module: nn.Module, args: tuple, kwargs: dict):
-    if not first:
-        return function(args, kwargs)
-    key = None if args else next(k for k in ("hidden_states", "input") if k in kwargs)
-    new = function(args[0] if args else kwargs[key])
-    if new is None:
-        return None
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
-
-
-def _after(function: Callable, first: bool, module: nn.Module, args: tuple, output):
-    if not (first and isinstance(output, tuple)):
-        return function(output)
-    new = function(output[0])
-    return None if new is None else (new, *output[1:])

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backattn.models.activations import capture
-from backattn.models.decoder import Arch, Norm, describe
-from backattn.models.tokens import encode
+from backattn.models.activations import Stream, capture, prove
+from backattn.models.decoder import Arch, Linear, Norm, describe
+from backattn.models.hooks import analysis
+from backattn.models.tokens import check_indices, encode
 from backattn.runtime import progress
 
 
@@ -31,15 +32,21 @@ class Lens:
     """
 
     def __init__(self, arch: Arch):
-        module = arch.unembedding_module
-        self.weight = module.weight.detach().float()
-        self.norm = Norm(arch.final_norm_module, arch.width, arch.family.norm_offset)
-        self.softcap = arch.softcap
-        self.offset = self.weight.new_zeros(len(self.weight))
+        read = Linear.of(arch.unembedding_module, "The unembedding", arch.width, 1)
+        self.weight, self.offset, self.softcap = read.weight, read.bias, arch.softcap
+        offset, device = arch.family.norm_offset, read.weight.device
+        self.norm = Norm(arch.final_norm_module, arch.width, offset, device)
         if self.norm.bias.any():
-            self.offset = self.weight @ self.norm.bias
-        if getattr(module, "bias", None) is not None:
-            self.offset = self.offset + module.bias.detach().float()
+            self.offset = self.weight @ self.norm.bias + self.offset
+
+    def prove(self, stream: Stream, read: Tensor | None = None) -> None:
+        """Raises UnsupportedModelError unless it reads the last states, or `read` gives them as
+        logits [B, V], as the model read them."""
+        said = stream.logits
+        if read is None:
+            read = self.cap(self.raw_logits(stream.batch.at_last(stream.hidden[-1])))
+        spread = said - said.mean(-1, keepdim=True)
+        prove(stream.arch, "final norm and unembedding", read - said, spread)
 
     def scale(self, state: Tensor) -> Tensor:
         """Scale of the final norm at a state: [..., D] -> [..., 1]."""
@@ -63,6 +70,7 @@ class Lens:
         return self.norm.linear(vectors, vectors.new_ones(())) @ self.weight.T
 
 
+@analysis
 def read_states(
     model,
     tokenizer,
@@ -77,19 +85,25 @@ def read_states(
     positions: per prompt P of them, counted from its first token; tokens: per prompt K token ids;
     ranks: also give each token's rank in the whole vocabulary (0 is the highest), which is slower.
 
-    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state leaves the model.
+    Returns (logits, ranks), each [n, P, L+1, K] or None; the last state leaves the model. Raises
+    IndexError or TypeError for a position or token that is not there, UnsupportedModelError where
+    the model does not read its last state so.
 
     Example:
         >>> read_states(model, tokenizer, ["France's capital is"], [[0, 4]], [[7, 8, 9]])[0].shape
         (1, 2, 5, 3)
     """
     lens, logits, places = Lens(describe(model)), [], []
+    check_indices("Position", positions, encode(tokenizer, prompts).lengths.tolist())
+    check_indices("Token id", tokens, [len(lens.weight)] * len(prompts))
     for start in progress(range(0, len(prompts), batch_size), "lens", unit="batch"):
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, list(prompts[part]), device=model.device)
         where = torch.tensor(list(map(list, positions[part])), device=model.device)  # [B, P]
         where, row = where + batch.start[:, None], torch.arange(len(where), device=model.device)
-        states = capture(model, batch, detail=False).hidden[:, row[:, None], where]
+        stream = capture(model, batch, detail=False)
+        lens.prove(stream)
+        states = stream.hidden[:, row[:, None], where]
         states = states.permute(1, 2, 0, 3).contiguous()  # [B, P, L+1, D]
         ids = torch.tensor(list(map(list, tokens[part])), device=model.device)  # [B, K]
         read = lens.norm.linear(states, lens.scale(states))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from backattn.models.hooks import analysis
 from backattn.models.tokens import Batch
 
 
-@torch.no_grad()
+@analysis
 def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None = None) -> Tensor:
     """Log-probabilities of the next token after each prompt, in fp32: [B, V].
 
@@ -36,7 +37,7 @@ def next_log_probs(model, batch: Batch, share: bool = False, cache: Cache | None
         column = torch.arange(rest, device=batch.input_ids.device)
         mask = (column >= rest - (batch.lengths - length)[:, None]).to(batch.attention_mask.dtype)
         whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
-        inputs = {
+        inputs |= {
             "input_ids": batch.input_ids[:, -rest:],
             "attention_mask": whole,
             "position_ids": (mask.cumsum(-1) - 1 + length).clamp(min=0),

@@ -1,5 +1,6 @@
 """From text to token ids: batches, answers, continuations."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Batch:
 def encode(
     tokenizer, prompts: Sequence[str], side: str = "right", device: str | torch.device = "cpu"
 ) -> Batch:
-    """Tokenise prompts into a `Batch`, padded on the right or on the left.
+    """Tokenise prompts (see `prompt_ids`) into a `Batch`, padded on the right or on the left.
 
     Raises ValueError for an empty batch, for a prompt that is not text, or for one without tokens.
 
@@ -71,19 +72,80 @@ def encode(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"Prompt {index} is a {type(prompt).__name__}; prompts are strings.")
-    rows = [torch.tensor(row, dtype=torch.long) for row in tokenizer(prompts)["input_ids"]]
+    rows = _rows(tokenizer, prompts)
     for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        if not len(row) or not prompt.strip():
+        if not row or not prompt.strip():
             raise ValueError(f"Prompt {index} ({prompt!r}) has no words: give at least one.")
-    pad = tokenizer.pad_token_id or 0
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence([row * 0 + 1 for row in rows], batch_first=True, padding_side=side)
+    return padded(rows, tokenizer.pad_token_id or 0, side, device)
+
+
+def padded(rows: Sequence[Sequence[int]], pad=0, side="left", device="cpu") -> Batch:
+    """A batch of token ids, padded on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([row * 0 + 1 for row in tensors], batch_first=True, padding_side=side)
     return Batch(ids.to(device), mask.to(device))
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that goes on."""
-    return tokenizer(text, padding=False, truncation=False)["input_ids"]
+    """Token ids of a text that goes on: what the tokenizer puts before it, and the text.
+
+    What it cuts, pads, or puts behind is left out, and what it puts before a text that begins with
+    it. Warns of that; raises ValueError where special tokens change how the text is cut.
+
+    Example:
+        >>> len(prompt_ids(tokenizer, "the capital of Spain"))
+        4
+    """
+    return _rows(tokenizer, [text])[0]
+
+
+def _rows(tokenizer, texts: list[str]) -> list[list[int]]:
+    """`prompt_ids` of many texts."""
+    whole, bare = (
+        tokenizer(texts, add_special_tokens=x, padding=False, truncation=False)["input_ids"]
+        for x in (True, False)
+    )
+    if whole == bare:
+        return bare
+    rows, left_out = [], set()
+    for full, text in zip(whole, bare, strict=True):
+        places = range(len(full) - len(text) + 1)
+        start = next((i for i in places if full[i : i + len(text)] == text), None)
+        if start is None:
+            raise ValueError("This tokenizer cuts texts otherwise where it adds special tokens.")
+        before, behind = full[:start], full[start + len(text) :]
+        # A text may begin with what the tokenizer puts before it, or with the end of that.
+        twice = next(i for i in range(start, -1, -1) if before[start - i :] == text[:i])
+        rows.append(before + text[twice:])
+        left_out |= {f"{tokenizer.decode([i])!r} behind" for i in behind}
+        left_out |= {f"a second {tokenizer.decode([i])!r} before" for i in text[:twice]}
+    if left_out:
+        _say(f"The tokenizer puts {', '.join(sorted(left_out))} a prompt: it is left out.")
+    return rows
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Warn once."""
+    warnings.warn(message, stacklevel=6)
+
+
+def check_indices(
+    what: str, wanted: Sequence[Sequence[int]], sizes: Sequence[int], first: int = 0
+) -> None:
+    """Raises TypeError or IndexError unless wanted[i] are whole numbers from `first` to below
+    sizes[i], and ValueError where it is not one list for each."""
+    if len(wanted) != len(sizes):
+        raise ValueError(f"{what}: give {len(sizes)} lists of them, not {len(wanted)}.")
+    for index, (values, size) in enumerate(zip(wanted, sizes, strict=True)):
+        for value in values:
+            number = value.item() if hasattr(value, "item") else value
+            if type(number) is not int:
+                raise TypeError(f"{what} {value!r} of prompt {index} is no whole number.")
+            if not first <= number < size:
+                end = f"there are {size}, and the first is {first}."
+                raise IndexError(f"{what} {number} of prompt {index} is not in range: {end}")
 
 
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
@@ -135,7 +197,7 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
     if long:
         shown = ", ".join(dict.fromkeys(long[:5])) + (" …" if len(long) > 5 else "")
         message = f"Answers of several tokens are scored on their first token: {shown}."
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
     return ids
 
 

@@ -41,10 +41,10 @@ def normaliser_diagnostics(
         row, place, head, neuron = where.T
         place = place + stream.batch.start[row]
         if kind == "ffn":
-            norm, state = block.norm("ffn_norm"), stream.ffn_input(layer)
+            norm, state = block.norm("ffn_norm"), stream.input("ffn", layer)
             weights = [linear.weight[neuron] for linear in block.ffn_in if linear is not None]
         else:
-            norm, state = block.norm("attention_norm"), stream.attention_input(layer)
+            norm, state = block.norm("attention_norm"), stream.input("attention", layer)
             group = head // (block.heads // block.kv_heads)
             weights = [block.value.weight[group * block.head_dim + neuron]]
         earlier = layer + (kind == "ffn" and not stream.arch.parallel)

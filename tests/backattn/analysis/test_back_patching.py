@@ -35,5 +35,18 @@ def test_a_patch_changes_the_answer_and_donors_are_other_prompts(llama):
 
 
 def test_a_position_outside_the_prompt_is_named(llama):
-    with pytest.raises(ValueError, match="Position 99 cannot be patched"):
-        back_patch(*llama, PROMPTS[:1], [99], [[5]])
+    for position, message in (
+        (99, "Position 99 of prompt 0"),
+        (-1, "-1"),
+        (0, "the first is 1"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            back_patch(*llama, PROMPTS[:1], [position], [[5]])
+        with pytest.raises(IndexError, match=message):
+            back_patch_one(*llama, PROMPTS[0], position, 2, 1)
+    for given in ([-1], [10**6]):
+        with pytest.raises(IndexError, match="Token id"):
+            back_patch(*llama, PROMPTS[:1], [2], [given])
+    for source, target in ((-1, 0), (5, 0), (1, -1), (2, 4)):
+        with pytest.raises(IndexError, match="Layer"):
+            back_patch_one(*llama, PROMPTS[0], 2, source, target)

@@ -154,8 +154,8 @@ class Backwards:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, text):
-        return {"input_ids": [ids[::-1] for ids in self.tokenizer(text)["input_ids"]]}
+    def __call__(self, text, **options):
+        return {"input_ids": [ids[::-1] for ids in self.tokenizer(text, **options)["input_ids"]]}
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])

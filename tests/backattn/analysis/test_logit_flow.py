@@ -36,7 +36,7 @@ def naive_neurons(model, tokenizer, prompt: str, norm: str) -> pd.DataFrame:
     frozen = lens.scale(stream.hidden[-1, 0, last]) if norm == "final" else None
 
     def add(layer, kind, base, coefficient, column, *where):
-        post, scale = block.norm(f"{kind}_post"), stream.post_scale(kind, layer)[0, last]
+        post, scale = block.norm(f"{kind}_post"), stream.scales[kind][layer][0, last]
         states = torch.stack([base + post.linear(coefficient * column, scale), base])
         after, before = lens.log_probs(states, frozen)[:, answer].tolist()
         rows.append((0, layer, kind, *where, after - before))
@@ -119,7 +119,7 @@ def test_a_head_is_scored_with_all_its_channels_at_once(tiny):
         values = stream.weights[2][0, head, -1, position] * stream.values[2][0, position, group]
         w_o = block.attention_out.weight.unflatten(-1, (block.heads, -1))[:, head]  # [D, d]
         post = block.norm("attention_post")
-        state = base + post.linear(w_o @ values, stream.post_scale("attention", 2)[0, -1])
+        state = base + post.linear(w_o @ values, stream.scales["attention"][2][0, -1])
         expected = (lens.log_probs(state, scale) - lens.log_probs(base, scale))[flow.answer_ids[0]]
         assert found.loc[2, head, position] == pytest.approx(expected.item(), abs=1e-5)
     ffn, layers = (x[x["kind"] == "ffn"]["increase"] for x in (flow.frame, flow.layers))
@@ -218,8 +218,8 @@ def test_a_broken_lens_or_decomposition_is_caught(llama, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr("backattn.analysis.logit_flow.capture", broken)
-            with pytest.raises(ValueError, match="miss the model's log-probability"):
-                logit_flow(*llama, PROMPTS, level="layer").check()
+            with pytest.raises(ValueError, match=f"layer {layer}: residual sum"):
+                logit_flow(*llama, PROMPTS, level="layer")
     monkeypatch.setattr(Lens, "scale", lambda self, state: 1.05 * self.norm.scale(state))
-    with pytest.raises(ValueError, match="miss the model's log-probability"):
-        logit_flow(*llama, PROMPTS, level="layer").check()
+    with pytest.raises(ValueError, match="final norm and unembedding"):
+        logit_flow(*llama, PROMPTS, level="layer")

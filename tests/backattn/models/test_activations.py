@@ -6,7 +6,7 @@ from conftest import PROMPTS
 
 from backattn import load_model
 from backattn.analysis.neuron_scores import sublayers
-from backattn.models.activations import capture, self_check
+from backattn.models.activations import capture
 from backattn.models.decoder import describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import hooks
@@ -26,7 +26,7 @@ def close(found, expected, tolerance=1e-5):
 
 def test_every_sublayer_is_the_sum_of_its_parts(stream):
     """Layer by layer: the stream; at the last position, neurons and the bias."""
-    assert stream.decomposition_error() <= 1e-5
+    stream.prove_sums()
     for layer in range(stream.layers):
         added = stream.attention[layer] + stream.ffn[layer]
         close(stream.hidden[layer] + added, stream.hidden[layer + 1])
@@ -49,22 +49,18 @@ def test_attention_reads_no_padding_and_no_later_position(stream):
 
 def test_values_and_neurons_are_made_again_to_the_bit_and_by_the_input_weights(stream):
     for layer, block in enumerate(stream.arch.blocks):
-        (gate, up), (m, g, u) = block.ffn_in, block.neurons(stream.ffn_input(layer))
+        (gate, up), (m, g, u) = block.ffn_in, block.neurons(stream.input("ffn", layer))
         assert torch.equal(m, stream.neurons[layer])
-        assert torch.equal(block.values(stream.attention_input(layer)), stream.values[layer])
-        for name, state, pairs in (
-            (
-                "attention_norm",
-                stream.attention_input(layer),
-                [(block.value, stream.values[layer])],
-            ),
-            ("ffn_norm", stream.ffn_input(layer), [(up, u), (gate, g)]),
+        assert torch.equal(block.values(stream.input("attention", layer)), stream.values[layer])
+        for kind, pairs in (
+            ("attention", [(block.value, stream.values[layer])]),
+            ("ffn", [(up, u), (gate, g)]),
         ):
-            norm = block.norm(name)
+            norm, state = block.norm(f"{kind}_norm"), stream.input(kind, layer)
             x = norm.linear(state, norm.scale(state)) + norm.bias
             for linear, found in pairs:
                 if linear is not None:
-                    close(linear(x).reshape(found.shape), found)
+                    close((x @ linear.weight.T + linear.bias).reshape(found.shape), found)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -108,14 +104,13 @@ def test_no_hook_survives_an_exception(tiny):
     assert model.config._attn_implementation == attention
 
 
-def test_self_check_names_what_does_not_add_up():
-    model, _ = load_model("tiny-llama")
-    self_check(load_model("tiny-llama")[0])
+def test_a_layer_that_does_more_than_add_is_named():
+    model, tokenizer = load_model("tiny-llama")
     layer = model.model.layers[1]
     forward = layer.forward
     layer.forward = lambda *args, **kw: forward(*args, **kw) * 1.01  # multiplied, as in Granite
-    with pytest.raises(UnsupportedModelError, match="residual contributions miss"):
-        self_check(model)
+    with pytest.raises(UnsupportedModelError, match="layer 1: residual sum"):
+        capture(model, encode(tokenizer, PROMPTS)).prove_sums()
 
 
 def test_a_prompt_longer_than_the_context_is_refused(llama):
