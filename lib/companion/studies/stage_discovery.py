@@ -40,13 +40,16 @@ def normaliser_diagnostics(
         where = torch.tensor(where.to_numpy(np.int64), device=stream.hidden.device)
         row, place, head, neuron = where.T
         place = place + stream.batch.start[row]
+        norm, state = block.norm(f"{kind}_norm"), stream.input(kind, layer)
         if kind == "ffn":
-            norm, state = block.norm("ffn_norm"), stream.input("ffn", layer)
-            weights = [linear.weight[neuron] for linear in block.ffn_in if linear is not None]
+            _, *outputs = block.neurons(state)
+            pairs = [pair for pair in zip(block.ffn_in, outputs, strict=True) if pair[0]]
+            weights = [linear.weight[neuron] for linear, _ in pairs]
         else:
-            norm, state = block.norm("attention_norm"), stream.input("attention", layer)
             group = head // (block.heads // block.kv_heads)
+            pairs = [(block.value, stream.values[layer].flatten(2))]
             weights = [block.value.weight[group * block.head_dim + neuron]]
+        stream.prove_inputs(layer, kind, *pairs)
         earlier = layer + (kind == "ffn" and not stream.arch.parallel)
         parts = torch.cat([stream.hidden[:1], stream.attention[:earlier], stream.ffn[:layer]])
         read = norm.linear(parts[:, row, place], norm.scale(state[row, place]))  # [P, n, D]
