@@ -1,0 +1,120 @@
+"""Circuits: what is kept, what is exchanged, attributions that agree where all is linear."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from backattn.analysis.circuits import BASES, METHODS, SIZES, Circuit, areas, pair_up
+from backattn.models.decoder import describe
+
+PROMPTS = ["France's capital is", "Spain's capital is", "the mother of Anna is"]
+OTHERS = ["Italy's capital is", "France's capital is", "the father of Anna is"]
+
+
+@pytest.fixture
+def pairs(llama):
+    return pair_up(llama[1], PROMPTS, OTHERS, [5, 6, 7], [8, 9, 10])
+
+
+@pytest.mark.parametrize("units", ["nodes", "neurons"])
+def test_all_kept_is_the_model_and_nothing_kept_the_counterfactual(tiny, units):
+    model, tokenizer = tiny
+    pairs = pair_up(tokenizer, PROMPTS, OTHERS, [5, 6, 7], [8, 9, 10])
+    circuit, rows = Circuit(model, units), range(3)
+    count = len(circuit.nodes)
+    with torch.no_grad():
+        plain = [
+            batch.at_last(model(**batch.inputs).logits) for batch in (pairs.clean, pairs.other)
+        ]
+    m = [(x[rows, pairs.right] - x[rows, pairs.wrong]).numpy() for x in plain]
+    np.testing.assert_allclose(circuit.kept(pairs, np.full(count, True)), m[0], atol=1e-5)
+    if units == "nodes":  # all but the embedding, which is the prompt's own
+        embed = model.get_input_embeddings()
+        assert not np.allclose(circuit.kept(pairs, np.full(count, False)), m[0], atol=1e-3)
+        same = pair_up(tokenizer, PROMPTS, PROMPTS, [5, 6, 7], [8, 9, 10])
+        np.testing.assert_allclose(circuit.kept(same, np.full(count, False)), m[0], atol=1e-5)
+        assert embed is model.get_input_embeddings()
+
+
+def linear(tiny_gpt2):
+    """Linear in what nodes put out: no norms, no activation, fixed attention patterns."""
+    model = copy.deepcopy(tiny_gpt2)
+    for block in describe(model).blocks:
+        block.module.ln_1, block.module.ln_2 = nn.Identity(), nn.Identity()
+        block.module.mlp.act = nn.Identity()
+        with torch.no_grad():
+            block.module.attn.c_attn.weight[:, : 2 * 32] = 0
+            block.module.attn.c_attn.bias[: 2 * 32] = 0
+    model.transformer.ln_f = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("base", ["counterfactual", "mean", "zero"])
+@pytest.mark.parametrize("units", ["nodes", "neurons"])
+def test_where_all_is_linear_gradients_equal_exact_patching(units, base):
+    from backattn import load_model
+
+    model, tokenizer = load_model("tiny-gpt2")
+    pairs = pair_up(tokenizer, PROMPTS, OTHERS, [5, 6, 7], [8, 9, 10])
+    circuit = Circuit(linear(model), units)
+    exact = circuit.scores(pairs, "exact", base)
+    for method in ("gradient", "integrated"):
+        np.testing.assert_allclose(circuit.scores(pairs, method, base), exact, atol=1e-4)
+
+
+def test_a_random_order_has_the_areas_of_a_straight_end(llama):
+    """Of a model whose nodes all count: until all are kept, a random circuit gives nothing."""
+    import pandas as pd
+
+    flat = pd.DataFrame({"size": SIZES, "faithfulness": [0.0] * (len(SIZES) - 1) + [1.0]})
+    assert areas(flat) == pytest.approx((0.25, 0.75))
+    perfect = flat.assign(faithfulness=1.0)
+    assert areas(perfect)[0] > 0.99 and areas(perfect)[1] < 0.01
+
+
+def test_keeping_more_of_the_best_nodes_comes_nearer(llama, pairs):
+    circuit = Circuit(llama[0])
+    best = circuit.curve(pairs, circuit.scores(pairs, "exact").mean(0))
+    assert best["nodes"].tolist()[-1] == len(circuit.nodes) == 4 * 5
+    assert best["faithfulness"].iloc[-1] == pytest.approx(1)
+    removed = circuit.curve(pairs, circuit.scores(pairs, "exact").mean(0), remove=True)
+    assert removed["faithfulness"].iloc[-1] == pytest.approx(0)
+    chance = [
+        circuit.curve(pairs, circuit.scores(pairs, "random", seed=s).mean(0)) for s in range(8)
+    ]
+    assert areas(best)[0] > np.mean([areas(x)[0] for x in chance])
+
+
+def test_scores_do_not_depend_on_batches_or_leave_a_trace(llama, pairs):
+    circuit, before = Circuit(llama[0]), llama[0](pairs.clean.input_ids).logits
+    for method, base in itertools.product(METHODS, BASES):
+        whole = circuit.scores(pairs, method, base)
+        if method != "random":
+            alone = circuit.scores(pairs, method, base, batch_size=1)
+            np.testing.assert_allclose(alone, whole, atol=1e-5)
+    assert torch.equal(llama[0](pairs.clean.input_ids).logits, before)
+    assert all(p.grad is None for p in llama[0].parameters())
+
+
+def test_what_cannot_be_compared_is_refused(llama):
+    model, tokenizer = llama
+    with pytest.raises(ValueError, match="counterfactual 5"):
+        pair_up(tokenizer, ["Rome is"], ["France's capital is"], [5], [6])
+    with pytest.raises(ValueError, match="no contrast"):
+        pair_up(tokenizer, ["Rome is"], ["Tokyo is"], [5], [5])
+    circuit = Circuit(model)
+    pairs = pair_up(tokenizer, ["Rome is"], ["Tokyo is"], [5], [6])
+    for score in (np.ones(3), np.full(len(circuit.nodes), np.nan)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            circuit.curve(pairs, score)
+    for call in (
+        lambda: Circuit(model, "edges"),
+        lambda: circuit.scores(pairs, "magic"),
+        lambda: circuit.scores(pairs, "gradient", "median"),
+    ):
+        with pytest.raises(ValueError, match="unknown"):
+            call()
