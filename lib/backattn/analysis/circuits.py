@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from backattn.models.decoder import describe
-from backattn.models.hooks import hooks
+from backattn.models.families import UnsupportedModelError
+from backattn.models.hooks import evaluating, hooks
 from backattn.models.tokens import Batch, encode
 from backattn.runtime import progress
 
@@ -146,6 +147,11 @@ class Circuit:
     def _values(self, batch: Batch) -> Values:
         values: Values = []
         self._logits(batch, [values.append] * len(self._places))
+        if len(values) != len(self._places):
+            raise UnsupportedModelError(
+                "Some layers ran twice or not at all, so that a node has no one value: give the "
+                "base model, without back attention."
+            )
         return values
 
     def _per_node(self, products: Values) -> Tensor:
@@ -181,9 +187,10 @@ class Circuit:
         keep, found = torch.from_numpy(np.asarray(keep, dtype=bool)), []
         masks = keep.split([n for *_, n in self._places])
         masks = [m.repeat_interleave(c) for m, (*_, c, _) in zip(masks, self._places, strict=True)]
-        for part, values in self._parts(pairs, base, batch_size):
-            changes = map(self._exchange, masks, values)
-            found.append(self._metric(part, list(changes)))
+        with evaluating(self.model):
+            for part, values in self._parts(pairs, base, batch_size):
+                changes = map(self._exchange, masks, values)
+                found.append(self._metric(part, list(changes)))
         return torch.cat(found).cpu().numpy()
 
     @staticmethod
@@ -249,8 +256,9 @@ class Circuit:
         if method == "random":
             return np.random.default_rng(seed).random((len(pairs), len(self.nodes)))
         score, found = getattr(self, f"_{method}"), []
-        for part, values in self._parts(pairs, base, batch_size):
-            found.append(score(part, values, base, steps).detach().cpu().numpy())
+        with evaluating(self.model):
+            for part, values in self._parts(pairs, base, batch_size):
+                found.append(score(part, values, base, steps).detach().cpu().numpy())
         return np.concatenate(found)
 
     @torch.no_grad()
@@ -299,7 +307,8 @@ class Circuit:
         return self._weighted(pairs, values, mean)
 
     def _activation(self, pairs: Pairs, *_) -> Tensor:
-        return self._per_node([x.abs() for x in self._values(pairs.clean)])
+        real = pairs.clean.attention_mask[..., None]
+        return self._per_node([x.abs() * real for x in self._values(pairs.clean)])
 
 
 def areas(curve: pd.DataFrame) -> tuple[float, float]:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from backattn import BackAttentionConfig, get_back_attention_model, load_model
 from backattn.analysis.circuits import BASES, METHODS, SIZES, Circuit, areas, pair_up
 from backattn.models.decoder import describe
+from backattn.models.families import UnsupportedModelError
 
 PROMPTS = ["France's capital is", "Spain's capital is", "the mother of Anna is"]
 OTHERS = ["Italy's capital is", "France's capital is", "the father of Anna is"]
@@ -56,8 +58,6 @@ def linear(tiny_gpt2):
 @pytest.mark.parametrize("base", ["counterfactual", "mean", "zero"])
 @pytest.mark.parametrize("units", ["nodes", "neurons"])
 def test_where_all_is_linear_gradients_equal_exact_patching(units, base):
-    from backattn import load_model
-
     model, tokenizer = load_model("tiny-gpt2")
     pairs = pair_up(tokenizer, PROMPTS, OTHERS, [5, 6, 7], [8, 9, 10])
     circuit = Circuit(linear(model), units)
@@ -98,6 +98,21 @@ def test_scores_do_not_depend_on_batches_or_leave_a_trace(llama, pairs):
             np.testing.assert_allclose(alone, whole, atol=1e-5)
     assert torch.equal(llama[0](pairs.clean.input_ids).logits, before)
     assert all(p.grad is None for p in llama[0].parameters())
+
+
+def test_padding_dropout_and_layers_that_run_twice():
+    model, tokenizer = load_model("tiny-gpt2")
+    prompts, others = ["France's capital is", "is"], ["Italy's capital is", "the"]
+    pairs, circuit = pair_up(tokenizer, prompts, others, [5, 6], [8, 9]), Circuit(model)
+    for method in ("activation", "gradient", "integrated", "exact"):
+        alone = circuit.scores(pairs, method, batch_size=1)
+        model.train()  # GPT-2 has dropout
+        np.testing.assert_allclose(circuit.scores(pairs, method), alone, atol=1e-5)
+        assert model.training and model.transformer.drop.training
+        model.eval()
+    wrapped = get_back_attention_model(model, BackAttentionConfig(1, dim=8))
+    with wrapped.applied(), pytest.raises(UnsupportedModelError, match="ran twice"):
+        circuit.scores(pairs, "gradient")
 
 
 def test_what_cannot_be_compared_is_refused(llama):
