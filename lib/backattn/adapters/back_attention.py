@@ -50,25 +50,6 @@ class BackAttentionModel(TwoPassModel):
         super().__init__(model, updates, memory, freeze_base)
         self.back_attention_config = config
 
-    def edited(
-        self, cells: Tensor | None = None, memory: Tensor | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        """Change what this thread can read while the block runs, to test what is used.
-
-        cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a
-        query. The softmax goes over the others, and a query that may read none gets no update. S
-        counts the positions in a cache too. memory: [M, B, S, D], states to be read instead of the
-        first pass's; not with a cache. Raises ValueError for another shape, here or in the call.
-        """
-        count, width = len(self.memory_layers), self._arch.width
-        if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
-            shape = f"[batch, queries, {count} memory layers, positions]"
-            raise ValueError(f"cells must be {shape}, not {list(cells.shape)}.")
-        if memory is not None and (memory.dim() != 4 or memory.shape[::3] != (count, width)):
-            shape = f"[{count} memory layers, batch, positions, width {width}]"
-            raise ValueError(f"memory must be {shape}, not {list(memory.shape)}.")
-        return self._asked(cells=cells, memory=memory)
-
     @contextlib.contextmanager
     def attention_maps(self) -> Iterator[dict[int, Tensor]]:
         """Yields source layer -> [B, H, T, M, S], the weights of this thread's latest forward pass

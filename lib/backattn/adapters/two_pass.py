@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backattn.adapters.call import attached
-from backattn.adapters.modules import Update
+from backattn.adapters.modules import BackAttention, Update
 from backattn.models.decoder import Arch, describe
 from backattn.models.devices import runs_on
 from backattn.models.hooks import exclusive
@@ -150,6 +150,30 @@ class TwoPassModel(nn.Module):
             return
         with exclusive(self), self._asked(applied=threading.get_ident()), attached(self):
             yield
+
+    def edited(
+        self, cells: Tensor | None = None, memory: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Change what this thread can read while the block runs, to test what is used.
+
+        cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a
+        query. The softmax goes over the others, and a query that may read none gets no update. S
+        counts the positions in a cache too. memory: [M, B, S, D], states to be read instead of the
+        first pass's; not with a cache. Raises ValueError for another shape, here or in the call,
+        and for cells where an update does not attend.
+        """
+        count, width = len(self.memory_layers), self._arch.width
+        if cells is not None and not all(
+            isinstance(x, BackAttention) for x in self.updates.values()
+        ):
+            raise ValueError("Only back attention reads cells; give another memory instead.")
+        if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
+            shape = f"[batch, queries, {count} memory layers, positions]"
+            raise ValueError(f"cells must be {shape}, not {list(cells.shape)}.")
+        if memory is not None and (memory.dim() != 4 or memory.shape[::3] != (count, width)):
+            shape = f"[{count} memory layers, batch, positions, width {width}]"
+            raise ValueError(f"memory must be {shape}, not {list(memory.shape)}.")
+        return self._asked(cells=cells, memory=memory)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """The unadapted model while the block runs, in this thread."""

@@ -135,17 +135,20 @@ def written(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer, text: str, window: int = 96) -> float:
-    """exp of the mean loss per token of a text, in windows of `window` tokens, the rest left out.
+    """exp of the mean loss per token of a text, in windows of `window` tokens, the rest left out;
+    each begins with the tokenizer's beginning of text, where it puts one before a prompt.
 
     Example:
         >>> perplexity(model, tokenizer, "one two three four " * 20, window=8) > 1
         True
     """
-    input_ids = torch.tensor(prompt_ids(tokenizer, text))
-    if len(input_ids) < window:
-        raise ValueError(f"The text has {len(input_ids)} tokens, less than a window of {window}.")
-    windows = input_ids[: len(input_ids) // window * window].view(-1, window)
-    losses = []
+    ids = torch.tensor(prompt_ids(tokenizer, text))
+    begins = ids[:1] if ids[0] == tokenizer.bos_token_id else ids[:0]
+    ids = ids[len(begins) :]
+    if len(ids) < window:
+        raise ValueError(f"The text has {len(ids)} tokens, less than a window of {window}.")
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    windows, losses = torch.cat([begins.expand(len(windows), -1), windows], dim=1), []
     for part in windows.to(input_device(model)).split(4):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].float().flatten(0, 1)
         losses.append(F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none"))

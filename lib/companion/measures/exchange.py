@@ -1,0 +1,69 @@
+"""Another memory in small models from scratch, whose questions "e3 r7 r12" are all of one length:
+does the answer become the one that the other memory's bridge has?"""
+
+import pandas as pd
+import torch
+
+from backattn.adapters.modules import BackAttention, normed
+from backattn.adapters.two_pass import TwoPassModel
+from companion.questions.splits import place_of
+
+R1 = 1  # r1's position in a question
+
+
+def matched_donors(questions: pd.DataFrame, pool: pd.DataFrame) -> pd.Series:
+    """Per question the index of one of `pool` with the same two relations and another answer, drawn
+    by a hash of both prompts; -1 where there is none. Both: prompt ("e3 r7 r12"), answer."""
+
+    def relations(frame: pd.DataFrame) -> pd.Series:
+        return frame["prompt"].str.split(n=1).str[1]
+
+    by_relations, chosen = dict(list(pool.groupby(relations(pool)))), []
+    for prompt, answer, pair in zip(
+        questions["prompt"], questions["answer"], relations(questions), strict=True
+    ):
+        alike = by_relations.get(pair, pool.iloc[:0])
+        alike = alike.loc[alike["answer"] != answer, "prompt"]
+        order = alike.map(lambda other, prompt=prompt: place_of(f"{prompt}|{other}"))
+        chosen.append(order.idxmin() if len(order) else -1)
+    return pd.Series(chosen, index=questions.index, dtype=int)
+
+
+@torch.no_grad()
+def exchange_memory(
+    wrapped: TwoPassModel, tokenizer, questions: pd.DataFrame, donors: pd.DataFrame
+) -> pd.DataFrame:
+    """Questions asked with several memories: question (row number), memory, right, donors_answer
+    (the answer became the donor's; both 0.0 or 1.0). questions and donors, row by row: prompt,
+    answer.
+
+    memory: "own"; "another's", the states that the first pass makes of the donor; "mean", of all
+    questions; and, where the update attends, "only r1", r1's cells alone.
+    """
+
+    def ids(texts: pd.Series) -> torch.Tensor:
+        return torch.tensor(tokenizer(texts.tolist(), add_special_tokens=False)["input_ids"])
+
+    own, other = ids(questions["prompt"]), ids(donors["prompt"])
+    answers, donated = ids(questions["answer"])[:, 0], ids(donors["answer"])[:, 0]
+    inputs = {"attention_mask": torch.ones_like(own)}
+    inputs |= {"position_ids": torch.arange(own.shape[1]).expand_as(own)}
+    among = [wrapped.needed.index(layer) for layer in wrapped.memory_layers]
+    mean = normed(wrapped.first_pass_states(own, **inputs)[among]).mean(1, keepdim=True)
+    memories = {
+        "own": {},
+        "another's": {"memory": wrapped.first_pass_states(other, **inputs)[among]},
+        "mean": {"memory": mean.expand(-1, len(own), -1, -1)},
+    }
+    if all(isinstance(update, BackAttention) for update in wrapped.updates.values()):
+        cells = torch.zeros(1, 1, len(among), own.shape[1], dtype=torch.bool)
+        cells[..., R1] = True
+        memories["only r1"] = {"cells": cells}
+    parts = []
+    for memory, edit in memories.items():
+        with wrapped.edited(**edit):
+            said = wrapped(own, **inputs, use_cache=False).logits[:, -1].argmax(-1)
+        table = {"question": range(len(own)), "memory": memory}
+        table |= {"right": (said == answers).numpy().astype(float)}
+        parts.append(pd.DataFrame({**table, "donors_answer": (said == donated).numpy() * 1.0}))
+    return pd.concat(parts, ignore_index=True)
