@@ -28,6 +28,10 @@ STAGES = {  # (kind of sub-layer, position group, "flow", "direct" or "onward"),
 }
 STEPS = (("A", "B"), ("B", "C"), ("C", "D"))  # the paper's order
 BOUNDARIES = ("begin", "middle", "end", "peak")
+# What says where a stage lies. Verdicts leave layer 0 out, as knock-outs do: its FFN acts as a part
+# of the embedding.
+WITHOUT_0 = "middle, layer 0 left out"
+ORDERED_BY = {"middle": {}, WITHOUT_0: {"without": (0,)}, "peak": {"place": "peak"}}
 
 
 def grouped_flow(back: FlowBack, groups: Sequence) -> pd.DataFrame:
@@ -86,17 +90,34 @@ def profile_bands(profiles: dict[str, np.ndarray], clusters: Sequence) -> pd.Dat
     return mean_by_layer(shares, clusters, [*profiles], "stage").rename(columns={"mean": "share"})
 
 
-def order_table(profiles: dict, clusters: Sequence, more: Sequence = ()) -> pd.DataFrame:
-    """How many layers (gap) the middle of a stage lies behind another's, for the paper's STEPS and
-    the pairs in `more`: earlier, later, gap, low, high, after (the interval is above 0), step."""
-    weights, middle, rows = bootstrap(clusters), BOUNDARIES.index("middle"), []
-    point = {name: boundaries(x.mean(0))[middle] for name, x in profiles.items()}
-    draws = {name: boundaries(weights @ x)[:, middle] for name, x in profiles.items()}
+def order_table(
+    profiles: dict,
+    clusters: Sequence,
+    more: Sequence = (),
+    place: str = "middle",
+    without: Sequence[int] = (),
+) -> pd.DataFrame:
+    """How many layers (gap) a stage lies behind another, for the paper's STEPS and the pairs in
+    `more`: earlier, later, gap, low, high, after (the interval is above 0), step. place: which of
+    BOUNDARIES says where a stage lies; without: layers whose flow is left out."""
+    weights, which, rows = bootstrap(clusters), BOUNDARIES.index(place), []
+    kept = {name: np.delete(x, list(without), axis=-1) for name, x in profiles.items()}
+    point = {name: boundaries(x.mean(0))[which] for name, x in kept.items()}
+    draws = {name: boundaries(weights @ x)[:, which] for name, x in kept.items()}
     for a, b in (*STEPS, *more):
         row = {"earlier": a, "later": b, "gap": point[b] - point[a]}
         row |= interval(draws[b] - draws[a])
         rows.append({**row, "after": row["low"] > 0, "step": (a, b) in STEPS})
     return pd.DataFrame(rows)
+
+
+def order_tables(profiles: dict, clusters: Sequence, more: Sequence = ()) -> pd.DataFrame:
+    """`order_table` for each of ORDERED_BY, its name in the column `by`."""
+    parts = [
+        order_table(profiles, clusters, more, **how).assign(by=name)
+        for name, how in ORDERED_BY.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
@@ -109,11 +130,13 @@ def core_layers(profile: np.ndarray, without: Sequence[int] = ()) -> list[int]:
     return sorted(order[:enough].tolist())
 
 
-def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> list[list[int]]:
-    """Up to `draws` different random sets of as many layers as `taken` and none of them."""
+def other_layers(
+    size: int, taken: Sequence[int], layers: int, draws: int, seed: int
+) -> list[list[int]]:
+    """Up to `draws` different random sets of `size` layers, none of them among `taken`."""
     generator = np.random.default_rng(seed)
     rest = [layer for layer in range(layers) if layer not in taken]
-    size = min(len(taken), len(rest))
+    size = min(size, len(rest))
     possible, sets = math.comb(len(rest), size), {}
     while len(sets) < min(draws, possible):
         sets[tuple(sorted(generator.choice(rest, size=size, replace=False).tolist()))] = None
@@ -121,16 +144,18 @@ def other_layers(taken: Sequence[int], layers: int, draws: int, seed: int) -> li
 
 
 def against_random(probe: KnockoutProbe, cores: dict, draws: int, seed: int) -> dict[str, tuple]:
-    """Drops of log p(answer) without each stage's layers, and without random others but layer 0 (it
-    acts as a part of the embedding): stage -> (layers, drops [n], of the sets [draws, n]).
+    """Drops of log p(answer) without each stage's layers, and without equally many others, drawn
+    from those that are in no stage's core (the FFNs of C and of D at the last position are the
+    same) and are not layer 0: stage -> (layers, drops [n], of the sets [draws, n]).
 
     cores: stage (its first letter says which) -> layers.
     """
     total, base, drops = len(probe.arch.blocks), probe.log_probs().numpy(), {}
+    taken = {0}.union(*cores.values())
     with progress(description="knock-outs", total=len(cores) * (draws + 1), unit="run") as bar:
         for stage, layers in cores.items():
             lost = []
-            for chosen in [layers, *other_layers([0, *layers], total, draws, seed)]:
+            for chosen in [layers, *other_layers(len(layers), taken, total, draws, seed)]:
                 parts = STAGES[stage[0]]
                 knockouts = [Knockout(kind, tuple(chosen), (group,)) for kind, group, _ in parts]
                 lost.append(base - probe.log_probs(knockouts).numpy())

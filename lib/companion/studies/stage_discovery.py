@@ -88,16 +88,17 @@ def _gaps(steps: pd.DataFrame) -> str:
 
 
 def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> dict[str, str]:
-    """C1. order, knockouts: from `stages.order_table` and `stages.knockout_table`.
+    """C1. order, knockouts: `stages.order_table` without layer 0, `stages.knockout_table`.
 
     Seven checks: A→B, B→C, C→D have their whole intervals above zero; each stage's layers are
     `needed`, of A and C without layer 0, whose FFN acts as a part of the embedding.
     """
     steps = order[order["step"]]
     tested = knockouts[knockouts["stage"].isin(["A above 0", "B", "C above 0", "D"])]
+    needed = ", ".join(tested.loc[tested["needed"], "stage"]) or "none"
     ours = (
-        f"layers between stages: {_gaps(steps)}; own layers needed more than every random set: "
-        f"{', '.join(tested.loc[tested['needed'], 'stage']) or 'none'}; n = {n}"
+        f"layers between stages, layer 0 left out: {_gaps(steps)}; own layers needed more than "
+        f"every random set outside of all stages: {needed}; n = {n}"
     )
     return claim("C1", ours, passed=[*steps["after"], *tested["needed"]])
 
@@ -131,12 +132,12 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
 
 
 def one_after_the_other(order: pd.DataFrame, n: int) -> dict[str, str]:
-    """B1. order: `stages.order_table` with the pairs of notebook 01.
+    """B1. order: `stages.order_table` without layer 0, with the pairs of notebook 01.
 
     Three checks, each with its whole interval above zero: FFNs work on the relation's word after
     those at the entity (A) and after attention has read it (B), and so does what gives the answer.
     """
     pairs = [("A", "C relation"), ("B", "C relation"), ("B", "D")]
     rows = order.set_index(["earlier", "later"]).loc[pairs].reset_index()
-    ours = f"layers between stages: {_gaps(rows)}; n = {n}"
+    ours = f"layers between stages, layer 0 left out: {_gaps(rows)}; n = {n}"
     return claim("B1", ours, passed=rows["low"] > 0, against=rows["high"] < 0)

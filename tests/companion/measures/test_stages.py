@@ -57,6 +57,17 @@ def test_a_planted_wrong_order_is_not_called_ordered():
     assert not stages.order_table(level, ALONE)["after"].any()
 
 
+def test_layer_0_can_be_left_out_of_the_order():
+    """C lies before B by its middle, since half of it is in layer 0, and after B without that."""
+    profiles = synthetic((5, 12, 18, 25))
+    profiles["C"][:, 0] += 1.1 * profiles["C"].sum(-1)
+    table = stages.order_tables(profiles, ALONE).set_index("by")
+    after = {name: part["after"].tolist() for name, part in table.groupby(level=0)}
+    assert after["middle"] == [True, False, True] and after[stages.WITHOUT_0] == [True] * 3
+    gap = table.loc[stages.WITHOUT_0, "gap"].to_numpy()
+    assert np.allclose(gap, [7, 6, 7], atol=0.5) and table.loc["peak", "gap"].iloc[1] == -12
+
+
 def test_boundaries_lie_where_the_flow_is():
     one = np.zeros(10)
     one[4] = 2.0
@@ -67,12 +78,12 @@ def test_boundaries_lie_where_the_flow_is():
 
 
 def test_other_layers_are_other():
-    for chosen in stages.other_layers([0, 3, 7], 12, draws=20, seed=0):
-        assert len(chosen) == 3 and not set(chosen) & {0, 3, 7}
-    pairs = stages.other_layers([0, 23], 30, draws=40, seed=0)  # two of 28: many; all different
+    for chosen in stages.other_layers(2, [0, 3, 7], 12, draws=20, seed=0):
+        assert len(chosen) == 2 and not set(chosen) & {0, 3, 7}
+    pairs = stages.other_layers(2, [0, 23], 30, draws=40, seed=0)  # two of 28: many; all different
     assert len({tuple(chosen) for chosen in pairs}) == 40
-    assert pairs == stages.other_layers([0, 23], 30, draws=40, seed=0)
-    assert len(stages.other_layers([4], 6, draws=19, seed=0)) == 5  # no more than there are
+    assert pairs == stages.other_layers(2, [0, 23], 30, draws=40, seed=0)
+    assert len(stages.other_layers(1, [4], 6, draws=19, seed=0)) == 5  # no more than there are
 
 
 def test_a_stage_is_needed_only_when_it_beats_every_draw():
@@ -89,8 +100,11 @@ def test_a_stage_is_set_against_random_layers(llama):
     texts, groups = prompts["prompt"].tolist(), position_groups(llama[1], prompts)
     means = group_means(*llama, texts, groups)
     probe = KnockoutProbe(*llama, texts, [1] * len(texts), groups, means)
-    layers, drop, random = stages.against_random(probe, {"D above 0": [1]}, 1, seed=0)["D above 0"]
-    stage = Knockout("attention", (1,), ("relation", "last")), Knockout("ffn", (1,), ("last",))
-    known = probe.log_probs() - probe.log_probs(stage)
-    assert layers == [1] and np.allclose(drop, known.numpy(), atol=1e-5)
-    assert random.shape == (1, len(texts))
+    cores = {"D above 0": [1], "A": [2]}  # of four layers only the last is in neither, nor layer 0
+    layers, drop, random = stages.against_random(probe, cores, 1, seed=0)["D above 0"]
+    assert layers == [1]
+    for layer, lost in ((1, drop), (3, random[0])):
+        parts = ("attention", ("relation", "last")), ("ffn", ("last",))
+        knockouts = [Knockout(kind, (layer,), where) for kind, where in parts]
+        known = probe.log_probs() - probe.log_probs(knockouts)
+        assert np.allclose(lost, known.numpy(), atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from companion import paths
 from companion.measures.gains import gain_claim
+from companion.measures.stages import WITHOUT_0
 from companion.report import tables
 from companion.report.verdicts import CLAIMS, VERDICTS
 from companion.studies import back_attention_training as training
@@ -75,7 +76,8 @@ def reading_of(prefix: str, high: tuple[int, int]) -> tuple:
 
 def rules() -> list[dict]:
     """Every rule whose inputs are tables, asked again."""
-    shares, order, blocked = read("02_census"), read("01_order"), read("01_knockouts")
+    shares, blocked = read("02_census"), read("01_knockouts")
+    order, sums = (x[x["by"] == WITHOUT_0] for x in (read("01_order"), read("09_order")))
     one_hop = shares[shares["examples"] == "one-hop"]
     three_way = pd.DataFrame([{"wording": "possessive", "outcome": "e2"}])
     three_way = three_way.assign(share=0, low=0, high=0)
@@ -117,7 +119,7 @@ def rules() -> list[dict]:
             less[less["less"] == "residual LoRA there"],
         ),
         reasoning.arithmetic_has_stages(
-            {"a": (read("09_order"), 9), "b": (read("09_scratch_order"), 9)}, read("09_knockouts")
+            {"a": (sums, 9), "b": (read("09_scratch_order"), 9)}, read("09_knockouts")
         ),
         reasoning.other_prompts_too(read("09_prompts_differences"), arms[:2]),
         reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
