@@ -49,6 +49,18 @@ def dtype(given: torch.dtype | str | None = None) -> torch.dtype:
     return getattr(torch, name) if isinstance(name, str) else name
 
 
+def multiplies_bf16(device: str | torch.device = "cpu") -> bool:
+    """Whether a device multiplies bf16 matrices itself; processors without AVX-512 do it number by
+    number, some fifty times as slowly as fp32.
+
+    Example:
+        >>> multiplies_bf16("cuda")
+        True
+    """
+    slow = ("DEFAULT", "AVX2")
+    return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() not in slow
+
+
 def process_state():
     """The processes that `accelerate launch` started, one without it, as accelerate's PartialState;
     they speak over gloo where there is no GPU."""

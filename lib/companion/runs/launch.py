@@ -26,6 +26,7 @@ from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import Batch
 from companion.questions.datasets import DATASETS
 from companion.runs.as_asked import questions
+from companion.runs.perform import trained_in
 from companion.runs.plans import Planned, complete, found, main_runs, tried
 from companion.runs.run import Run, located
 from companion.runs.scratch import arm_of
@@ -70,13 +71,14 @@ def estimate(plan: Sequence[Planned], store: Store, device: str = "cpu") -> Esti
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         check_supported(config)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    layers, dtype = config.num_hidden_layers, getattr(torch, runs[0].dtype)  # of training
+    first = replace(runs[0], dtype=trained_in(runs[0], device))
+    layers, dtype = config.num_hidden_layers, getattr(torch, first.dtype)
     lengths = {  # mean tokens of a dataset's questions
         name: float(questions(replace(run, arm="zero-shot"), tokenizer, "train").lengths.mean())
         for name, run in {run.dataset: run for run in runs}.items()
     }
     usual = round(np.mean(list(lengths.values())))
-    one, three = (_timed(config, count, runs[0], usual, place) for count in (1, 3))
+    one, three = (_timed(config, count, first, usual, place) for count in (1, 3))
     layer, forward, activations = (np.subtract(three, one) / 2).clip(min=0).tolist()  # per layer
     rest = max(one[0] - layer, 0)
     seconds, again, states, deepest = 0.0, 0.0, 0.0, 0

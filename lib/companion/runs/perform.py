@@ -78,14 +78,22 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
+def trained_in(run: Run, device: str) -> str:
+    """The dtype of a run's frozen model in training: fp32 where bf16 would take for ever; and of a
+    model from scratch, whose matrix products alone are in bf16 (`Recipe.autocast`)."""
+    slow = run.dtype == "bfloat16" and not runtime.multiplies_bf16(one_device(device))
+    return "float32" if slow or run.model == SCRATCH else run.dtype
+
+
 def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     """Train and test one run, unless it is finished; a stopped one goes on. Returns its result.
 
     Under `accelerate launch` all processes train it together and the first one stores it. A result
-    holds: run, trained (weights), seconds, curve (rows of `train`), hardware; without test
-    validation (share right) and validation_loss; else right (a 0 or 1 per question), groups (of
-    published datasets), perplexity (of held-out text, language models only), flops (of a forward
-    pass). One whose loss is not a number, at too high a learning rate, holds run and diverged.
+    holds: run, trained (weights), trained_in (its dtype, where that is not the run's), seconds,
+    curve (rows of `train`), hardware; without test validation (share right) and validation_loss;
+    else right (a 0 or 1 per question), groups (of published datasets), perplexity (of held-out
+    text, language models only), flops (of a forward pass). One whose loss is not a number, at too
+    high a learning rate, holds run and diverged.
     """
     result, world = store.result(run), runtime.process_state()
     world.wait_for_everyone()  # all have looked before one writes
@@ -97,12 +105,13 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     about = {"trained": 0, "seconds": 0.0, "curve": []}
     try:
         if run.arm not in UNTRAINED:
-            dtype = run.dtype if run.model != SCRATCH else "float32"
-            with with_adapter(run, dtype, device) as (model, tokenizer):
+            with with_adapter(run, trained_in(run, device), device) as (model, tokenizer):
                 parts = (questions(run, tokenizer, part) for part in ("train", "validation"))
                 curve = train(model, next(parts), run.recipe, next(parts), checkpoint)
                 weights = trained_weights(model)
             about = {"trained": sum(tensor.numel() for tensor in weights.values())}
+            if run.model != SCRATCH and trained_in(run, device) != run.dtype:
+                about["trained_in"] = trained_in(run, device)
             about |= {"seconds": round(float(curve["seconds"].iloc[-1]), 1)}
             about |= {"curve": curve.to_dict("records")}
         with with_adapter(run, run.tested_in, device) as (model, tokenizer):

@@ -13,11 +13,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from backattn.adapters.arms import UNTRAINED
 from backattn.adapters.modules import normed
 from backattn.models.devices import input_device
 from backattn.runtime import progress
-from backattn.training.batches import collate
+from backattn.training.batches import collate, first_tokens
 from backattn.training.evaluation import answer_logits, by_length
+from companion.measures.closed_set import answer_sets, asked_by_hops, in_parts, last_logits
 from companion.measures.memory import BATCH, PLACES, MemoryProbe, high_layers
 from companion.measures.two_hop import donors
 from companion.questions.asking import ENTITIES, ID_COLUMNS, candidates, outcome
@@ -26,7 +28,7 @@ from companion.questions.splits import split
 from companion.report.intervals import bootstrap, holm, interval
 from companion.report.verdicts import claim, percent, points
 from companion.runs.as_asked import asked, questions
-from companion.runs.perform import load_trained
+from companion.runs.perform import load_trained, with_adapter
 from companion.runs.run import Run
 from companion.runs.store import Store
 
@@ -86,18 +88,20 @@ def memory_edits(probe: MemoryProbe) -> Iterator[tuple[str, str, dict]]:
         yield f"{place} route", f"only {place}'s high layers, at the last position", route
 
 
-def memory_tests(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
-    """Ask trained adapters with every edit of their memory: seed, question, e2, alike (another one
-    asked has its relations and other entities, see `donors`), key, test (label), log_prob (of the
-    answer's first token), right."""
+def memory_tests(probes: Iterable[MemoryProbe], facts: pd.DataFrame) -> pd.DataFrame:
+    """Ask trained adapters with every edit of their memory: seed, question, e2, r2, seen (its
+    answer was one in training), alike (another one asked has its relations and other entities, see
+    `donors`), key, test (label), and VALUES of `measures.closed_set`. facts: with all answers to
+    each relation."""
     rows = []
     for probe in probes:
         relations = probe.frame[["r1", "r2"]].to_numpy()
         alike = (relations == relations[donors(probe.frame)]).all(1)
+        about = probe.about.assign(r2=probe.frame["r2"], seen=probe.frame["seen"], alike=alike)
+        of = answer_sets(probe.tokenizer, facts, probe.frame, probe.items)
         for key, label, edit in progress(memory_edits(probe), "another memory", unit="test"):
-            log_probs, right = probe.ask(**edit)
-            part = probe.about.assign(alike=alike, key=key, test=label, log_prob=log_probs)
-            rows.append(part.assign(right=right.astype(float)))
+            values = in_parts(probe.logits(**edit), *of)
+            rows.append(about.assign(key=key, test=label).join(values))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -122,6 +126,31 @@ def memory_table(made: pd.DataFrame) -> pd.DataFrame:
     tests = less[table.index.drop(["trained", "off"])]
     p = pd.DataFrame({"p": {key: stats.wilcoxon(tests[key]).pvalue for key in tests}})
     return table.assign(alike=groups["alike"].mean(), p=holm(p)["corrected"])
+
+
+def other_ways(
+    runs: Sequence[Run], store: Store, facts: pd.DataFrame, count: int, device: str = "cpu"
+) -> pd.DataFrame:
+    """Each run's first `count` test questions, their answers taken apart: the columns of
+    `memory_tests` up to e2, r2, seen, key (the run's arm, and of zero-shot also "hop by hop", the
+    second hop asked of its own answer to the first) and VALUES. facts: see `memory_tests`."""
+    parts = []
+    for run in progress(list(runs), "asking", unit="run"):
+        frame = asked(run, "test").head(count).reset_index(drop=True)
+        loaded = with_adapter(run, run.tested_in, device)
+        if run.arm not in UNTRAINED:
+            loaded = load_trained(run, store, device)
+        with loaded as (model, tokenizer):
+            items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
+            made = {run.arm: last_logits(model, items)}
+            if run.arm == "zero-shot":
+                second = frame.assign(prompt=asked_by_hops(model, tokenizer, frame, facts))
+                made["hop by hop"] = last_logits(model, first_tokens(tokenizer, second))
+        about = frame[["e2", "r2"]].assign(seed=run.seed, question=frame.index)
+        about["seen"] = frame["answer"].isin(asked(run, "train")["answer"])
+        of = answer_sets(tokenizer, facts, frame, items)
+        parts += [about.assign(key=key).join(in_parts(x, *of)) for key, x in made.items()]
+    return pd.concat(parts, ignore_index=True)
 
 
 @torch.no_grad()

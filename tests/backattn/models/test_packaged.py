@@ -7,11 +7,13 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import same
 from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import modeling_gguf_pytorch_utils
 
 from backattn import load_model
@@ -104,6 +106,47 @@ def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
         load_model("smollm2")
 
 
+def spelt(monkeypatch, spelling: str) -> None:
+    known = replace(EMBEDDED["smollm2"], spelling=spelling)
+    monkeypatch.setitem(EMBEDDED, "smollm2", known)
+
+
+def test_a_tokenizer_that_cuts_texts_otherwise_is_refused(cache, monkeypatch):
+    """As transformers 5.3 does with these files, without a word: answers were of other tokens."""
+    tiny, tokenizer = load_model("tiny-llama")
+
+    def build(name, folder):
+        tiny.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr("backattn.models.packaged._build", build)
+    with pytest.raises(ModelLoadError, match=r"cuts texts for smollm2 otherwise.*environment.yml"):
+        load_model("smollm2")
+    with pytest.warns(UserWarning, match="building it again"), pytest.raises(ModelLoadError):
+        load_model("smollm2")  # a copy that another version left is not taken either
+
+
+def test_a_conversion_takes_the_tokenizer_that_cuts_as_it_should(tmp_path, monkeypatch, llama):
+    class Other:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            tokenizer = load_model("tiny-llama")[1]
+            tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+            return tokenizer
+
+    class Right(Other):
+        from_pretrained = staticmethod(lambda *_, **__: llama[1])
+
+    wanted, real = packaged.spelling(llama[1]), packaged.AutoTokenizer
+    model = mock.Mock(from_pretrained=lambda *_, **__: llama[0])
+    monkeypatch.setattr(packaged, "AutoModelForCausalLM", model)
+    monkeypatch.setattr(packaged, "AutoTokenizer", Other)
+    monkeypatch.setattr(packaged, "PreTrainedTokenizerFast", Right)
+    assert packaged.spelling(Other.from_pretrained()) != wanted
+    packaged._convert(tmp_path / "model.gguf", tmp_path, wanted)
+    assert packaged.spelling(real.from_pretrained(tmp_path)) == wanted
+
+
 def test_a_damaged_cache_is_built_again(cache, monkeypatch):
     tiny, tokenizer = load_model("tiny-llama")
     built = []
@@ -114,6 +157,7 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
         tokenizer.save_pretrained(folder)
 
     monkeypatch.setattr("backattn.models.packaged._build", build)
+    spelt(monkeypatch, packaged.spelling(tokenizer))
     load_model("smollm2")
     load_model("smollm2")
     assert built == ["smollm2"]
@@ -127,8 +171,11 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
 
 BUILDER = """
 import sys, time
+from dataclasses import replace
 from backattn.models import load, packaged
 tiny, tokenizer = load.load_model("tiny-llama")
+known = packaged.EMBEDDED["smollm2"]
+packaged.EMBEDDED["smollm2"] = replace(known, spelling=packaged.spelling(tokenizer))
 def build(name, folder):
     with (folder.parent / "built").open("a") as record:
         record.write(".")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backattn import BackAttentionConfig, get_back_attention_model, load_model
+from backattn import BackAttentionConfig, get_back_attention_model, load_model, runtime
 from backattn.models.tiny import TINY
 from backattn.training.evaluation import FirstPasses
 from companion.runs import launch
@@ -16,7 +16,8 @@ from companion.runs.plans import adapter_runs, found, main_runs, tried
 CPU = torch.device("cpu")
 
 
-def test_an_estimate_counts_what_is_unfinished(store):
+def test_an_estimate_counts_what_is_unfinished(store, monkeypatch):
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda device: True)
     plan = main_runs("tiny-llama", ["1DC"], ["1DC"], source_layer=1, dim=4, steps=4)
     first = estimate(plan, store)
     assert first.runs == 6 * 3 + 8 * 3 and first.seconds > 0  # arms × rates, and × seeds

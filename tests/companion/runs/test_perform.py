@@ -7,6 +7,7 @@ import torch
 from backattn import load_model
 from backattn.adapters.arms import make_arm
 from backattn.training.evaluation import evaluate
+from backattn.training.loop import train
 from companion.runs.as_asked import questions
 from companion.runs.perform import (
     answer_test,
@@ -68,6 +69,22 @@ def test_a_run_is_tested_in_its_dtype(tiny_run, store, monkeypatch):
     monkeypatch.setattr("companion.runs.perform.answer_test", answer)
     assert train_and_test(replace(tiny_run, tested_in="bfloat16"), store)["right"] == "1"
     assert store.result(tiny_run) is None
+
+
+@pytest.mark.parametrize("capability, dtype", [("AVX2", "float32"), ("AVX512", "bfloat16")])
+def test_a_processor_without_bf16_trains_in_fp32(tiny_run, store, monkeypatch, capability, dtype):
+    """Where it takes fifty times as long; the result says so, and its key is the same."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    seen, run = [], replace(tiny_run, dtype="bfloat16")
+
+    def watched(model, *args):
+        seen.append(next(model.base_model.parameters()).dtype)
+        return train(model, *args)
+
+    monkeypatch.setattr("companion.runs.perform.train", watched)
+    result = train_and_test(run, store)
+    assert seen == [getattr(torch, dtype)]
+    assert result.get("trained_in", "bfloat16") == dtype and store.result(run) == result
 
 
 def test_memory_layers_of_a_run_are_read(tiny_run):

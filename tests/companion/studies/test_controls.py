@@ -75,7 +75,7 @@ def test_memory_of_another_shape_is_refused(llama):
 
 
 def test_every_edit_is_what_it_says(probe):
-    made = study.memory_tests([probe])
+    made = study.memory_tests([probe], load("facts"))
     log_prob = made.pivot(index="question", columns="key", values="log_prob")
     trained = probe.ask()[0]
     assert np.allclose(log_prob["trained"], trained)
@@ -85,9 +85,23 @@ def test_every_edit_is_what_it_says(probe):
         logits = probe.wrapped(torch.tensor([probe.items.prompts[0]]), use_cache=False).logits
     plain = logits[0, -1].log_softmax(-1)[probe.items.answers[0][0]].item()
     assert log_prob["off"][0] == pytest.approx(plain, abs=1e-4)
+    assert np.allclose(made["type"] + made["choice"], made["log_prob"], atol=1e-5)
     edits = log_prob.drop(columns=["trained", "off"])
     assert edits.shape[1] == 12
     assert (edits.sub(log_prob["trained"], axis=0).abs().max() > 1e-3).all()
+
+
+def test_other_ways_are_asked_the_same_questions(kept):
+    run, store = kept
+    zero = dataclasses.replace(run, arm="zero-shot", learning_rate=0.0, steps=0)
+    ways = study.other_ways([zero, run], store, load("facts"), count=5)
+    assert set(ways["key"]) == {"zero-shot", "hop by hop", "back attention"}
+    made = study.memory_tests(memory_probes([run], store, 5), load("facts"))
+    for key, same in (("zero-shot", "off"), ("back attention", "trained")):
+        pair = [x[x["key"] == k] for x, k in ((ways, key), (made, same))]
+        for value in ("log_prob", "type", "choice", "right", "closed"):
+            assert np.allclose(*(x[value] for x in pair), atol=1e-4)
+        assert pair[0]["seen"].tolist() == pair[1]["seen"].tolist()
 
 
 def test_edits_leave_to_be_read_what_they_name(probe):
@@ -118,7 +132,7 @@ def test_one_memory_layer_has_no_layers_to_choose_from(kept):
         for p in model.updates.parameters():
             torch.nn.init.normal_(p, std=0.3)
         store.keep(own, {"run": {}}, trained_weights(model))
-    assert study.memory_tests(memory_probes([own], store))["test"].nunique() == 8
+    assert study.memory_tests(memory_probes([own], store), load("facts"))["test"].nunique() == 8
 
 
 def of_tests(log_probs: dict[str, list[float]]) -> pd.DataFrame:

@@ -106,7 +106,7 @@ def test_tables_cover_what_was_asked(probe):
     share = study.high_share(read, [3]).set_index("questions").loc[["all", "training 0"]]
     cells = read[(read["query"] == "last") & (read["place"] == "r1") & (read["layer"] == 3)]
     assert share["share"].to_list() == pytest.approx([cells["weight"].mean()] * 2)
-    assert len(cells) == 8 and examples[0].sum(axis=None) == pytest.approx(1)
+    assert len(cells) == 8 and examples[0].to_numpy().sum() == pytest.approx(1)
 
 
 def test_without_a_query_all_cells_are_read_alike(probe):
