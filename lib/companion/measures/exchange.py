@@ -1,12 +1,20 @@
 """Another memory in small models from scratch, whose questions "e3 r7 r12" are all of one length:
 does the answer become the one that the other memory's bridge has?"""
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 
 from backattn.adapters.modules import BackAttention, normed
 from backattn.adapters.two_pass import TwoPassModel
+from backattn.runtime import progress
+from companion.questions.datasets import load
 from companion.questions.splits import place_of
+from companion.runs.as_asked import asked
+from companion.runs.perform import load_trained
+from companion.runs.run import Run
+from companion.runs.store import Store
 
 R1 = 1  # r1's position in a question
 
@@ -66,4 +74,23 @@ def exchange_memory(
         table = {"question": range(len(own)), "memory": memory}
         table |= {"right": (said == answers).numpy().astype(float)}
         parts.append(pd.DataFrame({**table, "donors_answer": (said == donated).numpy() * 1.0}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def exchanges(runs: Sequence[Run], store: Store, device: str = "cpu") -> pd.DataFrame:
+    """`exchange_memory` of the tests of runs on "compositions" with kept weights, by kind of
+    question: arm, seed, kind, question (row of the test), e2, memory, right, donors_answer. Donors
+    are ID/ID questions of the training; questions without one are left out."""
+    parts, whole = [], load("compositions")
+    pool = whole[(whole["split"] == "train") & (whole["kind"] == "ID/ID")].reset_index(drop=True)
+    for run in progress(list(runs), "exchanging", unit="run"):
+        test = asked(run, "test").reset_index(drop=True)
+        chosen = matched_donors(test, pool)
+        test = test[chosen >= 0]
+        with load_trained(run, store, device) as (wrapped, tokenizer):
+            made = exchange_memory(wrapped, tokenizer, test, pool.loc[chosen[chosen >= 0]])
+        about = test[["kind", "group"]].rename(columns={"group": "e2"})
+        about = about.assign(arm=run.arm, seed=run.seed).iloc[made["question"]]
+        made["question"] = about.index
+        parts.append(pd.concat([about.reset_index(drop=True), made], axis=1))
     return pd.concat(parts, ignore_index=True)

@@ -11,9 +11,14 @@ from companion.runs.as_asked import questions
 from companion.runs.perform import load_trained
 
 FACTS = pd.DataFrame(
-    [("city", "Rome", "", "capital", "Paris", "Lutetia"), ("city", "Oslo", "", "mother", "Ann", "")],
-    columns=["r1", "e2", "e2_aliases", "r2", "e3", "e3_aliases"],
-)  # fmt: skip
+    {
+        "r1": ["city", "city"],
+        "e2": ["Rome", "Oslo"],
+        "r2": ["capital", "mother"],
+        "e3": ["Paris", "Anna"],
+        "e3_aliases": ["Lutetia", ""],
+    }
+).assign(e2_aliases="")
 
 
 def test_first_tokens_lead_back_to_the_answer(llama):

@@ -4,10 +4,12 @@ import pandas as pd
 import pytest
 import torch
 
-from companion.measures.exchange import exchange_memory, matched_donors
+from companion.measures.exchange import exchange_memory, exchanges, matched_donors
 from companion.questions.datasets import load
 from companion.runs.perform import with_adapter
+from companion.runs.plans import composing_runs, found
 from companion.runs.run import Run
+from companion.runs.store import Store
 
 
 @pytest.fixture
@@ -60,3 +62,15 @@ def said(model, tokenizer, frame):
     ids = torch.tensor(tokenizer(frame["prompt"].tolist(), add_special_tokens=False)["input_ids"])
     with torch.no_grad():
         return tokenizer.convert_ids_to_tokens(model(ids).logits[:, -1].argmax(-1).tolist())
+
+
+def test_the_exchange_sees_flow_where_it_must_be():
+    """Of the committed models: with another's memory back attention says the other's answer."""
+    store = Store()
+    runs = [one for one in found(composing_runs(), store) if one.seed == 0]
+    runs = [one for one in runs if one.arm == "2 layers + back attention"]
+    table = exchanges(runs, store).query("kind == 'ID/ID'").groupby("memory")
+    right, donors = table["right"].mean(), table["donors_answer"].mean()
+    assert right["own"] > 0.95 and right["only r1"] > 0.9
+    assert right["another's"] < 0.05 and donors["another's"] > 0.95 and donors["own"] < 0.05
+    assert table["question"].nunique().eq(200).all()

@@ -125,7 +125,12 @@ def rules() -> list[dict]:
         reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
         controls.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
         controls.high_states_of_r1_matter(both),
-        controls.gain_is_flow(both, memory_of("07_same_layer_memory"), read("03_differences")),
+        controls.gain_is_flow(
+            both,
+            memory_of("07_same_layer_memory"),
+            read("07_over_datasets"),
+            read("07_closed_set_test"),
+        ),
         controls.r1_is_needed(read("02_against_donor"), both),
         controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),

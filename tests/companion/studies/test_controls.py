@@ -271,19 +271,23 @@ def test_n3_follows_its_rule(route, hidden, verdict):
 
 
 @pytest.mark.parametrize(
-    "same, mean, own, verdict",
+    "same, mean, own, closed, verdict",
     [
-        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), "reproduced"),
-        ((0.1, 0.3), (0.6, 0.9), (-0.01, 0.1), "partly"),
-        ((0.4, 0.6), (0.6, 0.9), (-0.01, 0.01), "not at this scale"),
-        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.03), "not at this scale"),
-        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), "contradicted"),
+        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.05, 0.2), "reproduced"),
+        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.0, 0.2), "partly"),
+        ((0.1, 0.3), (0.6, 0.9), (-0.01, 0.1), (0.0, 0.2), "partly"),
+        ((0.4, 0.6), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.01), "not at this scale"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.03), (-0.01, 0.01), "not at this scale"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.03), "not at this scale"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.01), "contradicted"),
     ],
 )
-def test_b3_follows_its_rule(same, mean, own, verdict):
-    difference = pd.DataFrame([less(*own, other="same layer", dataset="all")])
+def test_b3_follows_its_rule(same, mean, own, closed, verdict):
+    difference = pd.DataFrame([less(*own, other="same layer", dataset="all", names=8)])
     models = {"one": kept_rows(same_relations=same, mean=mean)}
-    claim = study.gain_is_flow(models, kept_rows(mean=(0.7, 0.8)), difference)
+    lost = less(*closed, value="closed", mean=0.0, low_90=closed[0], high_90=closed[1])
+    control = kept_rows(mean=(0.7, 0.8))
+    claim = study.gain_is_flow(models, control, difference, pd.DataFrame([lost]))
     assert claim["verdict"] == verdict
     assert "own layer: SAME" in claim["ours"] and "[70%, 80%]" in claim["ours"]
 
