@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from backattn.models.packaged import ModelLoadError
 from companion import paths
 from companion.runs.perform import load_trained
 from companion.runs.run import Run
@@ -30,8 +31,22 @@ def test_every_result_has_the_key_of_its_run():
     assert [line["key"] for line in LINES] == [run_of(line).key for line in LINES]
 
 
+@pytest.fixture(scope="module")
+def refused():
+    """Models whose tokenizer this version of transformers reads otherwise."""
+    return set()
+
+
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: path.stem)
-def test_every_checkpoint_fits_its_arm(path):
+def test_every_checkpoint_fits_its_arm(path, refused):
     store, line = Store(), next(line for line in LINES if line["key"] == path.stem)
-    with load_trained(run_of(line), store) as (model, _):
-        assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+    run = run_of(line)
+    try:
+        if run.model not in refused:
+            with load_trained(run, store) as (model, _):
+                assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+    except ModelLoadError as error:
+        assert "cuts texts" in str(error)
+        refused.add(run.model)
+    if run.model in refused:
+        pytest.skip(f"{run.model} is refused here")

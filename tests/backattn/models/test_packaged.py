@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_is_called_that(cache, monkeypatch, place):
         place_wheels(cache, monkeypatch, "smollm2", [b"abcd"])
         spec = replace(EMBEDDED["smollm2"], sha256=hashlib.sha256(b"abcd").hexdigest())
         monkeypatch.setitem(EMBEDDED, "smollm2", spec)
-        monkeypatch.setattr(packaged.AutoModelForCausalLM, "from_pretrained", full)
+        monkeypatch.setattr(packaged.AutoTokenizer, "from_pretrained", full)
     with pytest.raises(OSError, match="the disk is full") as caught:
         load_model("smollm2")
     assert caught.value.errno == errno.ENOSPC and left(cache / "models") == []
