@@ -12,6 +12,12 @@ import pytest
 FILES = (
     "tests/backattn/test_right_or_refused.py",
     "tests/backattn/adapters/test_right_or_refused.py",
+    "tests/backattn/models/test_packaged.py",
+    "tests/companion/questions/test_facts.py",
+    "tests/companion/report/test_tables.py",
+    "tests/companion/runs/test_run.py",
+    "tests/companion/runner/test_cli.py",
+    "tests/test_command.py",
 )
 KINDS = {  # row of the table -> tests, by the beginning of their names
     "analyses of models with other weights, norms, hooks, adapters in place": (
@@ -24,6 +30,7 @@ KINDS = {  # row of the table -> tests, by the beginning of their names
     ),
     "special tokens, truncation, attention of another kind": (
         "test_the_prompt_is_scored", "test_what_is_left_out", "test_an_eager_pass",
+        "test_a_tokenizer_that_cuts", "test_a_conversion_takes",
     ),
     "faults in the middle, copies, gradient checkpointing, guessing ahead": (
         "test_a_fault", "test_gradient_checkpointing", "test_guessing_ahead", "test_threads",
@@ -34,6 +41,18 @@ KINDS = {  # row of the table -> tests, by the beginning of their names
     ),
     "positions, wishes in the config or in the call, dtypes and modes": (
         "test_a_position", "test_labels_layers", "test_wishes", "test_dtypes", "test_the_state",
+    ),
+    "cells of tables: digits, dates, missing, a comma too many; what counts as equal": (
+        "test_text_of_digits", "test_tables_are_compared", "test_a_table_of_another_shape",
+        "test_a_bad_table", "test_text_stays", "test_a_frame_whose",
+    ),
+    "what counts as made before: other weights, folders, kernels, dtypes": (
+        "test_keys_tell", "test_other_weights", "test_a_folder_has", "test_what_changed",
+        "test_another_model_dtype", "test_notebooks_run_in_the_runners",
+    ),
+    "paths, links, terminals, wishes typed wrongly": (
+        "test_it_means_the_same", "test_a_terminal", "test_datasets_of_others",
+        "test_a_wrong_wish", "test_what_to_type_next", "test_update_is_refused",
     ),
 }  # fmt: skip
 
