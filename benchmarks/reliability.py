@@ -28,7 +28,7 @@ KINDS = {  # row of the table -> tests, by the beginning of their names
     "several texts in one row, other masks, layers replaced": (
         "test_several_texts", "test_layers_that_were_replaced",
     ),
-    "special tokens, truncation, attention of another kind": (
+    "special tokens, truncation, tokenizers read otherwise, attention of another kind": (
         "test_the_prompt_is_scored", "test_what_is_left_out", "test_an_eager_pass",
         "test_a_tokenizer_that_cuts", "test_a_conversion_takes",
     ),

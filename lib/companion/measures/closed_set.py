@@ -9,13 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from backattn.models.devices import input_device
 from backattn.models.tokens import continuation_ids
-from backattn.training.batches import Items, collate
-from backattn.training.evaluation import answer_logits, by_length
-from companion.measures.memory import BATCH
+from backattn.training.batches import Items
 from companion.questions.asking import ask
 from companion.questions.prompts import TEMPLATES
 
@@ -45,27 +42,17 @@ def in_parts(
     logits: Tensor, sets: Sequence[Iterable[int]], own: Sequence[int], accepted: Sequence[frozenset]
 ) -> pd.DataFrame:
     """VALUES of each question. logits [n, V]; sets: C; own: e3's first token; accepted: which are
-    right; all per question."""
+    right; all per question. Raises ValueError where C lacks e3: the parts would mean nothing."""
     log_probs, rows = logits.float().log_softmax(-1), []
     for row, choices, token, right in zip(log_probs, sets, own, accepted, strict=True):
+        if token not in choices:
+            raise ValueError(f"Token {token} of the answer begins none of the answers in `facts`.")
         choices = torch.tensor(sorted(choices))
         among, one = row[choices], row[token].item()
         total = among.logsumexp(0).item()
         said, best = int(row.argmax()), int(choices[among.argmax()])
         rows.append((one, total, one - total, float(said in right), float(best in right)))
     return pd.DataFrame(rows, columns=list(VALUES))
-
-
-@torch.no_grad()
-def last_logits(model: nn.Module, items: Items) -> Tensor:
-    """The logits after each question: [n, V]."""
-    parts, order = [], by_length(items, BATCH)
-    for rows in order:
-        batch = collate(items, rows, input_device(model))
-        parts.append(answer_logits(model, batch)[:, -1].cpu())
-    logits = torch.cat(parts)
-    logits[[row for rows in order for row in rows]] = logits.clone()
-    return logits
 
 
 def asked_by_hops(model, tokenizer, frame: pd.DataFrame, facts: pd.DataFrame) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from backattn.adapters.modules import BackAttention, normed
 from backattn.adapters.two_pass import TwoPassModel
+from backattn.models.devices import input_device
 from backattn.runtime import progress
 from companion.questions.datasets import load
 from companion.questions.splits import place_of
@@ -49,22 +50,29 @@ def exchange_memory(
     questions; and, where the update attends, "only r1", r1's cells alone.
     """
 
+    device = input_device(wrapped)
+
     def ids(texts: pd.Series) -> torch.Tensor:
-        return torch.tensor(tokenizer(texts.tolist(), add_special_tokens=False)["input_ids"])
+        rows = tokenizer(texts.tolist(), add_special_tokens=False)["input_ids"]
+        return torch.tensor(rows, device=device)
 
     own, other = ids(questions["prompt"]), ids(donors["prompt"])
     answers, donated = ids(questions["answer"])[:, 0], ids(donors["answer"])[:, 0]
     inputs = {"attention_mask": torch.ones_like(own)}
-    inputs |= {"position_ids": torch.arange(own.shape[1]).expand_as(own)}
+    inputs |= {"position_ids": torch.arange(own.shape[1], device=device).expand_as(own)}
     among = [wrapped.needed.index(layer) for layer in wrapped.memory_layers]
-    mean = normed(wrapped.first_pass_states(own, **inputs)[among]).mean(1, keepdim=True)
+    attends = all(isinstance(update, BackAttention) for update in wrapped.updates.values())
+    mean = wrapped.first_pass_states(own, **inputs)[among]
+    if not attends or wrapped.back_attention_config.norm:  # what is read is normed
+        mean = normed(mean)
+    mean = mean.mean(1, keepdim=True)
     memories = {
         "own": {},
         "another's": {"memory": wrapped.first_pass_states(other, **inputs)[among]},
         "mean": {"memory": mean.expand(-1, len(own), -1, -1)},
     }
-    if all(isinstance(update, BackAttention) for update in wrapped.updates.values()):
-        cells = torch.zeros(1, 1, len(among), own.shape[1], dtype=torch.bool)
+    if attends:
+        cells = torch.zeros(1, 1, len(among), own.shape[1], dtype=torch.bool, device=device)
         cells[..., R1] = True
         memories["only r1"] = {"cells": cells}
     parts = []
@@ -72,8 +80,10 @@ def exchange_memory(
         with wrapped.edited(**edit):
             said = wrapped(own, **inputs, use_cache=False).logits[:, -1].argmax(-1)
         table = {"question": range(len(own)), "memory": memory}
-        table |= {"right": (said == answers).numpy().astype(float)}
-        parts.append(pd.DataFrame({**table, "donors_answer": (said == donated).numpy() * 1.0}))
+        table |= {"right": (said == answers).cpu().numpy() * 1.0}
+        parts.append(
+            pd.DataFrame({**table, "donors_answer": (said == donated).cpu().numpy() * 1.0})
+        )
     return pd.concat(parts, ignore_index=True)
 
 

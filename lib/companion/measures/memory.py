@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from backattn.adapters.back_attention import BackAttentionModel
@@ -46,6 +46,24 @@ def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
             row[between & (order > np.flatnonzero(row == place)[0])] = name
         row[between & (order < np.flatnonzero(row == "e1")[0])] = "start"
     return labels
+
+
+@torch.no_grad()
+def last_logits(
+    model: nn.Module,
+    items: Items,
+    logits_of: Callable[[list[int], Questions], Tensor] | None = None,
+) -> Tensor:
+    """The logits after each question, on the CPU: [n, V]. logits_of: what makes those of some rows,
+    [B, T, V]; None: the model as it is."""
+    parts, order = [], by_length(items, BATCH)
+    for rows in order:
+        batch = collate(items, rows, input_device(model))
+        made = logits_of(rows, batch) if logits_of else answer_logits(model, batch)
+        parts.append(made[:, -1].cpu())
+    logits = torch.cat(parts)
+    logits[[row for rows in order for row in rows]] = logits.clone()
+    return logits
 
 
 class MemoryProbe:
@@ -92,7 +110,7 @@ class MemoryProbe:
                 weights[row] = read[-length:, :, -length:]
             return out.logits.float()
 
-        return weights, *self._outcomes(self._last_logits(whole))
+        return weights, *self._outcomes(last_logits(self.wrapped, self.items, whole))
 
     def ask(self, *args, **edit) -> tuple[np.ndarray, np.ndarray]:
         """(log-probability of the answer's first token, whether an accepted one is likeliest): [n];
@@ -133,17 +151,7 @@ class MemoryProbe:
             with self.wrapped.edited(cells, other):
                 return answer_logits(self.wrapped, batch, first, cache)  # [B, 1, V]
 
-        return self._last_logits(edited)
-
-    @torch.no_grad()
-    def _last_logits(self, logits_of: Callable[[list[int], Questions], Tensor]) -> Tensor:
-        logits = None
-        for rows in by_length(self.items, BATCH):
-            batch = collate(self.items, rows, input_device(self.wrapped))
-            part = logits_of(rows, batch)[:, -1].cpu()
-            logits = part.new_empty(len(self.items), part.shape[-1]) if logits is None else logits
-            logits[rows] = part
-        return logits
+        return last_logits(self.wrapped, self.items, edited)
 
     def _outcomes(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         batch = collate(self.items, range(len(self.items)))

@@ -79,10 +79,9 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def trained_in(run: Run, device: str) -> str:
-    """The dtype of a run's frozen model in training: fp32 where bf16 would take for ever; and of a
-    model from scratch, whose matrix products alone are in bf16 (`Recipe.autocast`)."""
+    """The dtype of a run's matrix products in training: fp32 where the device has none in bf16."""
     slow = run.dtype == "bfloat16" and not runtime.multiplies_bf16(one_device(device))
-    return "float32" if slow or run.model == SCRATCH else run.dtype
+    return "float32" if slow else run.dtype
 
 
 def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
@@ -105,13 +104,15 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     about = {"trained": 0, "seconds": 0.0, "curve": []}
     try:
         if run.arm not in UNTRAINED:
-            with with_adapter(run, trained_in(run, device), device) as (model, tokenizer):
+            dtype = trained_in(run, device)
+            weights_in = "float32" if run.model == SCRATCH else dtype
+            with with_adapter(run, weights_in, device) as (model, tokenizer):
                 parts = (questions(run, tokenizer, part) for part in ("train", "validation"))
                 curve = train(model, next(parts), run.recipe, next(parts), checkpoint)
                 weights = trained_weights(model)
             about = {"trained": sum(tensor.numel() for tensor in weights.values())}
-            if run.model != SCRATCH and trained_in(run, device) != run.dtype:
-                about["trained_in"] = trained_in(run, device)
+            if dtype != run.dtype:
+                about["trained_in"] = dtype
             about |= {"seconds": round(float(curve["seconds"].iloc[-1]), 1)}
             about |= {"curve": curve.to_dict("records")}
         with with_adapter(run, run.tested_in, device) as (model, tokenizer):

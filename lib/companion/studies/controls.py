@@ -19,8 +19,8 @@ from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import collate, first_tokens
 from backattn.training.evaluation import answer_logits, by_length
-from companion.measures.closed_set import answer_sets, asked_by_hops, in_parts, last_logits
-from companion.measures.memory import BATCH, PLACES, MemoryProbe, high_layers
+from companion.measures.closed_set import answer_sets, asked_by_hops, in_parts
+from companion.measures.memory import BATCH, PLACES, MemoryProbe, high_layers, last_logits
 from companion.measures.two_hop import donors
 from companion.questions.asking import ENTITIES, ID_COLUMNS, candidates, outcome
 from companion.questions.datasets import TWO_HOP_KEYS, load

@@ -106,8 +106,8 @@ def test_a_small_disk_is_noticed_before_the_download(cache, monkeypatch):
         load_model("smollm2")
 
 
-def spelt(monkeypatch, spelling: str) -> None:
-    known = replace(EMBEDDED["smollm2"], spelling=spelling)
+def expect(monkeypatch, known_hash: str) -> None:
+    known = replace(EMBEDDED["smollm2"], ids_hash=known_hash)
     monkeypatch.setitem(EMBEDDED, "smollm2", known)
 
 
@@ -137,14 +137,14 @@ def test_a_conversion_takes_the_tokenizer_that_cuts_as_it_should(tmp_path, monke
     class Right(Other):
         from_pretrained = staticmethod(lambda *_, **__: llama[1])
 
-    wanted, real = packaged.spelling(llama[1]), packaged.AutoTokenizer
+    wanted, real = packaged.ids_hash(llama[1]), packaged.AutoTokenizer
     model = mock.Mock(from_pretrained=lambda *_, **__: llama[0])
     monkeypatch.setattr(packaged, "AutoModelForCausalLM", model)
     monkeypatch.setattr(packaged, "AutoTokenizer", Other)
     monkeypatch.setattr(packaged, "PreTrainedTokenizerFast", Right)
-    assert packaged.spelling(Other.from_pretrained()) != wanted
+    assert packaged.ids_hash(Other.from_pretrained()) != wanted
     packaged._convert(tmp_path / "model.gguf", tmp_path, wanted)
-    assert packaged.spelling(real.from_pretrained(tmp_path)) == wanted
+    assert packaged.ids_hash(real.from_pretrained(tmp_path)) == wanted
 
 
 def test_a_damaged_cache_is_built_again(cache, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_damaged_cache_is_built_again(cache, monkeypatch):
         tokenizer.save_pretrained(folder)
 
     monkeypatch.setattr("backattn.models.packaged._build", build)
-    spelt(monkeypatch, packaged.spelling(tokenizer))
+    expect(monkeypatch, packaged.ids_hash(tokenizer))
     load_model("smollm2")
     load_model("smollm2")
     assert built == ["smollm2"]
@@ -175,7 +175,7 @@ from dataclasses import replace
 from backattn.models import load, packaged
 tiny, tokenizer = load.load_model("tiny-llama")
 known = packaged.EMBEDDED["smollm2"]
-packaged.EMBEDDED["smollm2"] = replace(known, spelling=packaged.spelling(tokenizer))
+packaged.EMBEDDED["smollm2"] = replace(known, ids_hash=packaged.ids_hash(tokenizer))
 def build(name, folder):
     with (folder.parent / "built").open("a") as record:
         record.write(".")

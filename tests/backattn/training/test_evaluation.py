@@ -104,7 +104,7 @@ def test_what_first_passes_take_is_known_before(items):
 
 
 def test_every_window_begins_as_a_prompt_does():
-    """Without the <bos> that Gemma puts before a prompt its perplexity is ten times as large."""
+    """As Gemma needs its <bos> before every text."""
     (model, tok), seen, text = load_model("tiny-llama"), [], "one two three four " * 20
 
     def see(_, __, inputs):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from companion.measures import closed_set
+from companion.measures.memory import last_logits
 from companion.questions.prompts import TEMPLATES
 from companion.runs.as_asked import questions
 from companion.runs.perform import load_trained
@@ -44,11 +45,16 @@ def test_type_and_choice_add_up_and_tell_kinds_from_words():
     assert (chosen["closed"], before["closed"]) == (1.0, 0.0) and chosen["right"] == 1.0
 
 
+def test_an_answer_that_is_none_of_them_is_refused():
+    with pytest.raises(ValueError, match="Token 9 of the answer"):
+        closed_set.in_parts(torch.zeros(1, 20), [[3, 4]], [9], [frozenset([9])])
+
+
 def test_questions_keep_their_order(kept):
     run, store = kept
     with load_trained(run, store) as (model, tokenizer):
         items = questions(run, tokenizer, "test")
-        logits = closed_set.last_logits(model, items)
+        logits = last_logits(model, items)
         with torch.no_grad():
             alone = [model(torch.tensor([prompt])).logits[0, -1] for prompt in items.prompts]
     assert torch.allclose(logits, torch.stack(alone), atol=1e-4)

@@ -73,7 +73,7 @@ def test_a_run_is_tested_in_its_dtype(tiny_run, store, monkeypatch):
 
 @pytest.mark.parametrize("capability, dtype", [("AVX2", "float32"), ("AVX512", "bfloat16")])
 def test_a_processor_without_bf16_trains_in_fp32(tiny_run, store, monkeypatch, capability, dtype):
-    """Where it takes fifty times as long; the result says so, and its key is the same."""
+    """Its result says so, and its key is the same."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     seen, run = [], replace(tiny_run, dtype="bfloat16")
 
