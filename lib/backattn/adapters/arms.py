@@ -12,7 +12,7 @@ from torch import nn
 
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.adapters.modules import Bias, LoopLoRA, ResidualLoRA
+from backattn.adapters.modules import Bias, LoopLoRA, ResidualLoRA, ShuffledMemory
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.decoder import describe
 
@@ -45,6 +45,12 @@ class Arm:
 def _back_attention(model, source_layer, dim, memory_layers):
     config = BackAttentionConfig(source_layer, dim, memory_layers=memory_layers)
     return get_back_attention_model(model, config)
+
+
+def _shuffled(model, source_layer, dim, _):
+    arch, config = describe(model), BackAttentionConfig(source_layer, dim)
+    updates = {source_layer: ShuffledMemory(arch.width, config)}
+    return TwoPassModel(model, updates, config.memory(len(arch.blocks)))
 
 
 def _at_source(kind, reads_final=False):
@@ -84,6 +90,12 @@ _ARMS = (
         "the same module, reading only the source layer's own states: no second pass",
         lambda model, layer, dim, _: _back_attention(model, layer, dim, (layer,)),
         *("#de8f05", "s"),
+    ),
+    Arm(
+        "shuffled memory",
+        "the same module, reading what the first pass made of another question, in training too",
+        *(_shuffled, "#56b4e9", "X"),
+        two_passes=True,
     ),
     Arm(
         "residual LoRA",

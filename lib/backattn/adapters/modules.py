@@ -116,6 +116,15 @@ class BackAttention(Update):
         return scores.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0) / scores.shape[-2]
 
 
+class ShuffledMemory(BackAttention):
+    """Back attention that reads another question's memory, that of the row before it in the batch,
+    in training and after: it can learn nothing of its own. A row alone reads zeros."""
+
+    def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        alone = memory.shape[1] == 1
+        return super().remember(torch.zeros_like(memory) if alone else memory.roll(1, dims=1))
+
+
 class ResidualLoRA(Update):
     """h + N(h) A B, with A: [D, r], B: [r, D] and N an RMS norm without weights."""
 

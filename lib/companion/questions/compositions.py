@@ -9,6 +9,17 @@ ENTITIES, RELATIONS, HELD_OUT = 60, 20, {"validation": 70, "test": 200}
 WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS)))
 
 
+def invented_facts(
+    draw: np.random.Generator, entities: int, relations: int
+) -> dict[tuple[int, int], int]:
+    """(entity, relation) -> entity: each entity has half of the relations, to any others."""
+    return {
+        (entity, int(relation)): int(draw.integers(entities))
+        for entity in range(entities)
+        for relation in draw.permutation(relations)[: relations // 2]
+    }
+
+
 def compositions(draw_seed: int = 2) -> pd.DataFrame:
     """Invented facts and their compositions (as Wang et al. 2024, smaller): prompt, answer, group
     (bridge entity), kind, split, tested, r2.
@@ -19,10 +30,8 @@ def compositions(draw_seed: int = 2) -> pd.DataFrame:
     ID/ID is held out, only where other questions with both facts, in the same places, are trained
     on; HELD_OUT of each kind. Raises ValueError for a draw_seed with too few questions of a kind.
     """
-    draw, facts, by_kind = np.random.default_rng(draw_seed), {}, defaultdict(list)
-    for entity in range(ENTITIES):
-        for relation in draw.permutation(RELATIONS)[: RELATIONS // 2]:
-            facts[entity, int(relation)] = int(draw.integers(ENTITIES))
+    draw, by_kind = np.random.default_rng(draw_seed), defaultdict(list)
+    facts = invented_facts(draw, ENTITIES, RELATIONS)
     domain = {fact: ("ID", "OOD")[int(draw.random() < 0.2)] for fact in facts}
     rows = [(f"e{e} r{r}", f" e{to}", f"e{to}", "fact", "train") for (e, r), to in facts.items()]
     for (e, r1), bridge in facts.items():

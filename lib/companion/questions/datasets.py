@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
 from companion.paths import DATA
+from companion.questions import premise
 from companion.questions.chains import NAMES, chains
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import Published, published, read_table, two_hop_facts
@@ -175,7 +176,7 @@ _MULTIARITH = Published(
     "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
 )
 _CHAINED = (*Dataset.columns, "e3_aliases", "split")
-_composed = {"words": WORDS, "columns": (*Dataset.columns, "split")}
+_own_split = (*Dataset.columns, "split")
 _RECORDS = (
     Dataset("2-digit", two_digit, longer=3),
     Dataset("1DC", one_digit_composite, longer=3),
@@ -188,7 +189,9 @@ _RECORDS = (
     _two_hop("in context", in_context, tuned_on="in context"),
     # Both hops invented and told: flow is needed, knowledge is not.
     _first("chains", chains, tuned_on="chains", columns=_CHAINED),
-    _first("compositions", compositions, tuned_on="compositions", **_composed),
+    # Of invented words.
+    _first("compositions", compositions, tuned_on="compositions", words=WORDS, columns=_own_split),
+    _first("premise", premise.premise, tuned_on="premise", words=premise.WORDS, columns=_own_split),
     Dataset("legs, one kind", partial(legs, 1)),
     Dataset("legs, two kinds", partial(legs, 2)),
     Dataset("SVAMP", partial(word_problems, "SVAMP", svamp), published=_SVAMP),

@@ -20,14 +20,14 @@ from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
 from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
-from companion.runs.run import SCRATCH, Run, source_of
+from companion.runs.run import OWN, SCRATCH, Run, source_of
 from companion.runs.scratch import scratch_model
 from companion.runs.store import Store
 
 
 @functools.lru_cache(maxsize=2)
 def _base(name: str, source: str | None, dtype: str, device: str):
-    return load_model(name, dtype=getattr(torch, dtype), device=device)
+    return load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
     if DATASETS[run.dataset].published:
         result["groups"] = asked(run, "test")["group"].tolist()
-    if run.model != SCRATCH:
+    if DATASETS[run.dataset].words is None and run.model != SCRATCH:
         result["perplexity"] = perplexity(model, tokenizer, held_out_text())
     first = torch.tensor([test.prompts[0]], device=input_device(model))
     return {**result, "flops": forward_flops(model, first)}

@@ -11,12 +11,15 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from backattn.adapters.arms import UNTRAINED as UNTRAINED
 from backattn.models.packaged import EMBEDDED
 from backattn.training.loop import Recipe
+from companion.paths import DATA
 from companion.questions.datasets import DATASETS, TWINS, load
 from companion.questions.splits import FOLDS, VALIDATION
 
 VERSION = 1  # raised when the same configuration would give another result
 SHOTS = 4  # worked examples of "few-shot"
 SCRATCH = "scratch"  # the model of runs from scratch
+# Small frozen models of this repository's own making, see `companion.runs.premise`.
+OWN = {name: DATA / "models" / name.replace(" ", "_") for name in ("premise", "premise low")}
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,10 @@ class Run:
 
     @property
     def fold(self) -> int | None:
-        """See `splits.split`: models from scratch are all tested on the same questions."""
-        return None if self.model == SCRATCH else self.seed % FOLDS
+        """See `splits.split`; None where all seeds are tested on the same questions: models from
+        scratch, and datasets with a split of their own."""
+        one_test = self.model == SCRATCH or "split" in DATASETS[self.dataset].columns
+        return None if one_test else self.seed % FOLDS
 
     @property
     def recipe(self) -> Recipe:
@@ -94,9 +99,10 @@ def source_of(model: str) -> str | None:
         return EMBEDDED[model].sha256
     if model == SCRATCH or model.startswith("tiny-"):
         return None
-    if not Path(model).is_dir():
+    folder = Path(OWN.get(model, model))
+    if not folder.is_dir():
         return _commit(model)
-    files = [file for file in sorted(Path(model).glob("[!.]*")) if file.is_file()]
+    files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
     states = [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, files)]
     return _digest(repr([*map(_file_hash, files, states)]))
 

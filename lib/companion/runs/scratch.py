@@ -99,16 +99,20 @@ def arm_of(run: Run) -> Arm:
 
 def scratch_model(run: Run) -> tuple[nn.Module, object]:
     """A run's untrained small model and its tokenizer: of characters, or of invented words."""
+    by = "words" if DATASETS[run.dataset].words else "characters"
+    return arm_of(run).make(run), tokenizer_of(_vocabulary(run.dataset), by)
+
+
+def tokenizer_of(vocabulary: list[str], by: str):
+    """A tokenizer that cuts by "words" or "characters"; the first of the vocabulary is padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(_vocabulary(run.dataset))}
-    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # by character
-    if DATASETS[run.dataset].words:
-        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-    return arm_of(run).make(run), tokenizer
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    core = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[0]))
+    cuts = {"words": ("WhitespaceSplit",), "characters": ("Split", "", "isolated")}[by]
+    core.pre_tokenizer = getattr(pre_tokenizers, cuts[0])(*cuts[1:])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=vocabulary[0])
 
 
 def _vocabulary(dataset: str) -> list[str]:
