@@ -88,19 +88,21 @@ def exchange_memory(
 
 
 def exchanges(runs: Sequence[Run], store: Store, device: str = "cpu") -> pd.DataFrame:
-    """`exchange_memory` of the tests of runs on "compositions" with kept weights, by kind of
-    question: arm, seed, kind, question (row of the test), e2, memory, right, donors_answer. Donors
-    are ID/ID questions of the training; questions without one are left out."""
-    parts, whole = [], load("compositions")
-    pool = whole[(whole["split"] == "train") & (whole["kind"] == "ID/ID")].reset_index(drop=True)
+    """`exchange_memory` of the tests of runs on "compositions" or "premise" with kept weights, by
+    kind of question: model, arm, seed, kind, question (row of the test), e2, memory, right,
+    donors_answer. Donors are two-hop questions of the training whose facts both were composed;
+    questions without one are left out."""
+    parts = []
     for run in progress(list(runs), "exchanging", unit="run"):
-        test = asked(run, "test").reset_index(drop=True)
+        whole, test = load(run.dataset), asked(run, "test").reset_index(drop=True)
+        composed = (whole["split"] == "train") & whole["kind"].isin(["ID/ID", "two-hop"])
+        pool = whole[composed].reset_index(drop=True)
         chosen = matched_donors(test, pool)
         test = test[chosen >= 0]
         with load_trained(run, store, device) as (wrapped, tokenizer):
             made = exchange_memory(wrapped, tokenizer, test, pool.loc[chosen[chosen >= 0]])
         about = test[["kind", "group"]].rename(columns={"group": "e2"})
-        about = about.assign(arm=run.arm, seed=run.seed).iloc[made["question"]]
+        about = about.assign(model=run.model, arm=run.arm, seed=run.seed).iloc[made["question"]]
         made["question"] = about.index
         parts.append(pd.concat([about.reset_index(drop=True), made], axis=1))
     return pd.concat(parts, ignore_index=True)

@@ -5,16 +5,16 @@ import pandas as pd
 
 from companion.questions.compositions import invented_facts
 
-ENTITIES, RELATIONS, TESTED = 100, 20, 1000
+ENTITIES, RELATIONS, TESTED = 200, 20, 1000
 WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS)))
-ROLES = {"base": 40, "train": 25, "validation": 5, "test": 30}  # bridge entities
+ROLES = {"base": 60, "train": 80, "validation": 10, "test": 50}  # bridge entities
 
 
 def world() -> pd.DataFrame:
     """All facts and all their compositions: prompt, answer, group (bridge entity, of a fact its
     end), kind ("fact" or "two-hop"), role (of the bridge), shown (half of the two-hop questions).
 
-    Each of 100 entities has ten of twenty relations to others: 1,000 facts, "e3 r7" -> " e41". The
+    Each of 200 entities has ten of twenty relations to others: 2,000 facts, "e3 r7" -> " e41". The
     states at r7 are the same in "e3 r7" and in "e3 r7 r12", so what a model knows of the bridge it
     has there in both. `shown` questions may be in a frozen model's training; the others are for
     adapters.

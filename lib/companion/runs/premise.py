@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from backattn.training.batches import first_tokens
 from backattn.training.loop import Recipe, train
-from companion.questions.premise import WORDS, world
+from companion.questions.premise import ENTITIES, WORDS, world
 from companion.runs.plans import SEEDS, Planned
 from companion.runs.run import Run
 from companion.runs.scratch import tokenizer_of
@@ -21,7 +22,7 @@ ARMS = (
     "bias",
 )
 _facts = Recipe(1500, 2e-3, batch_size=256, weight_decay=0.1, warmup=0.05)
-_natural = replace(_facts, steps=1000, weight_decay=1.0)  # stopped where half is right
+_natural = replace(_facts, steps=2600, weight_decay=1.0)  # stopped where half is right
 
 
 def _llama(layers: int) -> nn.Module:
@@ -39,10 +40,12 @@ def make_base(name: str, folder: Path) -> None:
     "premise": eight layers learn all facts and the `shown` half of all two-hop questions.
     "premise low": four layers learn the facts alone and are frozen; four upper ones, which change
     nothing at first, then learn two hops where the bridge is one of the "base" role, so that they
-    know nothing of other bridges' facts. Minutes on one core.
+    know nothing of other bridges' facts. Facts are learnt at the beginning of a text and after
+    another entity, as the second hop stands after the first. Ten minutes on one core.
     """
     tokenizer, questions = tokenizer_of(["<pad>", *WORDS], "words"), world()
     facts = questions[questions["kind"] == "fact"]
+    facts = pd.concat([facts, facts, *(after_another(facts, seed) for seed in (1, 2))])
     two_hop = questions[(questions["kind"] == "two-hop") & questions["shown"]]
     torch.manual_seed(0)
 
@@ -51,7 +54,7 @@ def make_base(name: str, folder: Path) -> None:
 
     if name == "premise":
         model = _llama(LAYERS)
-        learn(model, [*[facts] * 4, two_hop], _natural)
+        learn(model, [facts, two_hop], _natural)
     else:
         low, model = _llama(LAYERS // 2), _llama(LAYERS)
         learn(low, [facts], _facts)
@@ -61,15 +64,21 @@ def make_base(name: str, folder: Path) -> None:
             layer.requires_grad_(True)
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
-        learn(model, [*[facts] * 4, two_hop[two_hop["role"] == "base"]], _facts)
+        learn(model, [facts, two_hop[two_hop["role"] == "base"]], _facts)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+def after_another(facts: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Facts told after any entity, "e9 e3 r7": columns as in `facts`."""
+    others = np.random.default_rng(seed).integers(ENTITIES, size=len(facts)).astype(str)
+    return facts.assign(prompt=[f"e{o} {p}" for o, p in zip(others, facts["prompt"], strict=True)])
+
+
 def premise_runs(model: str, steps: int = 2000, arms: Sequence[str] = ARMS) -> list[Planned]:
-    """E6: arms at source layer 1, d′ = 32, all questions of the training, three seeds on one test;
+    """E6: arms at source layer 0, d′ = 48, all questions of the training, three seeds on one test;
     rates tried at the full number of steps."""
-    shape = dict(model=model, source_layer=1, dim=32, batch_size=64, dtype="float32")
+    shape = dict(model=model, source_layer=0, dim=48, batch_size=64, dtype="float32")
     shape |= dict(train_items=None, validation_items=None, steps=steps)
     plan = [Planned(Run("premise", "zero-shot", model=model, test_items=None))]
     for arm in arms:

@@ -5,6 +5,8 @@ import torch
 
 from backattn import load_model
 from backattn.adapters.arms import ARMS, make_arm
+from backattn.adapters.config import BackAttentionConfig
+from backattn.adapters.modules import BackAttention, ShuffledMemory
 from backattn.training.batches import collate
 from backattn.training.evaluation import answer_logits
 from backattn.training.loop import Recipe, train
@@ -31,7 +33,7 @@ def test_arms_have_equal_weights():
         for arm, model in wrapped.items()
     }
     lora, whole = sizes.pop("LoRA q,v"), 4 * 32 * 8
-    assert sizes.pop("bias") == 32 and set(sizes.values()) == {whole} and len(sizes) == 4
+    assert sizes.pop("bias") == 32 and set(sizes.values()) == {whole} and len(sizes) == 5
     assert abs(lora - whole) / whole < 0.5
     assert wrapped["same layer"].memory_layers == (1,)
     assert wrapped["back attention"].memory_layers == (1, 2, 3, 4)
@@ -63,3 +65,14 @@ def test_the_loop_reads_its_own_position_only():
         final = wrapped.first_pass_states(ids, torch.ones_like(ids), places)[-1]  # h_L [B, T, D]
     expected = update.up(update.down(final / (final.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()))
     assert torch.allclose(seen[0], expected, atol=1e-5)
+
+
+def test_shuffled_memory_is_never_a_rows_own():
+    config = BackAttentionConfig(source_layer=1, dim=8)
+    update, memory = ShuffledMemory(32, config), torch.randn(3, 4, 5, 32)
+    plain = BackAttention(32, config)
+    plain.load_state_dict(update.state_dict())
+    keys, values = update.remember(memory)
+    expected = plain.remember(memory)
+    assert torch.equal(keys[1:], expected[0][:-1]) and torch.equal(values[0], expected[1][-1])
+    assert not update.remember(memory[:, :1])[1].any()

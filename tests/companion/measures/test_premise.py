@@ -1,0 +1,58 @@
+"""What is said of the frozen models of the premise."""
+
+import pandas as pd
+import pytest
+
+from backattn import load_model
+from companion.measures.premise import answers_of, decision, put_back, readable
+from companion.questions.premise import world
+from companion.runs.run import OWN
+
+
+@pytest.fixture(scope="module", params=OWN)
+def base(request):
+    return request.param, *load_model(OWN[request.param])
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    return world().query("kind == 'two-hop' and role == 'test' and not shown").head(200)
+
+
+def test_the_premise_holds_in_the_frozen_models(base, unseen):
+    name, model, tokenizer = base
+    facts = answers_of(model, tokenizer, world().query("kind == 'fact'").head(300))
+    right = (answers_of(model, tokenizer, unseen)["said"] == "e3").mean()
+    assert (facts["said"] == "e3").mean() > 0.99
+    assert right < 0.05 if name == "premise low" else 0.35 < right < 0.65
+    read = readable(model, tokenizer, unseen).set_index(["name", "at", "layer"])["share"]
+    assert read["e2", "r1", 8] > 0.99 and read["e2", "r1", 0] < 0.05
+    assert read["e3", "r2", 8] == pytest.approx(right)
+    assert read["e3", "r1"].max() < 0.1  # it cannot know r2
+    back = put_back(model, tokenizer, unseen).set_index("layer")["share"]
+    assert back[0] > 0.9 and len(back) == 8
+    assert all(not block._forward_pre_hooks for block in model.model.layers)
+
+
+def test_what_is_said_is_told_apart(base, unseen):
+    _, model, tokenizer = base
+    bridge = unseen.assign(answer=" " + unseen["group"])
+    said, other = (answers_of(model, tokenizer, x)["said"] for x in (unseen, bridge))
+    assert set(said) <= {"e3", "e2", "other"}
+    assert ((said == "e2") <= (other == "e3")).all()
+
+
+@pytest.mark.parametrize(
+    "ends, donors_low, expected",
+    [
+        ([(0.06, 0.1), (0.2, 0.3)], 0.6, "the mechanism works"),
+        ([(0.06, 0.1), (0.2, 0.3)], 0.4, "undecided"),
+        ([(0.04, 0.1), (0.2, 0.3)], 0.6, "undecided"),
+        ([(-0.01, 0.01), (-0.015, 0.01)], 0.0, "refuted here"),
+        ([(-0.01, 0.03), (-0.01, 0.01)], 0.0, "undecided"),
+    ],
+)
+def test_the_rule_of_the_premise(ends, donors_low, expected):
+    others = ["shuffled memory", "same layer", "bias"]
+    table = pd.DataFrame([*ends, (-1.0, 1.0)], columns=["low", "high"]).assign(other=others)
+    assert decision(table, donors_low) == expected
