@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 
 from companion.questions.compositions import invented_facts
+from companion.questions.splits import SPLITS, place_of
 
 ENTITIES, RELATIONS, TESTED = 200, 20, 1000
 WORDS = (*(f"e{i}" for i in range(ENTITIES)), *(f"r{i}" for i in range(RELATIONS)))
-ROLES = {"base": 60, "train": 80, "validation": 10, "test": 50}  # bridge entities
+ROLES = {"base": 60, "adapters": 140}  # bridge entities
 
 
 def world() -> pd.DataFrame:
@@ -38,8 +39,14 @@ def world() -> pd.DataFrame:
 
 def premise() -> pd.DataFrame:
     """The questions of adapters on the frozen models: two-hop ones that are not `shown`, of bridges
-    for training, validation and test (1,000); the columns of `world`, split, tested, r2."""
-    frame = world().query("kind == 'two-hop' and not shown and role != 'base'")
-    extra = frame[frame["role"] == "test"].sample(frac=1, random_state=0).index[TESTED:]
-    frame = frame.drop(index=extra).reset_index(drop=True)
-    return frame.assign(split=frame["role"], tested=True, r2=frame["prompt"].str.split().str[-1])
+    for adapters; the columns of `world`, split, tested, r2.
+
+    Three tenths of the second facts ("e41 r12") are for the test (1,000 questions), one for
+    validation: the bridge was seen in training, what is asked of it was in no two-hop question.
+    """
+    frame = world().query("kind == 'two-hop' and not shown and role == 'adapters'")
+    frame = frame.assign(tested=True, r2=frame["prompt"].str.split().str[-1])
+    places = (frame["group"] + " " + frame["r2"]).map(place_of)
+    frame["split"] = np.array(SPLITS)[np.searchsorted([0.6, 0.7], places, side="right")]
+    extra = frame[frame["split"] == "test"].sample(frac=1, random_state=0).index[TESTED:]
+    return frame.drop(index=extra).reset_index(drop=True)

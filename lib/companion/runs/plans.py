@@ -12,7 +12,7 @@ from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
 from companion.questions.datasets import DATASETS
 from companion.runs.perform import train_and_test
-from companion.runs.run import SCRATCH, Run
+from companion.runs.run import OWN, SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
 from companion.runs.store import CHECKPOINTS, Store
 
@@ -20,6 +20,8 @@ Names, Ints = Sequence[str], Sequence[int]
 MOST_RATES = 4  # tried for one arm
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
+# Of adapters on pretrained models; the other one so far only on models of our own.
+TRIED = {name: arm for name, arm in ARMS.items() if name != "shuffled memory"}
 BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
 SEEDS = (0, 1, 2)
 OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained
@@ -69,7 +71,7 @@ def composing_runs() -> list[Planned]:
 
 
 def adapter_runs(
-    model: str = "smollm2", names: Names = ("two-hop",), arms: Names = tuple(ARMS), **sizes
+    model: str = "smollm2", names: Names = ("two-hop",), arms: Names = tuple(TRIED), **sizes
 ) -> list[Planned]:
     """Claim C8: the untrained and some trained arms on some datasets, for all seeds; sizes: fields
     of `Run`. tested_in is that of `load_model` where it is left out, and float32 for a model that
@@ -170,19 +172,24 @@ def ship(
 ) -> int:
     """Write what this repository ships of plans into `folder`, unless all of it was shipped before;
     returns the number of results that are new. Weights are those of back attention (from scratch:
-    of the first seed) and of the other adapters for the first seed; weights=False: results only,
-    and none of runs whose weights are in the repository, so that the two stay together."""
+    of the first seed) and, on pretrained models, of other adapters' first seed; weights=False:
+    results only, and none of runs whose weights are in the repository: the two stay together."""
     runs = [run for plan in plans for part in (tried, found) for run in part(plan, store)]
     runs = [run for run in runs if store.result(run) is not None]
     if not weights:
         runs = [run for run in runs if not (CHECKPOINTS / f"{run.key}.safetensors").exists()]
     new = [run for run in runs if run.key not in store.shipped]
     trained = [run for run in runs if run.test_items != 0 and run.arm not in UNTRAINED]
-    two_of = [(r.seed == 0) + (r.model != SCRATCH) + (r.arm in BACK_ATTENTION) for r in trained]
-    whole = [run for run, count in zip(trained, two_of, strict=True) if weights and count > 1]
+    whole = [run for run in trained if weights and _keeps_weights(run)]
     if new:
         store.export(runs, whole, folder)
     return len(new)
+
+
+def _keeps_weights(run: Run) -> bool:
+    if run.arm in BACK_ATTENTION:
+        return run.seed == 0 or run.model != SCRATCH
+    return run.seed == 0 and run.model not in (SCRATCH, *OWN)
 
 
 def sweep(runs: Iterable[Run], store: Store, processes: int = 1, device: str = "cpu") -> None:

@@ -77,9 +77,9 @@ def after_another(facts: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def premise_runs(model: str, steps: int = 2000, arms: Sequence[str] = ARMS) -> list[Planned]:
     """E6: arms at source layer 0, d′ = 48, all questions of the training, three seeds on one test;
-    rates tried at the full number of steps."""
+    rates tried at the full number of steps. With little weight decay no arm answers new facts."""
     shape = dict(model=model, source_layer=0, dim=48, batch_size=64, dtype="float32")
-    shape |= dict(train_items=None, validation_items=None, steps=steps)
+    shape |= dict(train_items=None, validation_items=None, steps=steps, weight_decay=1.0)
     plan = [Planned(Run("premise", "zero-shot", model=model, test_items=None))]
     for arm in arms:
         trial = Run("premise", arm, test_items=0, **shape)

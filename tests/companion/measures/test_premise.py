@@ -16,7 +16,7 @@ def base(request):
 
 @pytest.fixture(scope="module")
 def unseen():
-    return world().query("kind == 'two-hop' and role == 'test' and not shown").head(200)
+    return world().query("kind == 'two-hop' and role == 'adapters' and not shown").head(200)
 
 
 def test_the_premise_holds_in_the_frozen_models(base, unseen):

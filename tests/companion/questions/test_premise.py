@@ -23,7 +23,9 @@ def test_adapters_are_asked_what_no_frozen_model_was_shown():
     asked = every.loc[frame["prompt"]]
     assert not asked["shown"].any() and set(asked["kind"]) == {"two-hop"}
     assert frame["split"].value_counts()["test"] == 1000
-    by_split = frame.groupby("split")["group"].agg(set)
+    by_split = (frame["group"] + " " + frame["r2"]).groupby(frame["split"]).agg(set)
     assert by_split["train"].isdisjoint(by_split["test"] | by_split["validation"])
+    bridges = frame.groupby("split")["group"].agg(set)
+    assert bridges["test"] <= bridges["train"]
     base = set(every.loc[every["role"] == "base", "group"])
     assert base.isdisjoint(frame["group"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from backattn import runtime
-from backattn.adapters.arms import ARMS, UNTRAINED
+from backattn.adapters.arms import UNTRAINED
 from companion.paths import NOTEBOOKS
 from companion.questions.datasets import OTHER_PROMPTS
 from companion.runs.perform import train_and_test
@@ -16,6 +16,7 @@ from companion.runs.plans import (
     CORE_ARMS,
     MOST_RATES,
     SEEDS,
+    TRIED,
     Planned,
     adapter_runs,
     best_of,
@@ -144,7 +145,7 @@ def test_where_and_how_long_rates_are_tried():
     assert {run.test_items for _, run in runs} == {0}
     none = main_runs(core_arms_on=[])
     assert {one.run.dataset for one in none} == {"two-hop"}
-    assert len(none) == len([*ARMS, *UNTRAINED]) * 3
+    assert len(none) == len([*TRIED, *UNTRAINED]) * 3
     varied = varied_runs("source_layer", [1, 3], arms=["bias"], seed=0)
     assert [one.run.source_layer for one in varied] == [1] * 3 + [3] * 3
     assert {trial.source_layer for one in varied for trial in one.trials} == {6}
