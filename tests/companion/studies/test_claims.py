@@ -95,7 +95,9 @@ def rules() -> list[dict]:
         stage_discovery.stages_in_order(order, blocked, 9),
         stage_discovery.entity_cannot_tell(contest, stage_b, 9),
         stage_discovery.one_after_the_other(order, 9),
-        census.failures_say_bridge(one_hop, read("02_leads"), three_way, 9),
+        census.failures_say_bridge(
+            one_hop, read("02_leads"), three_way, read("02_failures_by_type"), 9
+        ),
         census.conflict_not_ignorance(shares),
         conflict.late_influence(read("02_flow_tests")),
         conflict.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),

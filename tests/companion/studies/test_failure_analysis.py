@@ -186,7 +186,9 @@ def test_c3_by_rule(lead, share, verdict):
     table = pd.DataFrame({"share": 0.2, "low": 0.1, "high": 0.3}, index=pairs).reset_index()
     leads = pd.DataFrame([{**around("lead", lead), **around("share", share)}] * len(TEMPLATES))
     leads = leads.assign(wording=list(TEMPLATES))
-    assert census.failures_say_bridge(table, leads, table, n=9)["verdict"] == verdict
+    types = pd.DataFrame([{"types": "same type", "n": 15, **around("share", share)}])
+    types = types.rename(columns={"share_low": "low", "share_high": "high"})
+    assert census.failures_say_bridge(table, leads, table, types, n=9)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(

@@ -116,13 +116,19 @@ def shares(frame: pd.DataFrame, by: Sequence[str] = (), column: str = "outcome")
 
 
 def failures_say_bridge(
-    census: pd.DataFrame, leads: pd.DataFrame, three_way: pd.DataFrame, n: int
+    census: pd.DataFrame,
+    leads: pd.DataFrame,
+    three_way: pd.DataFrame,
+    by_type: pd.DataFrame,
+    n: int,
 ) -> dict[str, str]:
     """C3. census, three_way: `shares` by wording, behind one-hop examples; leads: by wording, the
-    share of failures (not e3) that says e2, and its lead over that which says e1, with intervals.
+    share of failures (not e3) that says e2, and its lead over that which says e1, with intervals;
+    by_type: the former by types of e2 and e3, in the paper's wording.
 
-    Four checks, each with its whole interval: in each of three wordings more failures say e2 than
-    echo e1, the other entity of the prompt; in the paper's, more than half of them say e2.
+    Five checks, each with its whole interval: in each of three wordings more failures say e2 than
+    echo e1, the other entity of the prompt; in the paper's, more than half of them say e2, and more
+    than half of those where e2 and e3 are of one type, as in the paper's example.
     """
     by, keys = leads.set_index("wording"), ["wording", "outcome"]
     texts, compared = (t.set_index(keys).apply(percent, axis=1) for t in (census, three_way))
@@ -130,13 +136,16 @@ def failures_say_bridge(
     others = "; ".join(f"{w}: e2 {texts[w, 'e2']}" for w in by.index if w != "possessive")
     ends = by.rename(columns={"lead_low": "low", "lead_high": "high"})[["lead", "low", "high"]]
     ahead = ", ".join(f"{w} {with_interval(r, 'lead', '+.0%', '.0%')}" for w, r in ends.iterrows())
+    alike = by_type.set_index("types").loc["same type"]
     ours = (
         f"open vocabulary, e1's r1's r2: {found}; {others}; 3-way: e2 "
-        f"{compared['possessive', 'e2']}; e2 less e1 among failures: {ahead}; n = {n}"
+        f"{compared['possessive', 'e2']}; e2 less e1 among failures: {ahead}; "
+        f"of failures with e2 and e3 of one type e2 {percent(alike)} of {alike['n']:.0f}; n = {n}"
     )
     paper = by.loc["possessive"]
-    passed = [*(by["lead_low"] > 0), paper["share_low"] > 0.5]
-    return claim("C3", ours, passed, [*(by["lead_high"] < 0), paper["share_high"] < 0.5])
+    passed = [*(by["lead_low"] > 0), paper["share_low"] > 0.5, alike["low"] > 0.5]
+    failed = [*(by["lead_high"] < 0), paper["share_high"] < 0.5, alike["high"] < 0.5]
+    return claim("C3", ours, passed, failed)
 
 
 def conflict_not_ignorance(census: pd.DataFrame) -> dict[str, str]:
