@@ -1,6 +1,6 @@
 """Trains the two frozen models of the premise (E6), data/models/: a quarter of an hour.
 
-    .venv/bin/python data/build_premise.py
+.venv/bin/python data/build_premise.py
 """
 
 from companion.runs.premise import make_base

@@ -18,7 +18,8 @@ class Items:
     """Tokenised questions. prompts, answers: token ids; texts: the answers as text. accepted: per
     question the first tokens that count as right, or None where the whole answer must be right.
     number_continuations: tokens that, after an answer, would make it another number. kinds: of each
-    question, where the learning curve tells them apart."""
+    question, where the learning curve tells them apart. memories: token ids of texts whose first
+    pass is read instead of the questions' own, see `training.evaluation.reading`."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -26,6 +27,7 @@ class Items:
     accepted: list[frozenset[int]] | None
     number_continuations: frozenset[int]
     kinds: list[str] | None = None
+    memories: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

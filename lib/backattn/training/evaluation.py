@@ -1,7 +1,8 @@
 """Which questions a model answers right."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,48 @@ class FirstPasses:
         in_halves(keep, group)
 
 
+def align_to_length(memory: Tensor, length: int) -> Tensor:
+    """One question's memory [M, S, D] for another length: positions are counted from the end, where
+    the words that ask stand; where there are too few, the first is repeated.
+
+    Example:
+        >>> align_to_length(torch.arange(3.0).view(1, 3, 1), 4).flatten().tolist()
+        [0.0, 0.0, 1.0, 2.0]
+    """
+    return memory[:, (torch.arange(length) - length + memory.shape[1]).clamp(min=0)]
+
+
+@contextlib.contextmanager
+def reading(
+    model: nn.Module, items: Items, rows: Sequence[int], batch: Questions
+) -> Iterator[None]:
+    """While the block runs, `batch`, made of `rows`, reads the memory of the texts that
+    `items.memories` names, or its own where there are none. Raises ValueError for a model that
+    reads no memory.
+
+    Example:
+        >>> from backattn.adapters.arms import make_arm
+        >>> items = Items([[5, 6]], [[8]], ["a"], None, frozenset(), memories=[[7, 9, 5]])
+        >>> wrapped = make_arm("back attention", model, source_layer=1, dim=8)
+        >>> with reading(wrapped, items, [0], collate(items, [0])):
+        ...     logits = answer_logits(wrapped, collate(items, [0]))
+    """
+    if items.memories is None:
+        yield
+        return
+    if not getattr(model, "memory_layers", ()):
+        raise ValueError("These questions have memories, and this model reads none.")
+    among = [model.needed.index(layer) for layer in model.memory_layers]
+    texts = replace(items, prompts=items.memories, answers=[[0]] * len(items), memories=None)
+    other = collate(texts, rows, batch.input_ids.device)
+    states = model.first_pass_states(**other.inputs)[among]  # [M, B, S, D]
+    lengths = zip(other.lengths.tolist(), batch.lengths.tolist(), strict=True)
+    aligned = [align_to_length(states[:, k, -n:], to) for k, (n, to) in enumerate(lengths)]
+    memory = pad_sequence([x.transpose(0, 1) for x in aligned], padding_side="left")
+    with model.edited(memory=memory.permute(2, 1, 0, 3).contiguous()):
+        yield
+
+
 def answer_logits(
     model: nn.Module, batch: Questions, first_pass: Tensor | None = None, cache: Cache | None = None
 ) -> Tensor:
@@ -100,7 +143,8 @@ def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.n
 
     def summed_loss(rows: list[int]) -> float:
         batch = collate(items, rows, input_device(model))
-        logits = answer_logits(model, batch)
+        with reading(model, items, rows, batch):
+            logits = answer_logits(model, batch)
         right[rows] = right_answers(logits, items, rows, batch).numpy()
         return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
 
@@ -119,6 +163,8 @@ def written(
 ) -> np.ndarray:
     """Which questions greedy generation answers with the right number, however spaced, whatever
     follows: [n] bool. The text may not end early: models tuned for chat like to say nothing."""
+    if items.memories is not None:
+        raise ValueError("What is generated reads its own memory: judge by the first token.")
     # Prompts alone: the last token of an answer is never in the batch.
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):

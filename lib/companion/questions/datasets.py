@@ -22,7 +22,7 @@ from companion.questions.chains import NAMES, chains
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import Published, published, read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
-from companion.questions.splits import FOLDS, fold_of, split
+from companion.questions.splits import FOLDS, fold_of, place_of, split
 
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 TWO_HOP_KEYS = ["pair", "e1", "r1", "r2"]  # name a two-hop fact
@@ -84,6 +84,31 @@ def two_hop(
     prompts = [say(*row) for row in facts[["e1", "r1", "r2"]].to_numpy()]
     facts = facts.assign(prompt=prompts, answer=" " + facts["e3"], group=facts["e2"])
     return facts.assign(tested=facts["shortcut_right"] == "False")
+
+
+def planted(shuffled: bool) -> pd.DataFrame:
+    """The two-hop questions, with what back attention reads instead of their own first pass: that
+    of "e1's r1 is e2", told in column `memory`; shuffled: with the e2 of another question that has
+    the same r1."""
+    frame, say = two_hop(), TEMPLATES["possessive"].say
+    told = frame["e2"]
+    if shuffled:  # the next one in the order of a hash, so that it is not a row that stands near
+        order = frame.assign(place=frame["prompt"].map(place_of)).sort_values("place")
+        told = order.groupby("r1")["e2"].transform(_another)
+    pairs = zip(frame["e1"], frame["r1"], told[frame.index], strict=True)
+    return frame.assign(memory=[f"{say(e1, r1)} {e2}" for e1, r1, e2 in pairs])
+
+
+def _another(names: pd.Series) -> np.ndarray:
+    """For each name the next that differs from it, around the end; itself where all are alike."""
+    values = names.tolist()
+    both = values + values
+    return np.array(
+        [
+            next((other for other in both[k + 1 :] if other != name), name)
+            for k, name in enumerate(values)
+        ]
+    )
 
 
 def in_context() -> pd.DataFrame:
@@ -162,6 +187,7 @@ class _Named(dict):
 
 _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
+_told = partial(_first, columns=(*Dataset.columns, "e3_aliases", "memory"))
 _question = partial(two_hop, say=TEMPLATES["question"].say)
 _code = partial(two_hop, say="{2}({1}({0})) =".format)
 _SVAMP = Published(
@@ -187,6 +213,9 @@ _RECORDS = (
     _two_hop("question", _question, tuned_on="question"),
     _two_hop("code", _code, tuned_on="code"),
     _two_hop("in context", in_context, tuned_on="in context"),
+    # What back attention reads holds e2, or another's.
+    _told("two-hop, planted", partial(planted, False), tuned_on="two-hop, planted"),
+    _told("two-hop, planted shuffled", partial(planted, True), tuned_on="two-hop, planted"),
     # Both hops invented and told: flow is needed, knowledge is not.
     _first("chains", chains, tuned_on="chains", columns=_CHAINED),
     # Of invented words.
@@ -199,6 +228,7 @@ _RECORDS = (
 )
 DATASETS: dict[str, Dataset] = _Named((record.name, record) for record in _RECORDS)
 OTHER_PROMPTS = ("question", "code", "in context")
+PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 
 
 def load(name: str) -> pd.DataFrame:

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from backattn.models.tokens import prompt_ids
 from backattn.training.batches import Items, first_tokens, numbers
 from companion.questions import splits
 from companion.questions.asking import candidates
 from companion.questions.datasets import DATASETS, load
 from companion.questions.splits import draw
-from companion.runs.run import SCRATCH, SHOTS, Run
+from companion.runs.run import BACK_ATTENTION, SCRATCH, SHOTS, Run
 
 
 @functools.cache
@@ -44,7 +45,10 @@ def questions(run: Run, tokenizer, split: str) -> Items:
         part["prompt"] = "".join(shown["prompt"] + shown["answer"] + ". ") + part["prompt"]
     if by_first_token:
         accepted, kinds = (part[n].tolist() if n in part else None for n in ("e3_ids", "kind"))
-        return replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
+        items = replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
+        if "memory" in part and run.arm in BACK_ATTENTION:
+            items.memories = [prompt_ids(tokenizer, text) for text in part["memory"]]
+        return items
     if run.model != SCRATCH:
         return numbers(tokenizer, part, end=".")
     part["prompt"] = part["prompt"].str.replace(r"\d+", lambda n: n[0].zfill(2), regex=True)

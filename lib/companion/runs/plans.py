@@ -12,7 +12,7 @@ from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
 from companion.questions.datasets import DATASETS
 from companion.runs.perform import train_and_test
-from companion.runs.run import OWN, SCRATCH, Run
+from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
 from companion.runs.store import CHECKPOINTS, Store
 
@@ -22,7 +22,6 @@ DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang 
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
 # Of adapters on pretrained models; the other one so far only on models of our own.
 TRIED = {name: arm for name, arm in ARMS.items() if name != "shuffled memory"}
-BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
 SEEDS = (0, 1, 2)
 OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained
 

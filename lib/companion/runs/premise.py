@@ -75,14 +75,14 @@ def after_another(facts: pd.DataFrame, seed: int) -> pd.DataFrame:
     return facts.assign(prompt=[f"e{o} {p}" for o, p in zip(others, facts["prompt"], strict=True)])
 
 
-def premise_runs(model: str, steps: int = 2000, arms: Sequence[str] = ARMS) -> list[Planned]:
+def premise_runs(model: str, steps: int = 1000, arms: Sequence[str] = ARMS) -> list[Planned]:
     """E6: arms at source layer 0, d′ = 48, all questions of the training, three seeds on one test;
-    rates tried for half of the steps. Without weight decay back attention answers no new facts."""
+    rates tried at the full number of steps. Without weight decay back attention answers no new facts."""
     shape = dict(model=model, source_layer=0, dim=48, batch_size=64, dtype="float32")
     shape |= dict(train_items=None, validation_items=None, steps=steps, weight_decay=1.0)
     plan = [Planned(Run("premise", "zero-shot", model=model, test_items=None))]
     for arm in arms:
         run = Run("premise", arm, test_items=None, **shape)
-        trial = replace(run, steps=steps // 2, test_items=0)
+        trial = replace(run, test_items=0)
         plan += [Planned(replace(run, seed=seed), (trial,)) for seed in SEEDS]
     return plan

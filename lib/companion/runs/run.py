@@ -18,6 +18,7 @@ from companion.questions.splits import FOLDS, VALIDATION
 VERSION = 1  # raised when the same configuration would give another result
 SHOTS = 4  # worked examples of "few-shot"
 SCRATCH = "scratch"  # the model of runs from scratch
+BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
 # Small frozen models of this repository's own making, see `companion.runs.premise`.
 OWN = {name: DATA / "models" / name.replace(" ", "_") for name in ("premise", "premise low")}
 

@@ -18,7 +18,7 @@ from backattn.adapters.modules import normed
 from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import collate, first_tokens
-from backattn.training.evaluation import answer_logits, by_length
+from backattn.training.evaluation import align_to_length, answer_logits, by_length
 from companion.measures.closed_set import answer_sets, asked_by_hops, in_parts
 from companion.measures.memory import BATCH, PLACES, MemoryProbe, high_layers, last_logits
 from companion.measures.two_hop import donors
@@ -40,12 +40,6 @@ TAKEN = {  # keys of `memory_edits`, as a figure names them
     "r1 hidden": "… r1 hidden",
 }
 NO_MORE = 0.02  # accuracy: what is surely less is nothing that a second pass would be run for
-
-
-def align_to_length(memory: Tensor, length: int) -> Tensor:
-    """One question's memory [M, S, D] for another length: positions are counted from the end, where
-    the words that ask stand; where there are too few, the first is repeated."""
-    return memory[:, (torch.arange(length) - length + memory.shape[1]).clamp(min=0)]
 
 
 def mean_of_others(memory: Sequence[Tensor]) -> list[Tensor]:

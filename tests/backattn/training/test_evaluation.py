@@ -13,12 +13,16 @@ from backattn.training.batches import collate, first_tokens, numbers
 from backattn.training.evaluation import (
     NUMBER,
     FirstPasses,
+    align_to_length,
+    answer_logits,
     by_length,
     evaluate,
     perplexity,
+    reading,
     right_answers,
     written,
 )
+from backattn.training.loop import Recipe, train
 
 
 def test_right_means_what_greedy_generation_writes(tiny, sums):
@@ -118,3 +122,41 @@ def test_every_window_begins_as_a_prompt_does():
     assert perplexity(model, tok, text, window=8) != plain
     begins = torch.full((len(words), 1), begin[1])
     assert torch.equal(torch.cat(seen), torch.cat([begins, words], dim=1))
+
+
+@pytest.fixture
+def adapted():
+    wrapped = make_arm("back attention", load_model("tiny-llama")[0], 1, 8)
+    torch.nn.init.normal_(wrapped.updates["1"].o_proj.weight)
+    return wrapped
+
+
+@pytest.mark.parametrize("keep", [0.0, None])  # first passes computed each time, or kept
+def test_questions_read_the_memory_of_the_texts_that_are_named(adapted, items, keep):
+    rows, firsts = [0, 1, 2], [answer[:1] for answer in items.answers]
+    items = replace(items, answers=firsts, accepted=list(map(frozenset, firsts)))
+    batch, own = collate(items, rows), replace(items, memories=items.prompts)
+    with torch.no_grad():
+        plain = answer_logits(adapted, batch)
+        told = replace(items, memories=[[9, 8, 7], *items.prompts[:-1]])
+        with reading(adapted, told, rows, batch):
+            made = answer_logits(adapted, batch)
+        alone, places = torch.tensor([told.memories[0]]), torch.arange(3)[None]
+        states = adapted.first_pass_states(alone, torch.ones_like(alone), places)[:, 0]
+        one = collate(items, [0])
+        with adapted.edited(memory=align_to_length(states, one.input_ids.shape[1])[:, None]):
+            assert torch.allclose(answer_logits(adapted, one)[0], made[0], atol=1e-5)
+        with reading(adapted, own, rows, batch):
+            assert torch.allclose(answer_logits(adapted, batch), plain, atol=1e-5)
+    assert not torch.allclose(made[0], plain[0], atol=1e-3)
+    before = evaluate(adapted, told)[1]
+    train(adapted, told, Recipe(20, 0.02, batch_size=2), keep_first_passes=keep)
+    assert evaluate(adapted, told)[1] < before - 0.1
+
+
+def test_memories_are_refused_where_none_is_read(llama, items):
+    told = replace(items, memories=items.prompts)
+    with pytest.raises(ValueError, match="reads none"):
+        evaluate(make_arm("bias", load_model("tiny-llama")[0], 1, 8), told)
+    with pytest.raises(ValueError, match="reads its own"):
+        written(*llama, told)

@@ -18,6 +18,7 @@ from companion.questions.compositions import ENTITIES, RELATIONS, compositions
 from companion.questions.datasets import (
     DATASETS,
     OTHER_PROMPTS,
+    PLANTED,
     Dataset,
     held_out_text,
     in_context,
@@ -223,3 +224,15 @@ def test_the_held_out_text_is_what_it_was():
     expected = "c9d2b5442d32dd1f9bfbfd3e40745eca126e979ceb0dddb50d1521cff2ad96c2"
     assert hashlib.sha256(content).hexdigest() == expected
     assert held_out_text().encode() == content
+
+
+def test_planted_memories_tell_e2_or_anothers():
+    plain, own, other = (load(n) for n in ("two-hop", *PLANTED))
+    for frame in (own, other):
+        assert frame[["prompt", "answer", "group"]].equals(plain[["prompt", "answer", "group"]])
+    told = own["e1"] + "'s " + own["r1"] + " is " + own["e2"]
+    assert own["memory"].equals(told)
+    assert (other["memory"] != told).mean() > 0.99
+    same_r1 = set(zip(own["r1"], own["e2"], strict=True))
+    pairs = zip(other["r1"], other["memory"].str.split(" is ").str[-1], strict=True)
+    assert all(pair in same_r1 for pair in pairs)

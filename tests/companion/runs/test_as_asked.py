@@ -30,3 +30,11 @@ def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, store, 
     train_and_test(run, store)
     monkeypatch.setitem(DATASETS, "SVAMP", replace(svamp, load=lambda: pytest.fail("loaded")))
     assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
+
+
+def test_back_attention_alone_is_told_what_to_remember(tiny_run, llama):
+    run = replace(tiny_run, dataset="two-hop, planted")
+    told = questions(replace(run, arm="back attention"), llama[1], "test")
+    other = questions(replace(run, arm="same layer"), llama[1], "test")
+    assert other.memories is None and other.prompts == told.prompts
+    assert len(told.memories) == len(told) and told.memories[0] != told.prompts[0]
