@@ -117,8 +117,9 @@ class BackAttention(Update):
 
 
 class ShuffledMemory(BackAttention):
-    """Back attention that reads another question's memory, that of the row before it in the batch,
-    in training and after: it can learn nothing of its own. A row alone reads zeros."""
+    """Back attention that reads the memory of the row before it in the batch, in training and
+    after: as many weights and operations, and nothing to be learnt of its own question. Rows that
+    stand together may be alike in length and kind. A row alone reads zeros."""
 
     def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         alone = memory.shape[1] == 1

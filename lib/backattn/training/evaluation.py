@@ -75,7 +75,7 @@ def reading(
 ) -> Iterator[None]:
     """While the block runs, `batch`, made of `rows`, reads the memory of the texts that
     `items.memories` names, or its own where there are none. Raises ValueError for a model that
-    reads no memory.
+    reads no memory, and within `edited`.
 
     Example:
         >>> from backattn.adapters.arms import make_arm
@@ -89,6 +89,8 @@ def reading(
         return
     if not getattr(model, "memory_layers", ()):
         raise ValueError("These questions have memories, and this model reads none.")
+    if any(model.request.get(name) is not None for name in ("cells", "memory")):
+        raise ValueError("These questions have memories: exchange those, or leave edited() out.")
     among = [model.needed.index(layer) for layer in model.memory_layers]
     texts = replace(items, prompts=items.memories, answers=[[0]] * len(items), memories=None)
     other = collate(texts, rows, batch.input_ids.device)

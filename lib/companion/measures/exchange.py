@@ -47,7 +47,8 @@ def exchange_memory(
     answer.
 
     memory: "own"; "another's", the states that the first pass makes of the donor; "mean", of all
-    questions; and, where the update attends, "only r1", r1's cells alone.
+    questions; where the update attends "only r1", r1's cells alone; and "the other itself", the
+    donor asked with its own memory (right of its own answer), which bounds what it can give.
     """
 
     device = input_device(wrapped)
@@ -76,26 +77,29 @@ def exchange_memory(
         cells[..., R1] = True
         memories["only r1"] = {"cells": cells}
     parts = []
-    for memory, edit in memories.items():
+    for memory, edit in {**memories, "the other itself": {}}.items():
+        asked_for, answer = (own, answers) if memory in memories else (other, donated)
         with wrapped.edited(**edit):
-            said = wrapped(own, **inputs, use_cache=False).logits[:, -1].argmax(-1)
+            said = wrapped(asked_for, **inputs, use_cache=False).logits[:, -1].argmax(-1)
         table = {"question": range(len(own)), "memory": memory}
-        table |= {"right": (said == answers).cpu().numpy() * 1.0}
+        table |= {"right": (said == answer).cpu().numpy() * 1.0}
         parts.append(
             pd.DataFrame({**table, "donors_answer": (said == donated).cpu().numpy() * 1.0})
         )
     return pd.concat(parts, ignore_index=True)
 
 
-def exchanges(runs: Sequence[Run], store: Store, device: str = "cpu") -> pd.DataFrame:
+def exchanges(
+    runs: Sequence[Run], store: Store, device: str = "cpu", donors_from: str = "train"
+) -> pd.DataFrame:
     """`exchange_memory` of the tests of runs on "compositions" or "premise" with kept weights, by
     kind of question: model, arm, seed, kind, question (row of the test), e2, memory, right,
-    donors_answer. Donors are two-hop questions of the training whose facts both were composed;
-    questions without one are left out."""
+    donors_answer. Donors are two-hop questions of a split whose facts both were composed; questions
+    without one are left out."""
     parts = []
     for run in progress(list(runs), "exchanging", unit="run"):
         whole, test = load(run.dataset), asked(run, "test").reset_index(drop=True)
-        composed = (whole["split"] == "train") & whole["kind"].isin(["ID/ID", "two-hop"])
+        composed = (whole["split"] == donors_from) & whole["kind"].isin(["ID/ID", "two-hop"])
         pool = whole[composed].reset_index(drop=True)
         chosen = matched_donors(test, pool)
         test = test[chosen >= 0]

@@ -1,5 +1,7 @@
 """What the small frozen models of the premise know, and where it can be read."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import torch
@@ -11,6 +13,7 @@ from backattn.training.batches import collate, first_tokens
 from backattn.training.evaluation import answer_logits, by_length
 
 AHEAD, EQUAL, HALF = 0.05, 0.02, 0.5  # see E6
+CONTROLS = ("shuffled memory", "same layer")
 
 
 @torch.no_grad()
@@ -72,12 +75,28 @@ def put_back(model, tokenizer, questions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def decision(differences: pd.DataFrame, donors_low: float) -> str:
-    """What E6 of PREREGISTRATION.md says of one model. differences: back attention less each
-    control (other, low, high), of which shuffled memory and same layer count; donors_low: the lower
-    end of the share of answers that become the other question's."""
-    two = differences.set_index("other").loc[["shuffled memory", "same layer"]]
-    if (two["low"] > AHEAD).all() and donors_low > HALF:
-        return "the mechanism works"
-    same = (two["low"] > -EQUAL).all() and (two["high"] < EQUAL).all()
-    return "refuted here" if same else "undecided"
+def standing(row: Mapping[str, float]) -> str:
+    """Where back attention stands to another arm by the interval of the difference: low, high."""
+    if row["low"] > -EQUAL and row["high"] < EQUAL:
+        return "equal"
+    if row["low"] > 0:
+        return "ahead by more than 5 points" if row["low"] > AHEAD else "ahead"
+    return "behind" if row["high"] < 0 else "undecided"
+
+
+def decisions(differences: pd.DataFrame, donors_low: Mapping[str, float]) -> pd.DataFrame:
+    """What E6 of PREREGISTRATION.md says: a row per model with its standing to the two controls
+    that count, the exchange's word and the decision. differences: back attention less each other
+    arm (model, other, low, high); donors_low: by model the lower end of the share of answers that
+    become the other question's. *Refuted* is a matter of all models."""
+    rows = []
+    for model, part in differences.groupby("model", sort=False):
+        stands = part.set_index("other").loc[list(CONTROLS)].apply(standing, axis=1)
+        most = donors_low[model] > HALF
+        works = most and (stands == "ahead by more than 5 points").all()
+        exchange = "more than half" if most else "not surely half"
+        rows.append({"model": model, **stands, "the other's answer": exchange, "works": works})
+    table = pd.DataFrame(rows)
+    refuted = (table[list(CONTROLS)] == "equal").all(axis=None)
+    says = {True: "the mechanism works", False: "refuted" if refuted else "not shown to work"}
+    return table.assign(decision=table.pop("works").map(says))

@@ -187,6 +187,7 @@ class _Named(dict):
 
 _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
+PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 _told = partial(_first, columns=(*Dataset.columns, "e3_aliases", "memory"))
 _question = partial(two_hop, say=TEMPLATES["question"].say)
 _code = partial(two_hop, say="{2}({1}({0})) =".format)
@@ -214,8 +215,10 @@ _RECORDS = (
     _two_hop("code", _code, tuned_on="code"),
     _two_hop("in context", in_context, tuned_on="in context"),
     # What back attention reads holds e2, or another's.
-    _told("two-hop, planted", partial(planted, False), tuned_on="two-hop, planted"),
-    _told("two-hop, planted shuffled", partial(planted, True), tuned_on="two-hop, planted"),
+    *(
+        _told(name, partial(planted, shuffled), tuned_on=name)
+        for shuffled, name in enumerate(PLANTED)
+    ),
     # Both hops invented and told: flow is needed, knowledge is not.
     _first("chains", chains, tuned_on="chains", columns=_CHAINED),
     # Of invented words.
@@ -228,7 +231,6 @@ _RECORDS = (
 )
 DATASETS: dict[str, Dataset] = _Named((record.name, record) for record in _RECORDS)
 OTHER_PROMPTS = ("question", "code", "in context")
-PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 
 
 def load(name: str) -> pd.DataFrame:

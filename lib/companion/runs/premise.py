@@ -39,8 +39,8 @@ def make_base(name: str, folder: Path) -> None:
 
     "premise": eight layers learn all facts and the `shown` half of all two-hop questions.
     "premise low": four layers learn the facts alone and are frozen; four upper ones, which change
-    nothing at first, then learn two hops where the bridge is one of the "base" role, so that they
-    know nothing of other bridges' facts. Facts are learnt at the beginning of a text and after
+    nothing at first, then learn, beside all facts, two hops where the bridge is one of the "base"
+    role. Facts are learnt at the beginning of a text and after
     another entity, as the second hop stands after the first. Ten minutes on one core.
     """
     tokenizer, questions = tokenizer_of(["<pad>", *WORDS], "words"), world()
@@ -77,10 +77,11 @@ def after_another(facts: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def premise_runs(model: str, steps: int = 1000, arms: Sequence[str] = ARMS) -> list[Planned]:
     """E6: arms at source layer 0, d′ = 48, all questions of the training, three seeds on one test;
-    rates tried at the full number of steps. Without weight decay back attention answers no new facts."""
+    rates tried at the full number of steps. The weight decay is one that back attention needs."""
     shape = dict(model=model, source_layer=0, dim=48, batch_size=64, dtype="float32")
     shape |= dict(train_items=None, validation_items=None, steps=steps, weight_decay=1.0)
-    plan = [Planned(Run("premise", "zero-shot", model=model, test_items=None))]
+    plain = Run("premise", "zero-shot", model=model, test_items=None)
+    plan = [Planned(replace(plain, seed=seed)) for seed in SEEDS]
     for arm in arms:
         run = Run("premise", arm, test_items=None, **shape)
         trial = replace(run, test_items=0)

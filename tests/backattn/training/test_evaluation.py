@@ -158,5 +158,9 @@ def test_memories_are_refused_where_none_is_read(llama, items):
     told = replace(items, memories=items.prompts)
     with pytest.raises(ValueError, match="reads none"):
         evaluate(make_arm("bias", load_model("tiny-llama")[0], 1, 8), told)
+    wrapped = make_arm("back attention", load_model("tiny-llama")[0], 1, 8)
+    states = torch.zeros(4, 3, 9, 32)
+    with pytest.raises(ValueError, match="exchange those"), wrapped.edited(memory=states):
+        evaluate(wrapped, told)
     with pytest.raises(ValueError, match="reads its own"):
         written(*llama, told)

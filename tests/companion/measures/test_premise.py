@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from backattn import load_model
-from companion.measures.premise import answers_of, decision, put_back, readable
+from companion.measures.premise import answers_of, decisions, put_back, readable, standing
 from companion.questions.premise import world
 from companion.runs.run import OWN
 
@@ -43,16 +43,36 @@ def test_what_is_said_is_told_apart(base, unseen):
 
 
 @pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.06, 0.1, "ahead by more than 5 points"),
+        (0.01, 0.1, "ahead"),
+        (-0.01, 0.1, "undecided"),
+        (-0.01, 0.015, "equal"),
+        (0.005, 0.015, "equal"),
+        (-0.1, -0.01, "behind"),
+    ],
+)
+def test_a_standing_is_read_off_an_interval(low, high, expected):
+    assert standing({"low": low, "high": high}) == expected
+
+
+@pytest.mark.parametrize(
     "ends, donors_low, expected",
     [
         ([(0.06, 0.1), (0.2, 0.3)], 0.6, "the mechanism works"),
-        ([(0.06, 0.1), (0.2, 0.3)], 0.4, "undecided"),
-        ([(0.04, 0.1), (0.2, 0.3)], 0.6, "undecided"),
-        ([(-0.01, 0.01), (-0.015, 0.01)], 0.0, "refuted here"),
-        ([(-0.01, 0.03), (-0.01, 0.01)], 0.0, "undecided"),
+        ([(0.06, 0.1), (0.2, 0.3)], 0.4, "not shown to work"),
+        ([(0.04, 0.1), (0.2, 0.3)], 0.6, "not shown to work"),
+        ([(-0.01, 0.01), (-0.015, 0.01)], 0.0, "refuted"),
+        ([(-0.01, 0.03), (-0.01, 0.01)], 0.0, "not shown to work"),
     ],
 )
 def test_the_rule_of_the_premise(ends, donors_low, expected):
     others = ["shuffled memory", "same layer", "bias"]
     table = pd.DataFrame([*ends, (-1.0, 1.0)], columns=["low", "high"]).assign(other=others)
-    assert decision(table, donors_low) == expected
+    two = pd.concat([table.assign(model="a"), table.assign(model="b")])
+    made = decisions(two, {"a": donors_low, "b": donors_low}).set_index("model")["decision"]
+    assert made.to_dict() == {"a": expected, "b": expected}
+    if expected == "refuted":  # which takes both
+        two.loc[two["model"] == "b", ["low", "high"]] += 0.1
+        assert set(decisions(two, {"a": 0.0, "b": 0.0})["decision"]) == {"not shown to work"}

@@ -30,6 +30,8 @@ from companion.runs.plans import (
     tried,
     varied_runs,
 )
+from companion.runs.premise import premise_runs
+from companion.runs.run import OWN
 from companion.runs.scratch import COMPOSING_ARMS
 from companion.runs.store import CHECKPOINTS, Store
 
@@ -80,7 +82,7 @@ def plans(notebook: str) -> list[list[Planned]]:
             for layers, dim in p["several"]
         ]
     if notebook == "08":
-        return [composing_runs()]
+        return [composing_runs(), *map(premise_runs, OWN)]
     plan = scratch_runs([p["scratch_seed"]], [p["scratch_width"]], tried_for=750)
     other = adapter_runs(names=OTHER_PROMPTS, batch_size=16, **core)
     return [other, [one for one in plan if one.run.arm == "2 layers"]]
@@ -101,6 +103,9 @@ def test_shipped_weights_are_those_of_the_results(tmp_path):
         assert store.shipped[path.stem]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     [run] = found(plans("09")[-1], store)
     assert store.weights(run)  # the notebook reads it
+    for plan in plans("08")[1:]:
+        of_premise = [one for one in found(plan, store) if one.arm == "back attention"]
+        assert len(of_premise) == 3 and all(store.weights(one) for one in of_premise)
     runs = found(plans("04")[0], store)
     assert all("losses" in row for run in runs for row in store.result(run)["curve"])
 

@@ -33,7 +33,7 @@ def test_facts_after_another_entity_keep_their_answer():
 def test_all_arms_are_tested_on_the_same_questions():
     plan = premise.premise_runs("premise low")
     trained = [one for one in plan if one.trials]
-    assert {one.run.arm for one in trained} == {*premise.ARMS} and len(plan) == 6 * 3 + 1
+    assert {one.run.arm for one in trained} == {*premise.ARMS} and len(plan) == 7 * 3
     assert {one.run.fold for one in plan} == {None}
     assert all(one.trials[0].steps == one.run.steps for one in trained)
     assert Run("premise", "bias", model="premise").key != Run("premise", "bias").key

@@ -187,7 +187,7 @@ def test_c3_by_rule(lead, share, verdict):
     leads = pd.DataFrame([{**around("lead", lead), **around("share", share)}] * len(TEMPLATES))
     leads = leads.assign(wording=list(TEMPLATES))
     types = pd.DataFrame([{"types": "same type", "n": 15, **around("share", share)}])
-    types = types.rename(columns={"share_low": "low", "share_high": "high"})
+    types = types.rename(columns={"share": "mean", "share_low": "low", "share_high": "high"})
     assert census.failures_say_bridge(table, leads, table, types, n=9)["verdict"] == verdict
 
 

@@ -124,7 +124,7 @@ def failures_say_bridge(
 ) -> dict[str, str]:
     """C3. census, three_way: `shares` by wording, behind one-hop examples; leads: by wording, the
     share of failures (not e3) that says e2, and its lead over that which says e1, with intervals;
-    by_type: the former by types of e2 and e3, in the paper's wording.
+    by_type: in the paper's wording, that share (mean, low, high, n) by types of e2 and e3.
 
     Five checks, each with its whole interval: in each of three wordings more failures say e2 than
     echo e1, the other entity of the prompt; in the paper's, more than half of them say e2, and more
@@ -140,7 +140,8 @@ def failures_say_bridge(
     ours = (
         f"open vocabulary, e1's r1's r2: {found}; {others}; 3-way: e2 "
         f"{compared['possessive', 'e2']}; e2 less e1 among failures: {ahead}; "
-        f"of failures with e2 and e3 of one type e2 {percent(alike)} of {alike['n']:.0f}; n = {n}"
+        f"of {alike['n']:.0f} failures with e2 and e3 of one type e2 {percent(alike, 'mean')}; "
+        f"n = {n}"
     )
     paper = by.loc["possessive"]
     passed = [*(by["lead_low"] > 0), paper["share_low"] > 0.5, alike["low"] > 0.5]
