@@ -15,6 +15,7 @@ from backattn import runtime
 from backattn.adapters.arms import UNTRAINED, make_arm
 from backattn.models.devices import input_device, one_device
 from backattn.models.load import load_model
+from backattn.models.packaged import quiet_transformers
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
@@ -27,7 +28,13 @@ from companion.runs.store import Store
 
 @functools.lru_cache(maxsize=2)
 def _base(name: str, source: str | None, dtype: str, device: str):
-    return load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
+    with quiet_transformers() if name in OWN else contextlib.nullcontext():
+        return load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
+
+
+def base_model(name: str, dtype: str = "float32", device: str = "cpu"):
+    """(model, tokenizer) that adapters of runs are put on, kept for the next who asks."""
+    return _base(name, source_of(name), dtype, device)
 
 
 @contextlib.contextmanager
@@ -38,7 +45,7 @@ def with_adapter(run: Run, dtype: str, device: str = "cpu") -> Iterator[tuple[nn
         model, tokenizer = scratch_model(run)
         model = model.to(one_device(device))
     else:
-        model, tokenizer = _base(run.model, source_of(run.model), dtype, device)
+        model, tokenizer = base_model(run.model, dtype, device)
         torch.manual_seed(run.seed)
         if run.arm not in UNTRAINED:
             model = make_arm(run.arm, model, run.source_layer, run.dim, run.memory_layers)

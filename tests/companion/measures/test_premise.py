@@ -25,7 +25,9 @@ def test_the_premise_holds_in_the_frozen_models(base, unseen):
     right = (answers_of(model, tokenizer, unseen)["said"] == "e3").mean()
     assert (facts["said"] == "e3").mean() > 0.99
     assert right < 0.05 if name == "premise low" else 0.35 < right < 0.65
-    read = readable(model, tokenizer, unseen).set_index(["name", "at", "layer"])["share"]
+    read = (
+        readable(model, tokenizer, unseen).set_index(["name", "at", "layer"])["share"].sort_index()
+    )
     assert read["e2", "r1", 8] > 0.99 and read["e2", "r1", 0] < 0.05
     assert read["e3", "r2", 8] == pytest.approx(right)
     assert read["e3", "r1"].max() < 0.1  # it cannot know r2

@@ -310,7 +310,10 @@ def test_update_is_refused_for_other_profiles_and_models(monkeypatch, capsys, op
 def test_the_manifest_and_the_notebooks_are_as_the_runner_leaves_them():
     noted = committed.manifest()["results"]
     files = [*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")]
-    shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    names = [path.relative_to(paths.DATA).as_posix() for path in files]
+    names = [name if name.startswith("models/") else name.split("/")[-1] for name in names]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    shipped = dict(zip(names, hashes, strict=True))
     assert shipped == {name: entry["sha256"] for name, entry in noted.items()} and shipped
     for path in committed.notebooks():
         run = committed.took("paper")[path.stem]
