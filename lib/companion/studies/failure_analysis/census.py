@@ -140,8 +140,8 @@ def failures_say_bridge(
     ours = (
         f"open vocabulary, e1's r1's r2: {found}; {others}; 3-way: e2 "
         f"{compared['possessive', 'e2']}; e2 less e1 among failures: {ahead}; "
-        f"of {alike['n']:.0f} failures with e2 and e3 of one type e2 {percent(alike, 'mean')}; "
-        f"n = {n}"
+        f"of failures with e2 and e3 of one type e2 {percent(alike, 'mean')} "
+        f"of {alike['n']:.0f}; n = {n}"
     )
     paper = by.loc["possessive"]
     passed = [*(by["lead_low"] > 0), paper["share_low"] > 0.5, alike["low"] > 0.5]
