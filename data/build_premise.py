@@ -1,4 +1,5 @@
-"""Trains the two frozen models of the premise (E6), data/models/: a quarter of an hour.
+"""Trains the two frozen models of the premise (E6), data/models/: some twenty
+minutes on one core.
 
 .venv/bin/python data/build_premise.py
 """

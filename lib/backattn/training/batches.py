@@ -1,7 +1,7 @@
 """Questions as token ids, and batches of them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,8 @@ class Items:
     question the first tokens that count as right, or None where the whole answer must be right.
     number_continuations: tokens that, after an answer, would make it another number. kinds: of each
     question, where the learning curve tells them apart. memories: token ids of texts whose first
-    pass is read instead of the questions' own, see `training.evaluation.reading`."""
+    pass is read instead of the questions' own, positions counted
+    from the end."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -41,9 +42,11 @@ class Items:
 
 @dataclass(frozen=True)
 class Questions(Batch):
-    """A batch padded on the left, with labels [B, K], the targets of the last K positions."""
+    """A batch padded on the left, with labels [B, K], the targets of the last K positions, and the
+    texts whose first pass is read, where it is not their own."""
 
     labels: Tensor
+    memories: Batch | None = None
 
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
@@ -110,7 +113,11 @@ def collate(items: Items, rows: Iterable[int], device: str | torch.device = "cpu
     for rows_of, filler in ((texts, 0), ([[1] * len(t) for t in texts], 0), (answers, IGNORED)):
         width = max(map(len, rows_of))
         padded.append(torch.tensor([[filler] * (width - len(row)) + row for row in rows_of]))
-    return Questions(*(x.to(device) for x in padded))
+    memories = None
+    if items.memories is not None:
+        told = replace(items, prompts=items.memories, answers=[[0]] * len(items), memories=None)
+        memories = collate(told, rows, device)
+    return Questions(*(x.to(device) for x in padded), memories)
 
 
 def in_halves(compute: Callable[[list[int]], object], rows: list[int]) -> list:

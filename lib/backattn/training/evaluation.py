@@ -70,21 +70,9 @@ def align_to_length(memory: Tensor, length: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def reading(
-    model: nn.Module, items: Items, rows: Sequence[int], batch: Questions
-) -> Iterator[None]:
-    """While the block runs, `batch`, made of `rows`, reads the memory of the texts that
-    `items.memories` names, or its own where there are none. Raises ValueError for a model that
-    reads no memory, and within `edited`.
-
-    Example:
-        >>> from backattn.adapters.arms import make_arm
-        >>> items = Items([[5, 6]], [[8]], ["a"], None, frozenset(), memories=[[7, 9, 5]])
-        >>> wrapped = make_arm("back attention", model, source_layer=1, dim=8)
-        >>> with reading(wrapped, items, [0], collate(items, [0])):
-        ...     logits = answer_logits(wrapped, collate(items, [0]))
-    """
-    if items.memories is None:
+def _reading(model: nn.Module, batch: Questions) -> Iterator[None]:
+    """While the block runs, `batch` reads the memory of its `memories`, if it has any."""
+    if batch.memories is None:
         yield
         return
     if not getattr(model, "memory_layers", ()):
@@ -92,10 +80,8 @@ def reading(
     if any(model.request.get(name) is not None for name in ("cells", "memory")):
         raise ValueError("These questions have memories: exchange those, or leave edited() out.")
     among = [model.needed.index(layer) for layer in model.memory_layers]
-    texts = replace(items, prompts=items.memories, answers=[[0]] * len(items), memories=None)
-    other = collate(texts, rows, batch.input_ids.device)
-    states = model.first_pass_states(**other.inputs)[among]  # [M, B, S, D]
-    lengths = zip(other.lengths.tolist(), batch.lengths.tolist(), strict=True)
+    states = model.first_pass_states(**batch.memories.inputs)[among]  # [M, B, S, D]
+    lengths = zip(batch.memories.lengths.tolist(), batch.lengths.tolist(), strict=True)
     aligned = [align_to_length(states[:, k, -n:], to) for k, (n, to) in enumerate(lengths)]
     memory = pad_sequence([x.transpose(0, 1) for x in aligned], padding_side="left")
     with model.edited(memory=memory.permute(2, 1, 0, 3).contiguous()):
@@ -107,6 +93,7 @@ def answer_logits(
 ) -> Tensor:
     """The model's logits where the answers' tokens are predicted: [B, K, V], fp32. first_pass and
     cache: see `TwoPassModel.forward`; with a cache first_pass is of the last tokens, K or more.
+    Raises ValueError for questions with memories where the model reads none, or within `edited`.
 
     Example:
         >>> batch = collate(Items([[5, 6]], [[8, 9]], ["a"], None, frozenset()), [0])
@@ -122,7 +109,8 @@ def answer_logits(
     inputs |= {"use_cache": False, "return_dict": True}  # whatever the config says
     if first_pass is not None:
         inputs |= {"first_pass": first_pass, "past_key_values": cache}
-    return model(**inputs).logits.float()
+    with _reading(model, batch):
+        return model(**inputs).logits.float()
 
 
 def right_answers(logits: Tensor, items: Items, rows: Sequence[int], batch: Questions) -> Tensor:
@@ -145,8 +133,7 @@ def evaluate(model: nn.Module, items: Items, batch_size: int = 64) -> tuple[np.n
 
     def summed_loss(rows: list[int]) -> float:
         batch = collate(items, rows, input_device(model))
-        with reading(model, items, rows, batch):
-            logits = answer_logits(model, batch)
+        logits = answer_logits(model, batch)
         right[rows] = right_answers(logits, items, rows, batch).numpy()
         return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
 

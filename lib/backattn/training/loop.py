@@ -28,13 +28,7 @@ from backattn.adapters.two_pass import TwoPassModel
 from backattn.files import atomic_file
 from backattn.models.devices import input_device
 from backattn.training.batches import IGNORED, Items, collate
-from backattn.training.evaluation import (
-    FirstPasses,
-    answer_logits,
-    evaluate,
-    reading,
-    right_answers,
-)
+from backattn.training.evaluation import FirstPasses, answer_logits, evaluate, right_answers
 
 
 @dataclass(frozen=True)
@@ -239,10 +233,7 @@ class _Batches:
         """(part of the loss, questions answered right) of some rows, whose gradient is added."""
         batch = collate(self.items, rows, input_device(self.model))
         first_pass = self.passes(rows, batch) if self.passes else None
-        autocast = torch.autocast(
-            batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast
-        )
-        with reading(self.model, self.items, rows, batch), autocast:
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             logits = answer_logits(self.model, batch, first_pass)
         labels = batch.labels.flatten()
         loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")

@@ -72,6 +72,8 @@ class MemoryProbe:
     see `memory_places`, with seed, question, e2; labels: the place of each token."""
 
     def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
+        if items.memories is not None:
+            raise ValueError("These questions have memories: a probe would read their own.")
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
         self.about = frame[["seed", "question", "e2"]]  # what rows of results are named by
         self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)

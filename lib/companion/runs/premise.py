@@ -40,8 +40,8 @@ def make_base(name: str, folder: Path) -> None:
     "premise": eight layers learn all facts and the `shown` half of all two-hop questions.
     "premise low": four layers learn the facts alone and are frozen; four upper ones, which change
     nothing at first, then learn, beside all facts, two hops where the bridge is one of the "base"
-    role. Facts are learnt at the beginning of a text and after
-    another entity, as the second hop stands after the first. Ten minutes on one core.
+    role. Facts are learnt at the beginning of a text and after another entity, as the second hop
+    stands after the first. Ten minutes on one core.
     """
     tokenizer, questions = tokenizer_of(["<pad>", *WORDS], "words"), world()
     facts = questions[questions["kind"] == "fact"]

@@ -18,7 +18,6 @@ from backattn.training.evaluation import (
     by_length,
     evaluate,
     perplexity,
-    reading,
     right_answers,
     written,
 )
@@ -139,15 +138,13 @@ def test_questions_read_the_memory_of_the_texts_that_are_named(adapted, items, k
     with torch.no_grad():
         plain = answer_logits(adapted, batch)
         told = replace(items, memories=[[9, 8, 7], *items.prompts[:-1]])
-        with reading(adapted, told, rows, batch):
-            made = answer_logits(adapted, batch)
+        made = answer_logits(adapted, collate(told, rows))
         alone, places = torch.tensor([told.memories[0]]), torch.arange(3)[None]
         states = adapted.first_pass_states(alone, torch.ones_like(alone), places)[:, 0]
         one = collate(items, [0])
         with adapted.edited(memory=align_to_length(states, one.input_ids.shape[1])[:, None]):
             assert torch.allclose(answer_logits(adapted, one)[0], made[0], atol=1e-5)
-        with reading(adapted, own, rows, batch):
-            assert torch.allclose(answer_logits(adapted, batch), plain, atol=1e-5)
+        assert torch.allclose(answer_logits(adapted, collate(own, rows)), plain, atol=1e-5)
     assert not torch.allclose(made[0], plain[0], atol=1e-3)
     before = evaluate(adapted, told)[1]
     train(adapted, told, Recipe(20, 0.02, batch_size=2), keep_first_passes=keep)
