@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from backattn.adapters.modules import BackAttention, Update
+from backattn.models.hooks import in_place_of
 
 # Arguments that say where texts in a row begin.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cu_seqlens")
@@ -261,10 +262,7 @@ def attached(model) -> Iterator[None]:
         ):
             stack.callback(handle.remove)
         for layer, module in enumerate(layers):
-            # Put back what accelerate gives a layer as its own forward, else uncover the class's.
-            own, forward = vars(module), module.forward
-            back = (own.update, {"forward": forward}) if "forward" in own else (own.pop, "forward")
-            stack.callback(*back)
-            own["forward"] = functools.partial(in_layer, layer, forward)
+            forward = functools.partial(in_layer, layer, module.forward)
+            stack.enter_context(in_place_of(module, forward))
         stack.callback(setattr, decoder.config, "num_hidden_layers", depth)  # else early exit's
         yield

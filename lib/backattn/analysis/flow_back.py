@@ -22,7 +22,7 @@ handed to the embedding ends in biases, so that what enters equals what leaves.
 Shapes: B prompts, T positions, D width, F neurons, H heads, d channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from backattn.analysis.logit_flow import LogitFlow
 from backattn.models.activations import Stream, capture
+from backattn.models.decoder import Norm
 from backattn.models.hooks import analysis
 from backattn.models.lens import Lens
 from backattn.models.tokens import Batch, encode
@@ -46,9 +47,10 @@ FLOOR = 1e-4  # neurons with a coefficient below this share of the sub-layer's l
 class FlowBack:
     """Result of `flow_back`.
 
-    frame: prompt, layer, kind (embedding, attention, ffn), position (attention's source), token,
-        flow (all that passes through this node), direct (what goes straight to the answer; the rest
-        reaches it through later neurons). Flow passes many nodes: sums over layers are no shares.
+    frame: prompt, layer, kind (embedding, attention, ffn), with heads=True head (NA outside of
+        attention), position (attention's source), token, flow (all that passes through this node),
+        direct (what goes straight to the answer; the rest reaches it through later neurons). Flow
+        passes many nodes: sums over layers are no shares.
     conservation: prompt, entering, leaving (of which in_biases), withheld,
         error = |entering − leaving − withheld|, scale (Σ|what entered|, which errors refer to).
     """
@@ -78,12 +80,18 @@ class FlowBack:
 
 @analysis
 def flow_back(
-    model, tokenizer, flow: LogitFlow, route: str = "parts", batch_size: int = 16
+    model,
+    tokenizer,
+    flow: LogitFlow,
+    route: str = "parts",
+    batch_size: int = 16,
+    heads: bool = False,
 ) -> FlowBack:
     """Trace the answer's log-probability back to every layer and position.
 
     Route "parts" starts from the flow's neurons, so its level must be "neuron". The forward passes
-    that the flow kept are used; without them its prompts run again, `batch_size` at a time.
+    that the flow kept are used; without them its prompts run again, `batch_size` at a time. heads:
+    a row for each head of attention.
 
     Raises ValueError for an unknown route, a flow without neurons, and another model or tokenizer
     than made the flow; UnsupportedModelError where a weight or norm that is read is not what the
@@ -106,8 +114,8 @@ def flow_back(
         if route == "parts":
             inside = flow.frame["prompt"].between(start, stop - 1) & flow.frame["neuron"].notna()
             entering = flow.frame[inside].assign(prompt=flow.frame["prompt"] - start)
-        nodes, total = _sweep(stream, entering)
-        frames.append(_frame(stream, nodes, start, tokenizer))
+        nodes, total = _flow(stream, entering, heads)
+        frames.append(_frame(stream, nodes, start, tokenizer, heads))
         totals.append(pd.DataFrame({name: x.cpu().numpy() for name, x in total.items()}))
     frame = pd.concat(frames, ignore_index=True).astype({"kind": "category", "token": "category"})
     table = pd.concat(totals, ignore_index=True).rename_axis("prompt").reset_index()
@@ -141,57 +149,107 @@ def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
         yield start, stream
 
 
-def _sweep(stream: Stream, entering: Tensor | pd.DataFrame) -> tuple[dict, dict[str, Tensor]]:
-    """One pass from the top layer to the embedding. What enters is the logits of tokens [B] (route
-    "linear") or neurons, rows of a logit flow (route "parts").
+def _flow(stream: Stream, entering: Tensor | pd.DataFrame, heads: bool) -> tuple[dict, dict]:
+    """What enters is the logits of tokens [B] (route "linear") or neurons, rows of a logit flow
+    (route "parts").
 
-    Returns (kind, layer) -> (flow, direct), each [B, T], and totals per prompt, each [B].
+    Returns (kind, layer) -> (flow, direct), each [B, T, heads or 1], and totals per prompt, each
+    [B].
     """
-    linear, covector = isinstance(entering, Tensor), torch.zeros_like(stream.hidden[0])  # [B, T, D]
+    linear, start = isinstance(entering, Tensor), torch.zeros_like(stream.hidden[0])  # [B, T, D]
     names = ("entering", "in_biases", "withheld", "scale")
-    totals = {name: covector.new_zeros(len(covector), dtype=torch.float64) for name in names}
+    totals = {name: start.new_zeros(len(start), dtype=torch.float64) for name in names}
     nodes, groups = {}, {}
     if linear:  # the answer's logit less the mean logit, the final norm's scale frozen
-        lens, last = Lens(stream.arch), stream.batch.at_last(stream.hidden[-1])  # [B, D]
-        lens.prove(stream)
-        gradient = lens.norm.adjoint(lens.weight[entering] - lens.weight.mean(0), lens.scale(last))
-        covector[torch.arange(len(last), device=last.device), stream.batch.last] = gradient
-        totals["entering"] = (gradient * last).sum(-1).double()
+        lens = Lens(stream.arch)
+        start = at_the_end(stream, lens.weight[entering] - lens.weight.mean(0))
+        totals["entering"] = stream.batch.at_last(start * stream.hidden[-1]).sum(-1).double()
         totals["scale"] = totals["entering"].abs()
     else:
         groups = dict(list(entering.groupby(["kind", "layer"], observed=True)))
-    top = covector  # the part that reads the answer directly
 
+    def enter(kind: str, layer: int, units: Tensor) -> Tensor | None:
+        if (kind, layer) not in groups:
+            return None
+        return _enter(stream.batch, kind, units, groups[kind, layer], totals)
+
+    for part in sweep(stream, start, enter, half=not linear):
+        direct = part.entering
+        if linear:  # the covector that reads the answer reads this sub-layer's output
+            direct = part.to_units(part.post.adjoint(start, part.scale))
+        axes = tuple(range(3 if heads and part.kind == "attention" else 2, part.units.dim()))
+        each = [(x * part.units).sum(axes) for x in (part.per_unit, direct)]
+        nodes[part.kind, part.layer] = [x if x.dim() == 3 else x[..., None] for x in each]
+        totals["in_biases"] += part.in_bias.sum(-1).double()
+    ends = part.below, start
+    nodes["embedding", 0] = [(x * stream.hidden[0]).sum(-1)[..., None] for x in ends]
+    totals["leaving"] = nodes["embedding", 0][0].double().sum((1, 2)) + totals["in_biases"]
+    return nodes, totals
+
+
+def at_the_end(stream: Stream, direction: Tensor) -> Tensor:
+    """The covector on the last state [B, T, D] that reads a direction of logits, W_U's rows [B, D],
+    at the last position, the final norm's scale frozen."""
+    lens, last = Lens(stream.arch), stream.batch.at_last(stream.hidden[-1])  # [B, D]
+    lens.prove(stream)
+    covector = torch.zeros_like(stream.hidden[-1])
+    rows = torch.arange(len(last), device=last.device)
+    covector[rows, stream.batch.last] = lens.norm.adjoint(direction, lens.scale(last))
+    return covector
+
+
+@dataclass
+class Part:
+    """One sub-layer of a sweep. Units are neurons [B, T, F], or values at the source positions
+    [B, T, H, d]."""
+
+    kind: str
+    layer: int
+    units: Tensor
+    per_unit: Tensor  # flow that each unit brings, for one of it
+    entering: Tensor  # of which what enters here
+    output: Tensor  # covector on what the sub-layer adds to the stream [B, T, D]
+    heads: Tensor | None  # covector on attention's heads at the query [B, T, H, d]
+    in_bias: Tensor  # flow that ends in biases [B, T]
+    below: Tensor  # covector on the state under it [B, T, D]
+    to_units: Callable[[Tensor], Tensor]
+    post: Norm
+    scale: Tensor
+
+
+def sweep(stream: Stream, covector: Tensor, enter: Callable, half: bool) -> Iterator[Part]:
+    """One pass from the top layer to the embedding, sub-layer by sub-layer.
+
+    covector: on the last state [B, T, D]; enter: kind, layer, units -> flow per unit that enters
+    there, or None; half: a gated neuron hands half on by its gate and half by its other input; else
+    all by the other, and the gate is frozen.
+    """
     for layer in reversed(range(stream.layers)):
         block, above = stream.arch.blocks[layer], covector
         values = block.values(stream.input("attention", layer))
         neurons = block.neurons(stream.input("ffn", layer))
         stream.prove_outputs(layer, values, neurons[0])
         for kind, sublayer, made in (("ffn", _ffn, neurons), ("attention", _attention, values)):
-            units, bias, to_units, to_input = sublayer(stream, layer, made, linear)
+            units, out, to_units, to_input = sublayer(stream, layer, made, half)
             post, scale = block.norm(f"{kind}_post"), stream.scales[kind][layer]
-            raw = post.adjoint(above if stream.arch.parallel else covector, scale)
-            direct = torch.zeros_like(units)
-            if (kind, layer) in groups:
-                direct = _enter(stream.batch, kind, units, groups[kind, layer], totals)
-            per_unit = to_units(raw) + direct
-            if linear:
-                direct = to_units(post.adjoint(top, scale))
-            axes = tuple(range(2, units.dim()))
-            nodes[kind, layer] = tuple((x * units).sum(axes) for x in (per_unit, direct))
+            output = above if stream.arch.parallel else covector
+            raw = post.adjoint(output, scale)
+            entering = enter(kind, layer, units)
+            entering = torch.zeros_like(units) if entering is None else entering
+            per_unit, heads = to_units(raw) + entering, None
+            if kind == "attention":
+                heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))
             on_input, in_bias = to_input(per_unit)
             norm, state = block.norm(f"{kind}_norm"), stream.input(kind, layer)
-            in_bias = in_bias + raw @ bias + on_input @ norm.bias  # [B, T]
-            totals["in_biases"] += in_bias.sum(-1).double()
+            in_bias = in_bias + raw @ out.bias + on_input @ norm.bias  # [B, T]
             covector = covector + norm.adjoint(on_input, norm.scale(state))
-    nodes["embedding", 0] = tuple((x * stream.hidden[0]).sum(-1) for x in (covector, top))
-    totals["leaving"] = nodes["embedding", 0][0].double().sum(-1) + totals["in_biases"]
-    return nodes, totals
+            about = (units, per_unit, entering, output, heads, in_bias, covector)
+            yield Part(kind, layer, *about, to_units, post, scale)
 
 
-def _ffn(stream: Stream, layer: int, neurons: tuple, linear: bool) -> tuple:
-    """(its neurons m [B, T, F], its output's bias, and two functions: from a covector on its output
-    to one on m; from that to one on its normed input and what biases keep)."""
+def _ffn(stream: Stream, layer: int, neurons: tuple, half: bool) -> tuple:
+    """(its neurons m [B, T, F], its output weights, and two functions: from a covector on its
+    output to one on m; from that to one on its normed input and what biases keep)."""
     block, (m, g, u) = stream.arch.blocks[layer], neurons
     down, (gate, up), act = block.ffn_out, block.ffn_in, block.get("activation")
     stream.prove_inputs(layer, "ffn", (gate, g), (up, u))
@@ -199,19 +257,19 @@ def _ffn(stream: Stream, layer: int, neurons: tuple, linear: bool) -> tuple:
     def to_input(per_unit: Tensor) -> tuple[Tensor, Tensor]:
         if gate is None:  # m = act(u): the gate is act(u) / u
             to_up = per_unit * _ratio(m, u)
-        elif linear:  # act(g) is frozen
-            to_up = per_unit * act(g)
-        else:  # half by g, half by u
-            half = per_unit * _ratio(act(g), g) / 2
-            to_up, to_gate = half * g, half * u
+        elif half:  # half by g, half by u
+            each = per_unit * _ratio(act(g), g) / 2
+            to_up, to_gate = each * g, each * u
             on_input = to_up @ up.weight + to_gate @ gate.weight
             return on_input, to_up @ up.bias + to_gate @ gate.bias
+        else:  # act(g) is frozen
+            to_up = per_unit * act(g)
         return to_up @ up.weight, to_up @ up.bias
 
-    return m, down.bias, lambda raw: raw @ down.weight, to_input
+    return m, down, lambda raw: raw @ down.weight, to_input
 
 
-def _attention(stream: Stream, layer: int, values: Tensor, linear: bool) -> tuple:
+def _attention(stream: Stream, layer: int, values: Tensor, _) -> tuple:
     """The same of attention; its units are the values at the source positions [B, T, H, d]."""
     block = stream.arch.blocks[layer]
     out, value = block.attention_out, block.value
@@ -225,7 +283,7 @@ def _attention(stream: Stream, layer: int, values: Tensor, linear: bool) -> tupl
         grouped = per_unit.unflatten(2, (block.kv_heads, -1)).sum(3).flatten(2)  # [B, T, G·d]
         return grouped @ value.weight, grouped @ value.bias
 
-    return block.per_head(values), out.bias, to_units, to_input
+    return block.per_head(values), out, to_units, to_input
 
 
 def _ratio(activated: Tensor, x: Tensor) -> Tensor:
@@ -257,23 +315,32 @@ def _enter(batch: Batch, kind: str, units: Tensor, rows: pd.DataFrame, totals: d
     return entering
 
 
-def _frame(stream: Stream, nodes: dict, first: int, tokenizer) -> pd.DataFrame:
+def _frame(stream: Stream, nodes: dict, first: int, tokenizer, heads: bool) -> pd.DataFrame:
     """Rows of `FlowBack.frame`; first: the index of the batch's first prompt."""
-    batch, kinds = stream.batch, ("attention", "ffn")
+    batch, kinds, sums, names = stream.batch, ("attention", "ffn"), [], []
     real = batch.attention_mask.bool().cpu()
     prompt, place = (x.numpy() for x in real.nonzero(as_tuple=True))
     token = np.array([tokenizer.decode([i]) for row in batch.rows for i in row], dtype=object)
-    names = [("embedding", 0), *((kind, k) for k in range(stream.layers) for kind in kinds)]
-    found = torch.stack([torch.stack(nodes[name]) for name in names]).cpu()
-    flow, direct = found.transpose(0, 1)[..., real].flatten(1).numpy()  # [nodes · positions]
-    return pd.DataFrame(
+    for kind, layer in (
+        ("embedding", 0),
+        *((kind, k) for k in range(stream.layers) for kind in kinds),
+    ):
+        sums.append(torch.stack(nodes[kind, layer]).cpu()[:, real])  # [2, positions, heads or 1]
+        split = heads and kind == "attention"
+        names += [(kind, layer, head) for head in (range(sums[-1].shape[-1]) if split else [pd.NA])]
+    flow, direct = torch.cat(sums, dim=-1).transpose(1, 2).flatten(1).numpy()  # [nodes · positions]
+    frame = pd.DataFrame(
         {
             "prompt": np.tile(prompt + first, len(names)),
-            "layer": np.repeat([layer for _, layer in names], len(prompt)),
-            "kind": np.repeat([kind for kind, _ in names], len(prompt)),
+            "layer": np.repeat([layer for _, layer, _ in names], len(prompt)),
+            "kind": np.repeat([kind for kind, *_ in names], len(prompt)),
             "position": np.tile(place - batch.start.cpu().numpy()[prompt], len(names)),
             "token": np.tile(token, len(names)),
             "flow": flow,
             "direct": direct,
         }
     )
+    if heads:
+        column = pd.array([head for *_, head in names], dtype="Int64")
+        frame.insert(3, "head", column.repeat(len(prompt)))
+    return frame

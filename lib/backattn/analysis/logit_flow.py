@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from backattn.analysis.neuron_scores import Reading, Sublayer, exact, screened, sublayers
+from backattn.analysis.neuron_scores import Reading, Sublayer, exact, heads, screened, sublayers
 from backattn.models.activations import Stream, capture
 from backattn.models.hooks import analysis
 from backattn.models.next_token import next_log_probs
@@ -36,7 +36,6 @@ from backattn.runtime import progress
 
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
-CHUNK = 256  # states whose logits are in memory at once
 BATCH = 16
 KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
 
@@ -69,16 +68,10 @@ def _heads(reading: Reading) -> Iterator[dict]:
         if sub.kind == "ffn":
             yield _part(reading, sub, "ffn", stream.batch.at_last(stream.ffn[sub.layer]))
             continue
-        heads = (-1, sub.head_dim)
-        c, vectors = sub.coefficient.unflatten(2, heads), sub.vectors.unflatten(0, heads)
-        parts, before = torch.einsum("bthd,hdw->bhtw", c, vectors), reading.log_prob(sub.base)
-        for b, real in enumerate(stream.batch.attention_mask.bool()):
-            states = sub.base[b] + parts[b, :, real]  # [H, sources, D]
-            chunks = states.flatten(0, 1).split(CHUNK)
-            after = torch.cat([reading.log_prob(chunk, b) for chunk in chunks])
-            increase = after.unflatten(0, states.shape[:2]) - before[b]
-            head, position = np.arange(len(states))[:, None], np.arange(states.shape[1])
-            where = {"prompt": b, "layer": sub.layer, "head": head, "position": position}
+        before, increases = reading.log_prob(sub.base), heads(reading, sub)
+        for b, increase in enumerate(increases):  # [H, sources]
+            head, position = (np.arange(n) for n in increase.shape)
+            where = {"prompt": b, "layer": sub.layer, "head": head[:, None], "position": position}
             yield {**where, "kind": "attention", "before": before[b], "increase": increase}
 
 

@@ -1,4 +1,4 @@
-"""Importances of single neurons (equation 3 of `logit_flow`) without a forward pass for each.
+"""Importances of neurons and heads (equation 3 of `logit_flow`) without a forward pass for each.
 
 A neuron adds c·v to its sub-layer's base b: a coefficient times an output vector. With s the final
 norm's scale at b and s' that at b + c·v (the same where it is frozen), the uncapped logits
@@ -13,6 +13,10 @@ One matrix product gives the directions of many neurons, for all prompts and sou
 "screen"  takes the softmax of z' for the neurons that are largest to first order,
 
 (6) c v · ∇_b log p(w | b).
+
+A head at a source position is a sum of neurons: d = Σ c d_i, over directions that all prompts and
+positions share. With the scale frozen and no cap, log p(w) rises by d_w − log Σ p exp(d), p being
+the base distribution; Σ p exp(d) − 1 is summed as Σ p expm1(d), which keeps its digits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,6 +127,34 @@ def exact(reading: Reading) -> Iterator[dict]:
         for b, mask in enumerate(sources):
             place, neuron = mask.nonzero(), torch.arange(len(sub.vectors))  # [sources, 1], [n]
             yield _part(reading, sub, b, place, neuron, before[b], increase[b, mask])
+
+
+def heads(reading: Reading, sub: Sublayer) -> list[Tensor]:
+    """Every head of an attention × each source position of a prompt: [H, sources] per prompt."""
+    lens, answer, frozen = reading.lens, reading.answer, reading.frozen
+    fast = frozen is not None and lens.softcap is None
+    before, real = reading.log_prob(sub.base), reading.stream.batch.attention_mask.bool()
+    base = lens.log_probs(sub.base, frozen).exp() if fast else None  # [B, V]
+    count = len(sub.vectors) // sub.head_dim
+    found = [torch.zeros(count, int(row.sum()), dtype=torch.float64) for row in real]
+    for head in range(count):
+        channels = slice(head * sub.head_dim, (head + 1) * sub.head_dim)
+        vectors = sub.vectors[channels]  # [d, D]
+        directions = lens.directions(vectors) if fast else None  # [d, V]
+        for b, row in enumerate(real):
+            c = sub.coefficient[b, row, channels]  # [sources, d]
+            gain, sure = torch.zeros(len(c), dtype=torch.float64), torch.zeros(len(c)).bool()
+            if fast:
+                d = (c * frozen[b]) @ directions  # [sources, V]
+                at_answer = d[:, answer[b]].double()
+                change = d.expm1_() @ base[b]
+                sure = ((change > -0.9) & (change < 1e4)).cpu()  # else digits are lost
+                gain = (at_answer - change.double().log1p()).cpu()
+            if not sure.all():
+                states = sub.base[b] + c[~sure] @ vectors
+                gain[~sure] = (reading.log_prob(states, b) - before[b]).cpu()
+            found[b][head] = gain
+    return found
 
 
 def screened(reading: Reading, top_k: int) -> Iterator[dict]:

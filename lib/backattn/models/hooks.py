@@ -103,3 +103,23 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
                 handle = module.register_forward_hook(hook)
             attached.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def in_place_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """A module with another forward; afterwards with what accelerate gave it as its own, or its
+    class's.
+
+    Example:
+        >>> with in_place_of(model.lm_head, lambda x: x[..., :1]):
+        ...     model(tokenizer("Spain", return_tensors="pt").input_ids).logits.shape
+        torch.Size([1, 1, 1])
+    """
+    own = vars(module)
+    before = {"forward": own["forward"]} if "forward" in own else {}
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        own.pop("forward", None)
+        own.update(before)
