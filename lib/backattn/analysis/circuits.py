@@ -14,7 +14,10 @@ Scores come from `backattn.analysis.attributions`, or are any array in the order
 What stands before the first token that differs is computed once (base "counterfactual").
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from backattn.models.decoder import describe
+from backattn.models.decoder import Linear, describe
 from backattn.models.families import UnsupportedModelError
-from backattn.models.hooks import evaluating, hooks
+from backattn.models.hooks import evaluating, hooks, in_place_of
 from backattn.models.next_token import cache_prefix, in_window
 from backattn.models.tokens import Batch, encode
 from backattn.runtime import progress
@@ -105,7 +108,8 @@ class Part:
     """Some pairs, and what nodes become. Everything concerns the columns from `start` on.
 
     rows: of all pairs; values: [B, T, channels] per place, or to be broadcast to that; cache: keys
-    and values of the columns before, or None where there are none.
+    and values of the columns before, or None where there are none; added: what each layer adds to
+    the stream of the counterfactual prompt [B, T, D], or nothing.
     """
 
     pairs: Pairs
@@ -113,6 +117,7 @@ class Part:
     start: int
     cache: Cache | None
     values: Values
+    added: Values
 
 
 class Circuit:
@@ -133,6 +138,7 @@ class Circuit:
         if units not in ("nodes", "neurons"):
             raise ValueError(f'units={units!r} is unknown; choose "nodes" or "neurons".')
         self.model, self.arch, self.units = model, describe(model), units
+        self._read = Linear.of(self.arch.unembedding_module, "The unembedding", self.arch.width, 1)
         rows, self.places = [], []  # (module, side, channels per node, number of nodes)
         for layer, block in enumerate(self.arch.blocks):
             if units == "neurons":
@@ -149,9 +155,11 @@ class Circuit:
 
     # -- one forward pass
 
-    def _logits(self, batch: Batch, changes: Sequence = (), start: int = 0, cache=None) -> Tensor:
-        """The model's logits at the last positions, [B, V], while functions change what the places
-        put out from column `start` on."""
+    def _run(
+        self, batch: Batch, read: Callable, changes: Sequence = (), start=0, cache=None
+    ) -> Tensor:
+        """One forward pass over the columns from `start` on, while functions change what the places
+        put out. read: from the last states before the unembedding [B, D] to some logits [B, K]."""
         hooked = [
             (module, side, change)
             for (module, side, *_), change in zip(self.places, changes, strict=False)
@@ -162,23 +170,37 @@ class Circuit:
         if cache is not None:
             inputs |= {"past_key_values": cache_prefix(cache, start)}
         keep = batch.input_ids.shape[1] - int(last.min())
-        with hooks(*hooked):
-            said = self.model(**inputs, use_cache=cache is not None, logits_to_keep=keep).logits
-        rows = torch.arange(len(said), device=said.device)
-        return said[rows, last - last.min()].float()
+        rows = torch.arange(len(last), device=last.device)
 
-    def metric(self, part: Part, changes: Sequence = ()) -> Tensor:
-        """m of each pair while functions change what the places put out: [B]."""
-        logits = self._logits(part.pairs.clean, changes, part.start, part.cache)  # [B, V]
-        answers = part.pairs.right, part.pairs.wrong
-        right, wrong = (logits.gather(1, x[:, None])[:, 0] for x in answers)
-        return right - wrong
+        def unembed(x: Tensor) -> Tensor:
+            return read(x[rows, last - last.min()])[:, None]
+
+        with hooks(*hooked), in_place_of(self.arch.unembedding_module, unembed):
+            said = self.model(**inputs, use_cache=cache is not None, logits_to_keep=keep).logits
+        return said[:, 0].float()
+
+    def metric(self, part: "Part", changes: Sequence = ()) -> Tensor:
+        """m of each pair while functions change what the places put out: [B]. Of the unembedding
+        only the two answers' rows are multiplied."""
+        wanted = torch.stack([part.pairs.right, part.pairs.wrong], dim=1)  # [B, 2]
+
+        def read(x: Tensor) -> Tensor:
+            weight, bias = self._read.weight[wanted], self._read.bias[wanted]
+            return torch.einsum("bd,bkd->bk", x, weight.to(x.dtype)) + bias.to(x.dtype)
+
+        said = self._run(part.pairs.clean, read, changes, part.start, part.cache)
+        return said[:, 0] - said[:, 1]
 
     @torch.no_grad()
-    def values(self, batch: Batch, start: int = 0, cache=None) -> Values:
-        """What the places put out: [B, T, channels] each."""
+    def values(
+        self, batch: Batch, start: int = 0, cache=None, states: Values | None = None
+    ) -> Values:
+        """What the places put out: [B, T, channels] each. states: a list, filled with the states
+        before each layer and after the last."""
         values: Values = []
-        self._logits(batch, [values.append] * len(self.places), start, cache)
+        ends = [*(block.module for block in self.arch.blocks), self.arch.final_norm_module]
+        with hooks(*((end, "input", states.append) for end in ends if states is not None)):
+            self._run(batch, lambda x: x, [values.append] * len(self.places), start, cache)
         if len(values) != len(self.places):
             raise UnsupportedModelError(
                 "Some layers ran twice or not at all, so that a node has no one value: give the "
@@ -213,9 +235,11 @@ class Circuit:
                 ids = part.clean.input_ids[:, :start]
                 cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
             start = 0 if cache is None else start
+            states: Values = []
             if base == "counterfactual":
-                values = self.values(part.other, start, cache)
-            yield Part(part, rows.tolist(), start, cache, values)
+                values = self.values(part.other, start, cache, states)
+            added = [after - before for before, after in itertools.pairwise(states)]
+            yield Part(part, rows.tolist(), start, cache, values, added)
 
     # -- evaluation
 
@@ -229,15 +253,22 @@ class Circuit:
         with evaluating(self.model):
             for part in self.parts(pairs, base, batch_size):
                 for time in np.ndindex(*keep.shape[:-1]):
-                    masks = keep[time].split([n for *_, n in self.places])
-                    changes = [
-                        exchange(mask.repeat_interleave(channels), values)
-                        for mask, values, (*_, channels, _) in zip(
-                            masks, part.values, self.places, strict=True
-                        )
-                    ]
-                    found[(*time, part.rows)] = self.metric(part, changes).cpu().numpy()
+                    found[(*time, part.rows)] = self._kept(part, keep[time]).cpu().numpy()
         return found
+
+    def _kept(self, part: Part, keep: Tensor) -> Tensor:
+        """A layer of which nothing is kept adds what it adds to the counterfactual prompt."""
+        masks = keep.split([n for *_, n in self.places])
+        channels = [x for _, _, x, _ in self.places]
+        masks = [mask.repeat_interleave(n) for mask, n in zip(masks, channels, strict=True)]
+        changes = [exchange(mask, x) for mask, x in zip(masks, part.values, strict=True)]
+        with contextlib.ExitStack() as stack:
+            layers = enumerate(part.added if self.units == "nodes" else ())
+            for layer, added in layers:
+                if not (masks[2 * layer].any() or masks[2 * layer + 1].any()):
+                    add: Callable = functools.partial(_add, added)
+                    stack.enter_context(in_place_of(self.arch.blocks[layer].module, add))
+            return self.metric(part, changes)
 
     def curve(
         self,
@@ -269,6 +300,10 @@ class Circuit:
         frame = pd.DataFrame({"size": sizes, "nodes": nodes, "faithfulness": f})
         frame.attrs |= {"m": m[2:], "none": none, "all": everything}
         return frame
+
+
+def _add(added: Tensor, hidden_states: Tensor, *_, **__) -> Tensor:
+    return hidden_states + added
 
 
 def exchange(keep: Tensor, values: Tensor):

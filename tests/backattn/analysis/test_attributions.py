@@ -127,8 +127,9 @@ def test_what_stands_before_the_difference_may_be_computed_once(llama):
                 kept = torch.from_numpy(mask[at : at + count]).repeat_interleave(channels)
                 changes.append(lambda x, k=kept, v=value: torch.where(k, x, v))
                 at += count
-            with torch.no_grad():
-                logits = circuit._logits(part.clean, changes)[0]
+            placed = zip(circuit.places, changes, strict=True)
+            with torch.no_grad(), hooks(*((*where[:2], change) for where, change in placed)):
+                logits = model(**part.clean.inputs).logits[0, int(part.clean.lengths[0]) - 1]
             m = float(logits[RIGHT[row]] - logits[WRONG[row]])
             assert m == pytest.approx(alone[0, row], abs=1e-5)
 
