@@ -10,6 +10,7 @@ the node's value in place of its base: that on a counterfactual prompt, its mean
 "both ends"   "linear" with what is held at the prompt's and at the base's values, averaged.
 "gradient"    (value − base) · ∂m/∂value: attribution patching.
 "integrated"  the same with the gradient's mean over inputs between both (NAP-IG, Hanna et al.).
+"midpoint"    the same with the gradient at the one input half way between both.
 "activation"  the size of what the node writes; "random".
 
 captum's integrated gradients move one layer's values at a time, so that each layer would need
@@ -43,7 +44,7 @@ def attribute(
 ) -> np.ndarray:
     """What each node does for m, by prompt: [n, nodes] in the order of `circuit.nodes`.
 
-    steps: of "integrated"; seed: of "random". Raises ValueError for an unknown method or base, and
+    steps: of "integrated" (one is "midpoint"); seed: of "random". Raises ValueError for an unknown method or base, and
     for "both ends" without a counterfactual prompt.
 
     Example:
@@ -125,9 +126,14 @@ def _integrated(circuit: Circuit, part: Part, base: str, steps: int) -> Tensor:
     with torch.no_grad():
         towards = circuit.model.get_input_embeddings()(part.pairs.other.input_ids[:, part.start :])
     towards = towards if base == "counterfactual" else torch.zeros_like(towards)
-    each = [_gradients(circuit, part, towards, (k + 1) / steps) for k in range(steps)]
+    shares = [0.5] if steps == 1 else [(k + 1) / steps for k in range(steps)]
+    each = [_gradients(circuit, part, towards, share) for share in shares]
     mean = [sum(gradients) / steps for gradients in zip(*each, strict=True)]
     return _weighted(circuit, part, mean)
+
+
+def _midpoint(circuit: Circuit, part: Part, base: str, _) -> Tensor:
+    return _integrated(circuit, part, base, 1)
 
 
 def _covectors(circuit: Circuit, part: Part, batch: Batch, half: bool) -> Values:
@@ -155,7 +161,7 @@ def _half(circuit: Circuit, part: Part, *_) -> Tensor:
 
 def _both_ends(circuit: Circuit, part: Part, *_) -> Tensor:
     batches = part.pairs.clean, part.pairs.other
-    ends = [_covectors(circuit, part, batch, half=True) for batch in batches]
+    ends = [_covectors(circuit, part, batch, half=False) for batch in batches]
     return _weighted(circuit, part, [(x + y) / 2 for x, y in zip(*ends, strict=True)])
 
 
@@ -187,6 +193,7 @@ METHODS: dict[str, Callable | None] = {
     "both ends": _both_ends,
     "gradient": _gradient,
     "integrated": _integrated,
+    "midpoint": _midpoint,
     "activation": _activation,
     "random": None,
 }

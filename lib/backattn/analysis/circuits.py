@@ -218,7 +218,8 @@ class Circuit:
 
     @torch.no_grad()
     def parts(self, pairs: Pairs, base: str, size: int) -> Iterator[Part]:
-        """The pairs in batches, those that differ from one place on together."""
+        """The pairs in batches, those that differ from one place on together. `kept` and `curve`
+        take a list of them in place of pairs, where the same are asked again and again."""
         if base not in BASES:
             raise ValueError(f"base={base!r} is unknown; choose one of {', '.join(BASES)}.")
         starts = pairs.start if base == "counterfactual" else torch.zeros_like(pairs.right)
@@ -245,13 +246,18 @@ class Circuit:
 
     @torch.no_grad()
     def kept(
-        self, pairs: Pairs, keep: np.ndarray, base: str = "counterfactual", batch_size: int = 50
+        self,
+        pairs: Pairs | list[Part],
+        keep: np.ndarray,
+        base: str = "counterfactual",
+        batch_size: int = 50,
     ) -> np.ndarray:
         """m with only some nodes kept: [..., n]. keep: [..., nodes] bool, one row for each time."""
-        keep = torch.from_numpy(np.asarray(keep, dtype=bool))
-        found = np.empty((*keep.shape[:-1], len(pairs)), dtype=np.float32)
+        keep, ready = torch.from_numpy(np.asarray(keep, dtype=bool)), isinstance(pairs, list)
+        count = sum(len(part.rows) for part in pairs) if ready else len(pairs)
+        found = np.empty((*keep.shape[:-1], count), dtype=np.float32)
         with evaluating(self.model):
-            for part in self.parts(pairs, base, batch_size):
+            for part in pairs if ready else self.parts(pairs, base, batch_size):
                 for time in np.ndindex(*keep.shape[:-1]):
                     found[(*time, part.rows)] = self._kept(part, keep[time]).cpu().numpy()
         return found
@@ -272,7 +278,7 @@ class Circuit:
 
     def curve(
         self,
-        pairs: Pairs,
+        pairs: Pairs | list[Part],
         score: Sequence[float],
         base: str = "counterfactual",
         sizes: Sequence[float] = SIZES,

@@ -11,16 +11,19 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from backattn.analysis.attributions import attribute, from_flow, stability
-from backattn.analysis.circuits import SIZES, Circuit, areas
+from backattn.analysis.circuits import SIZES, Circuit, Part, areas
 from backattn.analysis.flow_back import flow_back
 from backattn.analysis.logit_flow import logit_flow
+from backattn.models.hooks import evaluating
 from companion.paths import DATA
-from companion.questions.contrasts import drawn, pairs_of
+from companion.questions.contrasts import EVALUATING, SCORING, drawn, pairs_of
+from companion.report.verdicts import claim
 
 RESULTS = DATA / "10_circuits.safetensors"
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 DRAWS = (0, 1, 2)
-SCORED = {"exact": 50}  # prompts of the scoring 100 that are enough for what is dear
+SCORED = {"exact": 50, "direct": 50}  # of the scoring 100: they are dear
+COUNTS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)  # neurons that are kept
 REACHES = 0.02  # of exact patching's CMD
 
 
@@ -28,19 +31,27 @@ REACHES = 0.02  # of exact patching's CMD
 class Entrant:
     """An attribution: how its scores are made, [n, nodes], of the rows of `contrasts.fit`. family:
     "logit flow", "gradient", "ceiling" or "floor"; second: whether it reads the counterfactual
-    prompt."""
+    prompt; units: of which circuits it is asked."""
 
     name: str
     family: str
     about: str
     scores: Callable[..., np.ndarray]
     second: bool = True
+    units: tuple[str, ...] = ("nodes",)
 
 
-def _direct(circuit: Circuit, tokenizer, frame: pd.DataFrame) -> np.ndarray:
-    asked = frame["prompt"].tolist(), frame["right_id"].tolist()
-    flow = logit_flow(circuit.model, tokenizer, *asked, level="head", batch_size=50)
-    return from_flow(circuit, flow.frame, "increase")
+def _direct(method: str = "exact") -> Callable[..., np.ndarray]:
+    def scores(circuit: Circuit, tokenizer, frame: pd.DataFrame) -> np.ndarray:
+        asked, sizes = (frame["prompt"].tolist(), frame["right_id"].tolist()), {"batch_size": 50}
+        if circuit.units == "neurons":
+            sizes = {"method": method, "batch_size": 10}
+        else:
+            sizes |= {"level": "head"}
+        flow = logit_flow(circuit.model, tokenizer, *asked, **sizes)
+        return from_flow(circuit, flow.frame, "increase")
+
+    return scores
 
 
 def _back(route: str) -> Callable[..., np.ndarray]:
@@ -63,60 +74,84 @@ def _by(method: str, base: str = "counterfactual") -> Callable[..., np.ndarray]:
 
 
 _FLOW, _GRADIENT, _FLOOR = "logit flow", "gradient", "floor"
+_ONE, _BOTH = {"second": False}, {"units": ("nodes", "neurons")}
 _ALL = (
-    Entrant("direct", _FLOW, "equation 3, heads and FFNs at the last position", _direct, False),
-    Entrant("parts", _FLOW, "flow back from the 300 first neurons", _back("parts"), False),
-    Entrant("linear", _FLOW, "flow back from the answer's logit", _back("linear"), False),
+    Entrant("direct", _FLOW, "equation 3 at the last position", _direct(), **_ONE, **_BOTH),
+    Entrant("screen", _FLOW, "its 300 first", _direct("screen"), False, ("neurons",)),
+    Entrant("parts", _FLOW, "flow back from the 300 first neurons", _back("parts"), **_ONE),
+    Entrant("linear", _FLOW, "flow back from the answer's logit", _back("linear"), **_ONE),
     Entrant(
         "linear, contrast",
         _FLOW,
         "the same from both answers' difference",
         _by("linear", "zero"),
-        False,
+        **_ONE,
+        **_BOTH,
     ),
-    Entrant("half, contrast", _FLOW, "with half through the gate", _by("half", "zero"), False),
-    Entrant("half, mean", _FLOW, "against the mean over prompts", _by("half", "mean"), False),
-    Entrant("linear, pair", _FLOW, "against the counterfactual prompt", _by("linear")),
+    Entrant("half, mean", _FLOW, "against the mean over prompts", _by("half", "mean"), **_ONE),
+    Entrant("linear, pair", _FLOW, "against the counterfactual", _by("linear"), **_BOTH),
     Entrant("half, pair", _FLOW, "RelP: half through the gate", _by("half")),
-    Entrant("both ends", _FLOW, "held at both prompts, averaged", _by("both ends")),
-    Entrant("gradient", _GRADIENT, "attribution patching", _by("gradient")),
-    Entrant("integrated", _GRADIENT, "NAP-IG, 5 steps", _by("integrated")),
+    Entrant("both ends", _FLOW, "held at both prompts, averaged", _by("both ends"), **_BOTH),
+    Entrant("gradient", _GRADIENT, "attribution patching", _by("gradient"), **_BOTH),
+    Entrant("integrated", _GRADIENT, "NAP-IG, 5 steps", _by("integrated"), **_BOTH),
+    Entrant("midpoint", _GRADIENT, "the gradient half way between both", _by("midpoint"), **_BOTH),
     Entrant("exact", "ceiling", "each node exchanged alone", _by("exact")),
-    Entrant("activation", _FLOOR, "size of what is written", _by("activation"), False),
-    Entrant("random", _FLOOR, "drawn", _by("random"), False),
+    Entrant("activation", _FLOOR, "size of what is written", _by("activation"), **_ONE, **_BOTH),
+    Entrant("random", _FLOOR, "drawn", _by("random"), **_ONE, **_BOTH),
 )
 ENTRANTS: dict[str, Entrant] = {entrant.name: entrant for entrant in _ALL}
 
 
-def judged(circuit: Circuit, tokenizer, fit: pd.DataFrame, draw: int, entrant: Entrant) -> dict:
+@dataclass
+class Draw:
+    """The pairs of one draw, those that evaluate made ready once for all entrants."""
+
+    score: pd.DataFrame
+    evaluate: list[Part]
+
+    @classmethod
+    def of(cls, circuit: Circuit, tokenizer, fit: pd.DataFrame, seed: int) -> "Draw":
+        parts = drawn(fit, seed)
+        pairs = pairs_of(tokenizer, parts["evaluate"], circuit.model.device)
+        with evaluating(circuit.model):
+            return cls(parts["score"], list(circuit.parts(pairs, "counterfactual", 50)))
+
+
+def judged(circuit: Circuit, tokenizer, draw: Draw, entrant: Entrant) -> dict:
     """One entrant on one draw: scores (mean, [nodes]), stable (Jaccard overlaps of the first ten),
-    m by value and m by size (of the evaluated prompts with nodes kept in these orders, [SIZES, n]),
-    none and everything [n], seconds a prompt."""
-    parts = drawn(fit, draw)
-    score, evaluate = (parts[name] for name in ("score", "evaluate"))
+    seconds a prompt, and m of the evaluated prompts: none and everything [n]; "by value" and "by
+    size", with nodes kept in these orders, [SIZES, n]; of neurons "kept" and "removed" in the order
+    by value, [COUNTS, n]."""
+    neurons, score = circuit.units == "neurons", draw.score
     score, began = score.head(SCORED.get(entrant.name, len(score))), time.perf_counter()
     each = entrant.scores(circuit, tokenizer, score)
     seconds, mean = (time.perf_counter() - began) / len(score), each.mean(0)
-    pairs = pairs_of(tokenizer, evaluate, circuit.model.device)
-    curves = [circuit.curve(pairs, order).attrs for order in (mean, np.abs(mean))]
+    sizes = [100 * count / len(mean) for count in COUNTS] if neurons else SIZES
+    ways = {"by value": (mean, False), "by size": (np.abs(mean), False)}
+    if neurons:
+        ways = {"kept": (mean, False), "removed": (mean, True)}
+    m = {
+        name: circuit.curve(draw.evaluate, order, sizes=sizes, remove=remove).attrs
+        for name, (order, remove) in ways.items()
+    }
+    ends = next(iter(m.values()))
     return {
-        "scores": mean.astype(np.float32),
+        "scores": mean[:0] if neurons else mean.astype(np.float32),
         "stable": stability(each, first=10).astype(np.float32),
-        "by value": curves[0]["m"],
-        "by size": curves[1]["m"],
-        "none": curves[0]["none"],
-        "everything": curves[0]["all"],
         "seconds": np.array([seconds], dtype=np.float32),
+        "none": ends["none"],
+        "everything": ends["all"],
+        **{name: attrs["m"] for name, attrs in m.items()},
     }
 
 
 def read_results(path: Path = RESULTS) -> dict[tuple, dict]:
-    """(model, task, draw, entrant) -> what `judged` gave, as shipped (made by
+    """(units, model, task, draw, entrant) -> what `judged` gave, as shipped (made by
     data/build_circuits.py)."""
     found: dict[tuple, dict] = {}
     for key, x in load_file(path).items():
-        model, task, draw, entrant, name = key.split("/")
-        found.setdefault((model, task, int(draw), entrant), {})[name] = x.astype(np.float32)
+        *about, draw, entrant, name = key.split("/")
+        found.setdefault((*about, int(draw), entrant), {})[name] = x.astype(np.float32)
     return found
 
 
@@ -136,10 +171,11 @@ def table(results: dict[tuple, dict], samples: int = 200, seed: int = 0) -> pd.D
     then prompts of each, are drawn again), stable, seconds, draws, and Pearson's r of its scores
     with exact patching's."""
     draw, rows = np.random.default_rng(seed), []
-    frame = pd.DataFrame(list(results), columns=["model", "task", "draw", "entrant"])
+    keys = [key for key in results if key[0] == "nodes"]
+    frame = pd.DataFrame(keys, columns=["units", "model", "task", "draw", "entrant"])
     for (model, task, entrant), part in frame.groupby(["model", "task", "entrant"], sort=False):
         mine = [results[key] for key in part.itertuples(index=False, name=None)]
-        exact = [results.get((model, task, d, "exact")) for d in part["draw"]]
+        exact = [results.get(("nodes", model, task, d, "exact")) for d in part["draw"]]
         means = pd.DataFrame([measures(one) for one in mine]).mean()
         again = []
         for _ in range(samples):
@@ -159,3 +195,87 @@ def table(results: dict[tuple, dict], samples: int = 200, seed: int = 0) -> pd.D
         row |= {"seconds": np.mean([x["seconds"][0] for x in mine]), "draws": len(mine)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def curves(results: dict[tuple, dict]) -> pd.DataFrame:
+    """f by the share of nodes that are kept, in the order by absolute value: model, task, entrant,
+    size, mean over draws, low and high (lowest and highest draw)."""
+    rows = [
+        {"model": model, "task": task, "entrant": entrant, "size": size, "f": value}
+        for (units, model, task, _, entrant), x in results.items()
+        if units == "nodes"
+        for size, value in zip(SIZES, _faithful(x, "by size"), strict=True)
+    ]
+    by = ["model", "task", "entrant", "size"]
+    found = pd.DataFrame(rows).groupby(by, sort=False)["f"].agg(["mean", "min", "max"])
+    return found.reset_index().rename(columns={"min": "low", "max": "high"})
+
+
+def neuron_curves(results: dict[tuple, dict]) -> pd.DataFrame:
+    """f by the number of FFN neurons that are kept, or removed, in the order by value: task,
+    entrant, neurons, way, f."""
+    return pd.DataFrame(
+        [
+            {"task": task, "entrant": entrant, "neurons": count, "way": way, "f": value}
+            for (units, _, task, _, entrant), x in results.items()
+            if units == "neurons"
+            for way in ("kept", "removed")
+            for count, value in zip(COUNTS, _faithful(x, way), strict=True)
+        ]
+    )
+
+
+def _faithful(result: dict, order: str) -> np.ndarray:
+    """f at each size."""
+    none, everything = (result[name].mean() for name in ("none", "everything"))
+    return (result[order].mean(1) - none) / (everything - none)
+
+
+def neurons_needed(lines: pd.DataFrame, share: float = 0.8) -> pd.DataFrame:
+    """By task and entrant: how many neurons restore `share` of the difference (between two counts
+    by their logarithms; NaN: more than the largest count), f of the first 300, and what is left
+    without them."""
+    rows = []
+    for (task, entrant), part in lines.groupby(["task", "entrant"], sort=False):
+        kept, removed = (
+            part[part["way"] == way].set_index("neurons")["f"] for way in ("kept", "removed")
+        )
+        reached = kept.cummax()
+        needed = np.nan
+        if reached.iloc[-1] >= share:
+            steps = reached + np.arange(len(reached)) * 1e-9  # np.interp wants them to rise
+            needed = round(float(np.exp(np.interp(share, steps, np.log(kept.index)))))
+        about = {"task": task, "entrant": entrant, "needed": needed}
+        rows.append({**about, "first_300": kept[300], "without_300": removed[300]})
+    return pd.DataFrame(rows)
+
+
+def good_attribution(found: pd.DataFrame) -> dict[str, str]:
+    """N5. found: `table`, of which SmolLM2's rows count.
+
+    Two checks: some route of logit flow comes within REACHES of exact patching's CMD, or below, on
+    four tasks of five, at no more than NAP-IG's seconds in all; and the paper's own step, *parts*,
+    lies below random on every task, interval against interval.
+    """
+    mine = found[found["model"] == "smollm2"]
+    by = mine.pivot(index="task", columns="entrant", values="CMD")
+    seconds = mine.groupby("entrant")["seconds"].sum()
+    routes = [name for name in by if ENTRANTS[name].family == "logit flow"]
+    reached = {name: int((by[name] <= by["exact"] + REACHES).sum()) for name in routes}
+    cheap = [name for name in routes if seconds[name] <= seconds["integrated"]]
+    best = max(cheap or routes, key=lambda name: (reached[name], -by[name].mean()))
+    ends = mine.pivot(index="task", columns="entrant", values=["CMD_low", "CMD_high"])
+    below = ends["CMD_high", "parts"] < ends["CMD_low", "random"]
+    above = ends["CMD_low", "parts"] > ends["CMD_high", "random"]
+    words = {
+        name: f"{name} {by[name].mean():.2f}" for name in ("parts", best, "integrated", "exact")
+    }
+    ours = (
+        f"CMD, mean over {len(by)} tasks: {', '.join(words.values())}, random "
+        f"{by['random'].mean():.2f}; {best} reaches exact patching on {reached[best]}, parts on "
+        f"{reached['parts']}; parts is below random on {int(below.sum())}; "
+        f"{int(mine['draws'].min())} draws, {SCORING} prompts score, {EVALUATING} evaluate"
+    )
+    return claim(
+        "N5", ours, [best in cheap and reached[best] >= 4, below.all()], [False, above.all()]
+    )
