@@ -98,7 +98,9 @@ class Call:
         if self.cache is not None:
             keys, values = self.cache.memory(layer, self.past).update(keys, values)
         if self.cells is not None:
-            visible = visible[:, :, None] & self.cells  # [B, T, M, S]
+            visible, unseen = visible[:, :, None], self.cells.new_tensor(-1)
+            bools = self.cells.dtype == torch.bool
+            visible = visible & self.cells if bools else torch.where(visible, self.cells, unseen)
         if self.maps is not None:
             self.maps[layer] = update.weights(update.query(h), keys, visible).detach()
         return keys, values, visible

@@ -85,10 +85,13 @@ class BackAttention(Update):
 
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
         """softmax(query · keys / √d) values: [B, T, H·d]. visible may also be [B, T, M, S], of
-        single cells; a query that sees none gets zero."""
+        single cells; a query that sees none gets zero. Of numbers: what is below 0 is not seen, and
+        weights are multiplied by the others."""
         by_layer, layers = (self.config.heads, -1), keys.shape[1] // self.config.heads
         if visible.dim() == 4:
             weights = self.weights(query, keys, visible)
+            if visible.is_floating_point():
+                weights = weights * visible.clamp(min=0)[:, None].to(weights.dtype)
             mixed = torch.einsum("bhtms,bhmsd->bhtd", weights, values.unflatten(1, by_layer))
         elif self.config.softmax == "joint":
             keys, values = (x.unflatten(1, by_layer).flatten(2, 3) for x in (keys, values))
@@ -108,6 +111,7 @@ class BackAttention(Update):
         to one; where no cell (per-layer: none of a layer) is visible, to zero."""
         keys = keys.unflatten(1, (self.config.heads, -1))  # [B, H, M, S, d]
         scores = torch.einsum("bhtd,bhmsd->bhtms", query, keys) / math.sqrt(keys.shape[-1])
+        visible = visible >= 0 if visible.is_floating_point() else visible
         seen = (visible if visible.dim() == 4 else visible[:, :, None])[:, None]  # [B, 1, T, M, S]
         scores = scores.masked_fill(~seen, -math.inf)
         if self.config.softmax == "joint":

@@ -157,10 +157,11 @@ class TwoPassModel(nn.Module):
         """Change what this thread can read while the block runs, to test what is used.
 
         cells: [B, T, M, S] bool (B and T may be 1): False hides a (memory layer, position) from a
-        query. The softmax goes over the others, and a query that may read none gets no update. S
-        counts the positions in a cache too. memory: [M, B, S, D], states to be read instead of the
-        first pass's; not with a cache. Raises ValueError for another shape, here or in the call,
-        and for cells where an update does not attend.
+        query. The softmax goes over the others, and a query that may read none gets no update. Of
+        numbers from 0 to 1: a cell's weight is multiplied by it, and the others stay what they are.
+        S counts the positions in a cache too. memory: [M, B, S, D], states to be read instead of
+        the first pass's; not with a cache. Raises ValueError for another shape, here or in the
+        call, for other numbers, and for cells where an update does not attend.
         """
         count, width = len(self.memory_layers), self._arch.width
         attends = all(isinstance(update, BackAttention) for update in self.updates.values())
@@ -169,6 +170,9 @@ class TwoPassModel(nn.Module):
         if cells is not None and (cells.dim() != 4 or cells.shape[2] != count):
             shape = f"[batch, queries, {count} memory layers, positions]"
             raise ValueError(f"cells must be {shape}, not {list(cells.shape)}.")
+        numbers = cells is not None and cells.dtype != torch.bool
+        if numbers and not (cells.is_floating_point() and ((cells >= 0) & (cells <= 1)).all()):
+            raise ValueError("cells must be True or False, or numbers from 0 to 1.")
         if memory is not None and (memory.dim() != 4 or memory.shape[::3] != (count, width)):
             shape = f"[{count} memory layers, batch, positions, width {width}]"
             raise ValueError(f"memory must be {shape}, not {list(memory.shape)}.")

@@ -44,7 +44,7 @@ def attribute(
 ) -> np.ndarray:
     """What each node does for m, by prompt: [n, nodes] in the order of `circuit.nodes`.
 
-    steps: of "integrated" (one is "midpoint"); seed: of "random". Raises ValueError for an unknown method or base, and
+    steps: of "integrated"; seed: of "random". Raises ValueError for an unknown method or base, and
     for "both ends" without a counterfactual prompt.
 
     Example:
@@ -252,3 +252,25 @@ def stability(scores: np.ndarray, first: int, samples: int = 100, seed: int = 0)
         one = top(draw.integers(len(scores), size=len(scores)))
         found.append(len(one & whole) / len(one | whole))
     return np.array(found)
+
+
+def as_graph(circuit: Circuit, score: np.ndarray, size: float) -> dict:
+    """A circuit in the JSON form of MIB's leaderboard (EAP-IG's `Graph.from_json`): cfg; nodes by
+    name, "a3.h1" (head 1 of layer 3) or "m3" (FFN), each with its score and whether it is among the
+    highest `size` per cent; no edges. Raises ValueError for neurons, which it names otherwise.
+
+    Example:
+        >>> graph = as_graph(Circuit(model), np.arange(20.0), size=5)
+        >>> graph["nodes"]["m3"], len(graph["nodes"])
+        ({'in_graph': True, 'score': 19.0}, 22)
+    """
+    if circuit.units != "nodes":
+        raise ValueError('Only heads and FFNs have names there: use Circuit(model, units="nodes").')
+    arch, first = circuit.arch, np.argsort(-np.asarray(score), kind="stable")
+    kept = set(first[: round(size / 100 * len(first))].tolist())
+    nodes: dict[str, dict] = {"input": {"in_graph": True}, "logits": {"in_graph": True}}
+    for index, (node, value) in enumerate(zip(circuit.nodes.itertuples(), score, strict=True)):
+        name = f"m{node.layer}" if node.kind == "ffn" else f"a{node.layer}.h{node.head}"
+        nodes[name] = {"in_graph": index in kept, "score": float(value)}
+    cfg = {"n_layers": len(arch.blocks), "n_heads": arch.blocks[0].heads, "d_model": arch.width}
+    return {"cfg": {**cfg, "parallel_attn_mlp": arch.parallel}, "nodes": nodes, "edges": {}}

@@ -124,11 +124,14 @@ class MemoryProbe:
         hidden: Sequence[np.ndarray] | None = None,
         queries: Sequence[str] = ("last",),
         memory: Sequence[Tensor] | None = None,
+        silent: bool = False,
     ) -> Tensor:
         """The logits after each question: [n, V].
 
         hidden: per question [M, T] bool, the cells that queries at the places `queries` may not
-        read, or [T, M, T] for each its own. memory: per question [M, T, D], read instead of its.
+        read, or [T, M, T] for each its own; silent: what they say is lost, and the weights of all
+        others stay what they are, instead of taking theirs. memory: per question [M, T, D], read
+        instead of its.
         """
 
         def edited(rows: list[int], batch: Questions) -> Tensor:
@@ -140,10 +143,10 @@ class MemoryProbe:
                     length = len(self.labels[row])
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     visible[-length:, :, -length:] = torch.from_numpy(~(affected & hidden[row]))
-                cells = cells.to(first.device)
+                cells = cells.to(first.device, torch.float32 if silent else torch.bool)
                 cache = self._caches.get(rows[0]) if memory is None else None
             if cache is not None:
-                same = int(cells.flatten(2).all(-1).all(0).long().cumprod(0).sum())
+                same = int(cells.flatten(2).bool().all(-1).all(0).long().cumprod(0).sum())
                 same = min(same, width - 1)  # positions before the first one that changes
                 cells, first = cells[:, same:], first[:, :, same:]
             if memory is not None:

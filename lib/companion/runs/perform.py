@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -97,7 +97,8 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     Under `accelerate launch` all processes train it together and the first one stores it. A result
     holds: run, trained (weights), trained_in (its dtype, where that is not the run's), seconds,
     curve (rows of `train`), hardware; without test validation (share right) and validation_loss;
-    else right (a 0 or 1 per question), groups (of published datasets), perplexity (of held-out
+    else right (a 0 or 1 per question), right_exchanged (with other memories, where the dataset has
+    such), groups (of published datasets), perplexity (of held-out
     text, language models only), flops (of a forward pass). One whose loss is not a number, at too
     high a learning rate, holds run and diverged.
     """
@@ -145,6 +146,10 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
         return {"validation": float(right.mean()), "validation_loss": loss}
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
+    if other := DATASETS[run.dataset].exchanged:
+        exchanged = questions(replace(run, dataset=other), tokenizer, "test")
+        right = answer_test(run, model, tokenizer, exchanged)
+        result["right_exchanged"] = "".join(map(str, right.astype(int)))
     if DATASETS[run.dataset].published:
         result["groups"] = asked(run, "test")["group"].tolist()
     if DATASETS[run.dataset].words is None and run.model != SCRATCH:

@@ -4,6 +4,7 @@ probes: of `companion.measures.memory`, whose cells and places these are. Interv
 entities; what another training would read is not in them, so that trainings stand beside them.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -124,13 +125,19 @@ def hidden_cells(
 
 
 def knock_outs(
-    probes: Iterable[MemoryProbe], share: float = 0.25, draws: int = 2, seed: int = 0
+    probes: Iterable[MemoryProbe],
+    share: float = 0.25,
+    draws: int = 2,
+    seed: int = 0,
+    silent: bool = False,
+    keys: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Hide cells and ask again.
 
     From the last position: the cells it reads most, which hold `share` of its weight, against
     random others, as many or of as much weight; and one place in the `high_layers`, against as many
     random cells as r1 has there. Besides, everything, from queries at one place, all others, all.
+    silent: the weights of other cells stay what they are. keys: only these kinds of cells.
 
     Returns, per question and kind of cells, means over draws: hidden (label), key, seed, question,
     e2, cells (how many), weight (of what the last position reads; missing for other queries), fall
@@ -141,15 +148,16 @@ def knock_outs(
         read, before, right = probe.read()
         weights = [each[-1] for each in read]
         sets = list(hidden_cells(probe, weights, share, draws, draw))
+        sets = [one for one in sets if keys is None or one[0] in keys]
         for key, label, cells, queries in progress(sets, "hiding", unit="set"):
-            after, still = probe.ask(cells, queries)
+            after, still = probe.ask(cells, queries, silent=silent)
             part = probe.about.assign(key=key, hidden=label, cells=[c.sum() for c in cells])
             held = [w[c].sum() for w, c in zip(weights, cells, strict=True)]
             part["weight"] = held if queries == ("last",) else np.nan
             part = part.assign(fall=before - after, lost=right.astype(float) - still)
             rows.append(part[part["cells"] > 0])
-    keys = ["hidden", "key", "seed", "question", "e2"]
-    return pd.concat(rows).groupby(keys, as_index=False, sort=False).mean()
+    named = ["hidden", "key", "seed", "question", "e2"]
+    return pd.concat(rows).groupby(named, as_index=False, sort=False).mean()
 
 
 def knock_out_table(made: pd.DataFrame) -> pd.DataFrame:
@@ -187,6 +195,26 @@ def weight_against_fall(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
             read = [w[at == query].mean(0) for w, at in zip(weights, probe.labels, strict=True)]
             part["weight"] = [w[c].sum() for w, c in zip(read, cells, strict=True)]
             rows.append(part.assign(fall=before - probe.ask(cells, (query,))[0]))
+    return pd.concat(rows, ignore_index=True)
+
+
+def by_depth(probes: Iterable[MemoryProbe], bands: int = 5) -> pd.DataFrame:
+    """What the last position reads, by place and band of depth: seed, question, e2, place, depth
+    (the band's middle, per cent of the layers), weight, fall (of the answer's log-probability when
+    the band is silenced there: its weight is not given to the others)."""
+    rows = []
+    for probe in probes:
+        weights, before, _ = probe.read()
+        depth = 100 * np.array(probe.memory_layers) / probe.wrapped.layers
+        ends = np.linspace(depth.min(), 100, bands + 1)
+        band = np.clip(np.searchsorted(ends, depth, side="right") - 1, 0, bands - 1)
+        blocks = list(itertools.product(probe.places, range(bands)))
+        for place, k in progress(blocks, "silencing", unit="block"):
+            layers = np.array(probe.memory_layers)[band == k]
+            cells, part = probe.block([place], layers), probe.about.assign(place=place)
+            part["depth"] = ends[k : k + 2].mean()
+            part["weight"] = [w[-1][c].sum() for w, c in zip(weights, cells, strict=True)]
+            rows.append(part.assign(fall=before - probe.ask(cells, silent=True)[0]))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -374,6 +374,38 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
         assert torch.allclose(weights[:, :, -1].sum((-1, -2)), torch.ones(()), atol=1e-5)
 
 
+def test_cells_are_silenced_without_the_others_taking_over(fresh, config):
+    """What is added is linear in the numbers, and the maps stay what they are."""
+    wrapped, batch = trained(fresh[0], config), encode(fresh[1], PROMPTS, "left")
+    shape = 1, 1, len(wrapped.memory_layers), batch.input_ids.shape[1]
+    half = torch.zeros(shape).bernoulli_(0.5)
+    with wrapped.attention_maps() as plain:
+        before = logits(wrapped, batch)
+    h, added = torch.randn(2, 3, 32), []
+    update = next(iter(wrapped.updates.values()))
+    memory = torch.randn(shape[2], 2, shape[3], 32)
+    with torch.no_grad():
+        q, (k, v) = update.query(h), update.remember(memory)
+        cells = half.expand(2, 3, -1, -1)
+        for numbers in (cells, 1 - cells, torch.ones_like(cells), torch.full_like(cells, -1)):
+            added.append(update.write(update.mix(q, k, v, numbers)))
+        every = torch.ones(2, 3, shape[3], dtype=torch.bool)
+        assert torch.allclose(added[2], update.write(update.mix(q, k, v, every)), atol=1e-5)
+    assert torch.allclose(added[0] + added[1], added[2], atol=1e-5)
+    assert added[3].abs().max() == 0 and added[0].abs().max() > 1e-4
+    with wrapped.edited(torch.ones(shape)):
+        assert torch.allclose(logits(wrapped, batch), before, atol=1e-5)
+    with wrapped.edited(torch.zeros(shape)):
+        assert torch.allclose(logits(wrapped, batch), logits(fresh[0], batch), atol=1e-5)
+    first = wrapped.sources[0]
+    with wrapped.edited(half), wrapped.attention_maps() as maps:
+        logits(wrapped, batch)
+    assert torch.allclose(maps[first], plain[first], atol=1e-5)
+    for wrong in (half.long(), half * 2, half - 1):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            wrapped.edited(wrong)
+
+
 def test_last_tokens_alone_are_asked_again_with_a_cache(fresh, config):
     """Given first pass and cache of whole texts, the last tokens give what the whole texts give."""
     wrapped = trained(fresh[0], config)

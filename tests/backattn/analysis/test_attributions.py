@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backattn import flow_back, load_model, logit_flow
-from backattn.analysis.attributions import attribute, from_flow, stability
+from backattn.analysis.attributions import as_graph, attribute, from_flow, stability
 from backattn.analysis.circuits import Circuit, Pairs, areas, pair_up
 from backattn.models.decoder import describe
 from backattn.models.hooks import hooks
@@ -187,3 +187,49 @@ def test_curve_asks_each_set_once_and_in_order(llama, pairs):
     alone = circuit.curve(pairs, score, sizes=(50,))
     assert alone["faithfulness"].iloc[0] == pytest.approx(curve["faithfulness"].iloc[2], abs=1e-5)
     assert isinstance(areas(pd.DataFrame(curve)), tuple)
+
+
+def test_the_leaderboards_form_names_every_node_once(tiny):
+    import json
+
+    circuit = Circuit(tiny[0])
+    score = np.random.default_rng(0).normal(size=len(circuit.nodes))
+    graph = json.loads(json.dumps(as_graph(circuit, score, size=20)))
+    heads, layers = circuit.arch.blocks[0].heads, len(circuit.arch.blocks)
+    assert list(graph) == ["cfg", "nodes", "edges"] and graph["edges"] == {}
+    assert {"n_layers", "n_heads", "d_model", "parallel_attn_mlp"} == set(graph["cfg"])
+    names = {f"a{layer}.h{head}" for layer in range(layers) for head in range(heads)}
+    assert set(graph["nodes"]) == names | {f"m{k}" for k in range(layers)} | {"input", "logits"}
+    scored = {name: x for name, x in graph["nodes"].items() if "score" in x}
+    kept = [x["score"] for x in scored.values() if x["in_graph"]]
+    rest = [x["score"] for x in scored.values() if not x["in_graph"]]
+    assert len(kept) == round(0.2 * len(scored)) and min(kept) > max(rest)
+    with pytest.raises(ValueError, match="nodes"):
+        as_graph(Circuit(tiny[0], "neurons"), score, size=20)
+
+
+def test_heads_are_scored_as_by_a_softmax_of_their_own(tiny):
+    """The shared directions against equation 3 with the whole vocabulary, in float64."""
+    from backattn.analysis.neuron_scores import Reading, sublayers
+    from backattn.models.activations import capture
+    from backattn.models.tokens import encode
+
+    model, tokenizer = tiny
+    frame = logit_flow(model, tokenizer, PROMPTS, RIGHT, level="head").frame
+    reading = Reading(capture(model, encode(tokenizer, PROMPTS)), "final", RIGHT)
+    lens = reading.lens
+    for sub in sublayers(reading.stream):
+        if sub.kind == "ffn":
+            continue
+        parts = (sub.coefficient[..., None] * sub.vectors).unflatten(2, (-1, sub.head_dim)).sum(3)
+        for b, answer in enumerate(RIGHT):
+
+            def read(state, b=b, answer=answer):
+                scaled = lens.norm.linear(state, reading.frozen[b]).double()
+                logits = lens.cap(scaled @ lens.weight.double().T + lens.offset.double())
+                return logits.log_softmax(-1)[..., answer]
+
+            rows = frame.query(f"prompt == {b} and layer == {sub.layer} and kind == 'attention'")
+            grid = rows.pivot(index="position", columns="head", values="increase").to_numpy()
+            wanted = (read(sub.base[b] + parts[b]) - read(sub.base[b])).numpy()
+            np.testing.assert_allclose(grid, wanted[: len(grid)], atol=1e-5)

@@ -8,6 +8,7 @@ from backattn import load_model
 from backattn.adapters.arms import make_arm
 from backattn.training.evaluation import evaluate
 from backattn.training.loop import train
+from companion.questions.datasets import PLANTED
 from companion.runs.as_asked import questions
 from companion.runs.perform import (
     answer_test,
@@ -17,7 +18,8 @@ from companion.runs.perform import (
     train_and_test,
     with_adapter,
 )
-from companion.runs.plans import sweep
+from companion.runs.plans import _keeps_weights, sweep
+from companion.runs.run import Run
 from companion.runs.store import answers_right
 
 
@@ -85,6 +87,22 @@ def test_a_processor_without_bf16_trains_in_fp32(tiny_run, store, monkeypatch, c
     result = train_and_test(run, store)
     assert seen == [getattr(torch, dtype)]
     assert result.get("trained_in", "bfloat16") == dtype and store.result(run) == result
+
+
+def test_planted_memories_are_exchanged_in_the_test(store):
+    sizes = dict(train_items=40, validation_items=4, test_items=20, batch_size=4, steps=6)
+    run = Run(PLANTED[0], "back attention", model="tiny-llama", source_layer=1, dim=4, **sizes)
+    run = replace(run, learning_rate=0.05, tested_in="float32")
+    result, weights = train_and_test(run, store), store.weights(run)
+    assert len(result["right_exchanged"]) == len(result["right"]) > 0
+    with with_adapter(run, "float32") as (model, tokenizer):
+        put_weights(model, weights)
+        own, other = (questions(replace(run, dataset=name), tokenizer, "test") for name in PLANTED)
+        assert own.prompts == other.prompts and own.memories != other.memories
+        exchanged = evaluate(model, other)[0]
+    assert result["right_exchanged"] == "".join(map(str, exchanged.astype(int)))
+    assert "right_exchanged" not in train_and_test(replace(run, dataset=PLANTED[1]), store)
+    assert not _keeps_weights(run)
 
 
 def test_memory_layers_of_a_run_are_read(tiny_run):
