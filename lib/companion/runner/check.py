@@ -14,6 +14,7 @@ from companion import paths
 from companion.report import tables
 from companion.runner import committed
 from companion.runner.execute import kernel_environment
+from companion.runner.schedule import cores
 
 
 def check() -> int:
@@ -41,9 +42,7 @@ def check() -> int:
 
 def _steps() -> dict[str, list[str]]:
     python, took = [sys.executable, "-m"], committed.took("paper")
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    room = cores >= 2 and psutil.virtual_memory().available > 6 * 2**30  # for two notebooks
+    room = cores() >= 2 and psutil.virtual_memory().available > 6 * 2**30  # for two notebooks
     print("two files at a time" if room else "one file at a time: little memory, or one core")
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     pytest += ["-n", "2", "--dist", "loadfile"] if room else []

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from companion import paths
 from companion.questions.facts import TWO_HOP, place_of
 from companion.runner import committed, site
 from companion.runner.check import check
-from companion.runner.execute import NotebookError, execute
+from companion.runner.execute import NotebookError
+from companion.runner.schedule import Job, cores, side_by_side
 
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
 SWITCHES = {
@@ -84,7 +86,7 @@ def resume(arguments: argparse.Namespace, path: Path) -> str:
     words = ["./run_all.sh" if started_in() == paths.ROOT else str(paths.ROOT / "run_all.sh")]
     for name, value in {**vars(arguments), "from": path.stem[:2]}.items():
         if value:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
 
 
@@ -100,46 +102,86 @@ def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
             print("Notebook 03's training runs:", flush=True)
             if subprocess.run(command, cwd=paths.ROOT).returncode:
                 print("no estimate could be made (see above); going on without it", flush=True)
-        for number, path in enumerate(chosen, 1):
-            if not run_one(path, f"[{number}/{len(chosen)}] {path.stem}", arguments):
-                failed.append(path.stem)
-                if not arguments.keep_going:
-                    break
+        wanted = [Wanted.of(path, arguments) for path in chosen]
+        labels = [f"[{k}/{len(chosen)}] {path.stem}" for k, path in enumerate(chosen, 1)]
+        named = dict(zip(chosen, labels, strict=True))
+
+        def begun(job: Job) -> None:
+            known = f"est {job.seconds:.0f} s" if job.seconds else "no estimate yet"
+            print(f"{named[job.path]}  {known}", flush=True)
+
+        jobs = [one.job for one in wanted if not one.done]
+        workers = min(jobs_at_once(arguments), len(jobs) or 1)
+        made = side_by_side(jobs, workers, begun, arguments.keep_going)
+        for one, label in zip(wanted, labels, strict=True):
+            if one.done:
+                print(f"{label}  done before ({one.stamp['seconds']:.0f} s), skipped", flush=True)
+                one.update(arguments)
+                continue
+            job, outcome = next(made, (None, None))
+            if job is None:  # an earlier one has failed
+                break
+            if isinstance(outcome, NotebookError):
+                print(f"\n{outcome}\n    resume with:      {resume(arguments, job.path)}\n")
+                failed.append(job.path.stem)
+                continue
+            one.keep(outcome, label if len(jobs) > 1 else "")
+            one.update(arguments)
     ending = f"FAILED: {', '.join(failed)}" if failed else "All done"
     print(f"{ending} after {time.monotonic() - began:.0f} s.", flush=True)
     return int(bool(failed))
 
 
-def run_one(path: Path, label: str, arguments: argparse.Namespace) -> bool:
-    """Run a notebook unless that is done already, leave a stamp, --update; False: it failed."""
-    profile, folder = arguments.profile, paths.run_folder(arguments.profile)
-    options = {"model_name": arguments.model, "device": arguments.device}
-    parameters = committed.profiles()[profile].get(path.stem, {})
-    parameters |= {name: value for name, value in options.items() if value}
-    key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
-    try:
-        stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none has finished, or the stamp is damaged
-        stamp = {"key": None, "written": [], "seconds": None}
-    there = all((folder / name).exists() for name in stamp["written"])
-    if there and stamp["key"] == key and not arguments.force:
-        print(f"{label}  done before ({stamp['seconds']:.0f} s), skipped", flush=True)
-    else:
-        seconds = stamp["seconds"] or committed.took(profile).get(path.stem, {}).get("seconds")
-        print(f"{label}  {f'est {seconds:.0f} s' if seconds else 'no estimate yet'}", flush=True)
+def jobs_at_once(arguments: argparse.Namespace) -> int:
+    """How many notebooks run side by side: as asked, else as many as there are cores, and one
+    where they train, which they do in processes of their own, or share a device."""
+    if arguments.jobs:
+        return arguments.jobs
+    alone = arguments.profile == "full" or arguments.device not in (None, "cpu")
+    return 1 if alone else cores()
+
+
+@dataclass
+class Wanted:
+    """A notebook that is asked for, and whether all that it makes is there."""
+
+    job: Job
+    key: str
+    stamp_path: Path
+    stamp: dict
+    done: bool
+
+    @classmethod
+    def of(cls, path: Path, arguments: argparse.Namespace) -> "Wanted":
+        profile, folder = arguments.profile, paths.run_folder(arguments.profile)
+        options = {"model_name": arguments.model, "device": arguments.device}
+        parameters = committed.profiles()[profile].get(path.stem, {})
+        parameters |= {name: value for name, value in options.items() if value}
+        key, stamp_path = key_of(path, profile, parameters), folder / "stamps" / f"{path.stem}.json"
         try:
-            took = execute(path, folder / "notebooks" / path.name, profile, parameters)
-        except NotebookError as error:
-            print(f"\n{error}\n    resume with:      {resume(arguments, path)}\n", flush=True)
-            return False
-        stamp = {"key": key, **took}
-        with atomic_file(stamp_path) as temporary:
-            temporary.write_text(json.dumps(stamp, indent=1))
-        note = f"took {stamp['seconds']:.0f} s, peak memory {stamp['peak_megabytes']} MB"
-        print(f"      {note}, wrote {len(stamp['written'])} files below {folder}", flush=True)
-    if arguments.update:
-        committed.update(path, profile, stamp)
-    return True
+            stamp = json.loads(stamp_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none has finished, or the stamp is damaged
+            stamp = {"key": None, "written": [], "seconds": None}
+        there = all((folder / name).exists() for name in stamp["written"])
+        done = there and stamp["key"] == key and not arguments.force
+        before = committed.took(profile).get(path.stem, {})
+        seconds = stamp["seconds"] or before.get("seconds")
+        target, megabytes = folder / "notebooks" / path.name, before.get("peak_megabytes")
+        job = Job(path, target, profile, parameters, seconds, megabytes)
+        return cls(job, key, stamp_path, stamp, done)
+
+    def keep(self, took: dict, label: str) -> None:
+        """Leave a stamp, and say what the notebook took."""
+        self.stamp = {"key": self.key, **took}
+        with atomic_file(self.stamp_path) as temporary:
+            temporary.write_text(json.dumps(self.stamp, indent=1))
+        note = f"took {took['seconds']:.0f} s, peak memory {took['peak_megabytes']} MB"
+        where = f"wrote {len(took['written'])} files below {self.stamp_path.parents[1]}"
+        print(f"{label or '     '} {note}, {where}", flush=True)
+
+    def update(self, arguments: argparse.Namespace) -> None:
+        if arguments.update:
+            committed.update(self.job.path, self.job.profile, self.stamp)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME", help="another: a name, a hub id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument("--dtype", choices=DTYPES, help="of the models; training is in bfloat16")
+    p.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: cores)")
     workers = "train on a dask scheduler's workers, of one thread each, that see this folder"
     p.add_argument("--cluster", metavar="ADDRESS", help=workers)
     return p
@@ -168,6 +211,8 @@ def prepare(arguments: argparse.Namespace) -> list[Path]:
     for name, value in vars(arguments).items():
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"--{name} is empty.")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs}: give a whole number of at least 1.")
     for name, value in ((CLUSTER, arguments.cluster), (DTYPE, arguments.dtype)):
         if value:
             os.environ[name] = value

@@ -51,7 +51,7 @@ def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
     how = {"cwd": paths.NOTEBOOKS, "kernel_name": "python3", "language": "python"}
     how |= {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
     begin = time.time()
-    with patch.dict(os.environ, environment), _watched(bar) as peak:
+    with patch.dict(os.environ, environment), _watched(bar, path.stem) as peak:
         os.environ.pop("MPLBACKEND", None)  # Agg would silently remove every inline figure
         try:
             notebook = papermill.execute_notebook(path, partial, parameters, **how)
@@ -61,16 +61,25 @@ def execute(path: Path, target: Path, profile: str, parameters: dict) -> dict:
     with atomic_file(target) as temporary:
         nbformat.write(notebook, temporary)
     partial.unlink()
-    folder = paths.run_folder(profile)
-    files = [file for file in folder.rglob("*") if file.is_file() and file.parent.name != "stamps"]
-    written = [str(f.relative_to(folder)) for f in files if f.stat().st_mtime >= begin]
+    folder, others = paths.run_folder(profile), path.parent.glob("*.ipynb")
+    numbers = {other.stem.partition("_")[0] for other in others} - {path.stem.partition("_")[0]}
+    written = [
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_file()
+        and file.parent.name != "stamps"
+        and file.stat().st_mtime >= begin
+        and file.name.lstrip(".").partition("_")[0] not in numbers  # another's, at the same time
+        and ".partial" not in file.name
+    ]
     seconds = round(time.time() - begin, 1)
     return {"written": sorted(written), "seconds": seconds, "peak_megabytes": peak[0]}
 
 
 @contextlib.contextmanager
-def _watched(bar: Path) -> Iterator[list[int]]:
-    """Show the last line of the file `bar` as it changes; yields [peak memory of kernels, MB]."""
+def _watched(bar: Path, name: str) -> Iterator[list[int]]:
+    """Show the last line of the file `bar` as it changes, with the notebook's number; yields [peak
+    memory of kernels, MB]."""
     peak, stop, interval = [0], threading.Event(), 0.2 if sys.stdout.isatty() else 20.0
 
     def poll() -> None:
@@ -85,7 +94,7 @@ def _watched(bar: Path) -> Iterator[list[int]]:
             line = text.strip().splitlines()[-1:]
             if line and line != shown and time.monotonic() - shown_at >= interval:
                 shown, shown_at = line, time.monotonic()
-                print(f"        {line[0]}", flush=True)
+                print(f"    {name[:2]}  {line[0]}", flush=True)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

@@ -45,6 +45,7 @@ class Place:
 def place(tmp_path, monkeypatch):
     for name in ("NOTEBOOKS", "BUILD", "FIGURES", "DATA"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    monkeypatch.setattr("companion.runner.cli.cores", lambda: 1)
     return Place(tmp_path)
 
 
@@ -138,7 +139,7 @@ def test_a_full_disk_is_one_message(place, monkeypatch, capsys):
         raise OSError(28, "Cannot write it: the disk is full")
 
     place.write("01_good")
-    monkeypatch.setattr("companion.runner.cli.execute", full)
+    monkeypatch.setattr("companion.runner.schedule.execute", full)
     assert run() == 1
     said = capsys.readouterr().err
     assert "the disk is full" in said and "run the same command again" in said

@@ -10,8 +10,8 @@ from companion.measures.gains import gain_claim
 from companion.measures.stages import WITHOUT_0
 from companion.report import tables
 from companion.report.verdicts import CLAIMS, VERDICTS
-from companion.studies import back_attention_training as training
 from companion.studies import (
+    attribution_benchmark,
     capacity,
     composition,
     controls,
@@ -19,6 +19,7 @@ from companion.studies import (
     stage_discovery,
     what_it_reads,
 )
+from companion.studies import back_attention_training as training
 from companion.studies import other_reasoning_and_cost as reasoning
 from companion.studies.claims import IDS, whole_ledger
 from companion.studies.failure_analysis import census, conflict, patching_grid
@@ -136,6 +137,7 @@ def rules() -> list[dict]:
         controls.r1_is_needed(read("02_against_donor"), both),
         controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
+        attribution_benchmark.good_attribution(read("10_benchmark")),
     ]
 
 
