@@ -43,9 +43,10 @@ def _bootstrap(clusters: tuple, resamples: int, seed: int) -> np.ndarray:
     return weights
 
 
-def interval(draws: np.ndarray) -> dict[str, float]:
-    """The middle 95 % of samples, those without a value left out: low, high."""
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
+    """The middle 95 % (or `level`) of samples, those without a value left out: low, high."""
+    outside = 50 * (1 - level)
+    low, high = np.nanpercentile(draws, [outside, 100 - outside])
     return {"low": float(low), "high": float(high)}
 
 

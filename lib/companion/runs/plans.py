@@ -20,7 +20,7 @@ Names, Ints = Sequence[str], Sequence[int]
 MOST_RATES = 4  # tried for one arm
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
-# Of adapters on pretrained models; the other one so far only on models of our own.
+# Of all comparisons of arms; the other is asked in notebooks 07 and 08 alone.
 TRIED = {name: arm for name, arm in ARMS.items() if name != "shuffled memory"}
 SEEDS = (0, 1, 2)
 OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained

@@ -139,15 +139,22 @@ def same_questions(parts: Sequence[pd.DataFrame], which: str) -> None:
 
 
 def paired(
-    answered: pd.DataFrame, a: Hashable, b: Hashable, by: str = "arm", seed: int = 0
+    answered: pd.DataFrame,
+    a: Hashable,
+    b: Hashable,
+    by: str = "arm",
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, float]:
-    """Accuracy where column `by` is a, less where it is b: difference, low, high, p, n (questions).
-    Raises ValueError when one is missing, or the tests are not of the same questions."""
+    """Accuracy where column `by` is a, less where it is b: difference, low, high (at `level`: 0.9
+    for a test of equivalence at 5 %), p, n (questions). Raises ValueError when one is missing, or
+    the tests are not of the same questions."""
     one, two = (rows_with(answered, by, which) for which in (a, b))
     same_questions([one, two], f"{a!r} and {b!r}")
     draws = resampled(one, seed, seeds_seed=1) - resampled(two, seed, seeds_seed=2)
     difference, n = float(matrix(one).mean() - matrix(two).mean()), one["question"].nunique()
-    return {"difference": difference, **interval(draws), "p": intervals.two_sided(draws), "n": n}
+    ends, p = interval(draws, level), intervals.two_sided(draws)
+    return {"difference": difference, **ends, "p": p, "n": n}
 
 
 def seed_differences(answered: pd.DataFrame, arm: str, other: str) -> pd.Series:

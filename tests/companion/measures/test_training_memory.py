@@ -1,0 +1,51 @@
+"""Runs with other memories in training, compared on the same questions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.measures.training_memory import (
+    EXCHANGED,
+    TOLD,
+    by_training_memory,
+    training_memories,
+)
+from companion.questions.datasets import PLANTED
+from companion.runs.run import Run
+
+
+class Results:
+    def result(self, run):
+        return {"right_exchanged": "0" * 50}
+
+
+@pytest.fixture
+def frame():
+    draw, rows = np.random.default_rng(0), []
+    for (dataset, arm), memory in TOLD.items():
+        for seed in range(3):
+            right = draw.random(50) < (0.9 if memory == "e2 told" else 0.4)
+            names = [f"{dataset} {seed} {k}" for k in range(50)]
+            groups = [f"e{k % 10} {seed}" for k in range(50)]
+            columns = {"dataset": dataset, "arm": arm, "seed": seed, "question": names}
+            rows.append(pd.DataFrame({**columns, "group": groups, "right": right.astype(float)}))
+    runs = [Run(PLANTED[0], "back attention", seed=seed) for seed in range(3)]
+    return by_training_memory(pd.concat(rows, ignore_index=True), runs, Results())
+
+
+def test_each_is_named_and_asked_the_same_questions(frame):
+    assert set(frame["memory"]) == {*TOLD.values(), EXCHANGED}
+    assert frame.groupby("memory")["question"].nunique().unique().tolist() == [150]
+    assert (frame.loc[frame["memory"] == EXCHANGED, "right"] == 0).all()
+
+
+def test_differences_have_both_intervals(frame):
+    table = training_memories(frame).set_index(["memory", "less"])
+    told = table.loc[("e2 told", "another's e2 told")]
+    assert told["low"] > 0.3 and told["low"] < told["low_90"] < told["difference"]
+    assert (
+        table.loc[("its own", "another's"), "low"] < 0 < table.loc[("its own", "another's"), "high"]
+    )
+    assert table.loc[("e2 told", EXCHANGED), "difference"] == pytest.approx(
+        frame.loc[frame["memory"] == "e2 told", "right"].mean()
+    )
