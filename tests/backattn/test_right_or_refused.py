@@ -18,7 +18,9 @@ from torch.nn.utils import parametrize
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from backattn import flow_back, load_model, logit_flow
+from backattn.analysis.attributions import attribute
 from backattn.analysis.back_patching import back_patch
+from backattn.analysis.circuits import Circuit, pair_up
 from backattn.analysis.knockouts import (
     CachedPrompts,
     Knockout,
@@ -33,6 +35,7 @@ from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import _say, encode
 
 TEXTS = [PROMPTS[0], PROMPTS[2]]
+OTHERS = [PROMPTS[2], PROMPTS[0]]
 PATHS = ("attention_out", "value", "ffn_out", "up", "gate")
 
 
@@ -57,7 +60,22 @@ def knocked_out(model, tokenizer) -> np.ndarray:
     return probe.log_probs([Knockout("ffn", (1,), ("x",)), Knockout("attention", (2,), ("x",))])
 
 
+def kept(model, tokenizer) -> np.ndarray:
+    """Some nodes, chosen at random, and exchanged one by one."""
+    pairs, circuit = pair_up(tokenizer, TEXTS, OTHERS, [5, 9], [9, 5]), Circuit(model)
+    keep = np.random.default_rng(0).random((6, len(circuit.nodes))) < 0.3
+    return np.append(circuit.kept(pairs, keep), attribute(circuit, pairs, "exact"))
+
+
+def attributed(method: str, model, tokenizer, units="nodes") -> np.ndarray:
+    pairs = pair_up(tokenizer, TEXTS, OTHERS, [5, 9], [9, 5])
+    return attribute(Circuit(model, units), pairs, method)
+
+
 ANALYSES = {
+    "kept": kept,
+    **{x: partial(attributed, x) for x in ("gradient", "integrated", "both ends", "activation")},
+    "half": partial(attributed, "half", units="neurons"),
     "layer": partial(increases, "layer", "final"),
     "head": partial(increases, "head", "own"),
     "neuron": partial(increases, "neuron", "final"),
@@ -195,8 +213,8 @@ def test_the_final_norm_and_the_unembedding_are_proved(tiny, part):
 def test_a_layer_steered_by_a_hook_is_refused(llama):
     model = copy.deepcopy(llama[0])
     model.model.layers[1].register_forward_hook(lambda m, x, y: y + 0.1)
-    found = analyses(model, llama[1], ["layer", "head", "neuron", "parts", "linear"])
-    assert all(values is None for values in found.values())
+    names = ["layer", "head", "neuron", "parts", "linear", "kept", "both ends", "gradient"]
+    assert all(values is None for values in analyses(model, llama[1], names).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])

@@ -167,22 +167,25 @@ def _both_ends(circuit: Circuit, part: Part, *_) -> Tensor:
 
 @torch.no_grad()
 def _activation(circuit: Circuit, part: Part, *_) -> Tensor:
-    """Σ over positions of |value| · |its output vector|."""
-    real, own = part.pairs.clean.attention_mask[..., None], circuit.values(part.pairs.clean)
-    if circuit.units == "neurons":
-        lengths = [block.ffn_out.weight.norm(dim=0) for block in circuit.arch.blocks]
-        own = [x * length for x, length in zip(own, lengths, strict=True)]
-        return circuit.per_node([x.abs() * real for x in own])
-    sizes = []
-    for x, (_, side, channels, _), block in zip(
-        own, circuit.places, np.repeat(np.array(circuit.arch.blocks, dtype=object), 2), strict=True
-    ):
-        if side == "input":  # a head writes W_O z
-            out = block.attention_out.weight.unflatten(1, (-1, channels))
-            x = torch.einsum("bthd,whd->bthw", x.unflatten(-1, (-1, channels)).float(), out)
-        else:
-            x = x.unsqueeze(2)
-        sizes.append((x.norm(dim=-1) * real).sum(1))
+    """Σ over positions of the length of what a node writes."""
+    stream = capture(circuit.model, part.pairs.clean, compare=False)
+    real, sizes = part.pairs.clean.attention_mask[..., None], []  # [B, T, 1]
+    for layer, block in enumerate(stream.arch.blocks):
+        stream.prove_outputs(layer, stream.values[layer], stream.neurons[layer])
+        if circuit.units == "neurons":
+            sizes.append(
+                (stream.neurons[layer].abs() * real).sum(1) * block.ffn_out.weight.norm(dim=0)
+            )
+            continue
+        z = torch.einsum(
+            "bhqk,bkhd->bqhd", stream.weights[layer], block.per_head(stream.values[layer])
+        )
+        out = block.attention_out.weight.unflatten(1, (block.heads, -1))  # a head writes W_O z
+        heads = torch.einsum("bqhd,whd->bqhw", z, out).norm(dim=-1)
+        sizes += [
+            (heads * real).sum(1),
+            (stream.ffn[layer].norm(dim=-1, keepdim=True) * real).sum(1),
+        ]
     return torch.cat(sizes, dim=1)
 
 

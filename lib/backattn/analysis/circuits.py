@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from backattn.models.activations import prove
 from backattn.models.decoder import Linear, describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import evaluating, hooks, in_place_of
@@ -192,21 +193,41 @@ class Circuit:
         return said[:, 0] - said[:, 1]
 
     @torch.no_grad()
-    def values(
-        self, batch: Batch, start: int = 0, cache=None, states: Values | None = None
-    ) -> Values:
-        """What the places put out: [B, T, channels] each. states: a list, filled with the states
-        before each layer and after the last."""
-        values: Values = []
+    def values(self, batch: Batch, start: int = 0, cache=None) -> Values:
+        """What the places put out: [B, T, channels] each."""
+        return self._values(batch, start, cache)[0]
+
+    def _values(self, batch: Batch, start: int, cache) -> tuple[Values, Values]:
+        """`values`, and what each layer adds to the stream [B, T, D]: proved to be what its
+        attention and its FFN put out."""
+        values, states, attention = [], [], []
         ends = [*(block.module for block in self.arch.blocks), self.arch.final_norm_module]
-        with hooks(*((end, "input", states.append) for end in ends if states is not None)):
+        taps = [(end, "input", states.append) for end in ends]
+        taps += [(x.result("attention"), "output", attention.append) for x in self.arch.blocks]
+        with hooks(*taps):
             self._run(batch, lambda x: x, [values.append] * len(self.places), start, cache)
-        if len(values) != len(self.places):
+        if len(values) != len(self.places) or len(states) != len(ends):
             raise UnsupportedModelError(
                 "Some layers ran twice or not at all, so that a node has no one value: give the "
                 "base model, without back attention."
             )
-        return values
+        added = [after - before for before, after in itertools.pairwise(states)]
+        real, whole = batch.attention_mask[:, start:].bool(), self.units == "nodes"
+        for layer, one in enumerate(added if whole else ()):
+            miss = one.float() - attention[layer].float() - values[2 * layer + 1].float()
+            prove(self.arch, f"layer {layer}: sum", miss[real], states[layer + 1][real].float())
+        return values, added
+
+    def _prove(self, pairs: Pairs) -> None:
+        """Raises UnsupportedModelError unless the unembedding's rows give the model's logits."""
+        batch, vocabulary = pairs.part([0]).clean, len(self._read.weight)
+        some = torch.arange(0, vocabulary, max(1, vocabulary // 64), device=pairs.right.device)
+        some = torch.cat([pairs.right[:1], pairs.wrong[:1], some])
+        weight, bias = self._read.weight[some], self._read.bias[some]
+        read = self._run(batch, lambda x: x @ weight.T.to(x.dtype) + bias.to(x.dtype))
+        said = self.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        spread = (said - said.mean(-1, keepdim=True))[:, some]
+        prove(self.arch, "unembedding", read - said[:, some], spread)
 
     def per_node(self, products: Values) -> Tensor:
         """Sums over positions and channels: [B, nodes]."""
@@ -222,6 +243,7 @@ class Circuit:
         take a list of them in place of pairs, where the same are asked again and again."""
         if base not in BASES:
             raise ValueError(f"base={base!r} is unknown; choose one of {', '.join(BASES)}.")
+        self._prove(pairs)
         starts = pairs.start if base == "counterfactual" else torch.zeros_like(pairs.right)
         batches = starts.argsort(stable=True).split(size)
         sums: Values = [torch.zeros(1, device=pairs.right.device)] * len(self.places)
@@ -236,10 +258,9 @@ class Circuit:
                 ids = part.clean.input_ids[:, :start]
                 cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
             start = 0 if cache is None else start
-            states: Values = []
+            added: Values = []
             if base == "counterfactual":
-                values = self.values(part.other, start, cache, states)
-            added = [after - before for before, after in itertools.pairwise(states)]
+                values, added = self._values(part.other, start, cache)
             yield Part(part, rows.tolist(), start, cache, values, added)
 
     # -- evaluation

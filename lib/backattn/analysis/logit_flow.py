@@ -37,6 +37,7 @@ from backattn.runtime import progress
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 BATCH = 16
+HEADS_BATCH = 64  # heads of all prompts of a batch share what costs most
 KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
@@ -186,7 +187,7 @@ def logit_flow(
     norm: str = "final",
     method: str = "screen",
     top_k: int = 300,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> LogitFlow:
     """Importance of every layer, head or neuron for the answer at the last position.
 
@@ -199,6 +200,7 @@ def logit_flow(
             it (logit lens).
         method: for neurons, "exact" scores all; "screen" scores all to first order and exactly the
             `top_k` with the largest first-order increase, and returns those.
+        batch_size: prompts at once; None: 16, or 64 for heads.
 
     Returns a `LogitFlow`; call `.check()` to see that the layer scores telescope.
 
@@ -216,6 +218,8 @@ def logit_flow(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+    if batch_size is None:
+        batch_size = HEADS_BATCH if level == "head" else BATCH
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
