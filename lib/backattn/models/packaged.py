@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -234,13 +235,16 @@ def _convert(gguf: Path, folder: Path, expected: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
-        # A GGUF-loaded model refuses to be saved: put its weights into a clean one.
+        # A GGUF-loaded model refuses to be saved: write its parts.
         settings = model.config.to_dict()
         settings.pop("quantization_config", None)
-        with torch.random.fork_rng():
-            clean = type(model)(type(model.config).from_dict(settings))
-        clean.load_state_dict(model.state_dict())
-        clean.save_pretrained(folder)
+        settings |= {"architectures": [type(model).__name__], "dtype": "float32"}
+        type(model.config).from_dict(settings).save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        weights, tied = model.state_dict(), getattr(model, "_tied_weights_keys", None) or {}
+        if settings.get("tie_word_embeddings"):
+            weights = {name: x for name, x in weights.items() if name not in tied}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(folder)
     except Exception as error:
         if "No space left" in str(error):  # safetensors reports a full disk as an error of its own
