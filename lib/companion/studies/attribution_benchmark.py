@@ -119,13 +119,12 @@ class Draw:
 
 def judged(circuit: Circuit, tokenizer, draw: Draw, entrant: Entrant) -> dict:
     """One entrant on one draw: scores (mean, [nodes]), stable (Jaccard overlaps of the first ten),
-    seconds a prompt, and m of the evaluated prompts: none and everything [n]; "by value" and "by
+    and m of the evaluated prompts: none and everything [n]; "by value" and "by
     size", with nodes kept in these orders, [SIZES, n]; of neurons "kept" and "removed" in the order
     by value, [COUNTS, n]."""
     neurons, score = circuit.units == "neurons", draw.score
-    score, began = score.head(SCORED.get(entrant.name, len(score))), time.perf_counter()
-    each = entrant.scores(circuit, tokenizer, score)
-    seconds, mean = (time.perf_counter() - began) / len(score), each.mean(0)
+    each = entrant.scores(circuit, tokenizer, score.head(SCORED.get(entrant.name, len(score))))
+    mean = each.mean(0)
     sizes = [100 * count / len(mean) for count in COUNTS] if neurons else SIZES
     ways = {"by value": (mean, False), "by size": (np.abs(mean), False)}
     if neurons:
@@ -138,7 +137,6 @@ def judged(circuit: Circuit, tokenizer, draw: Draw, entrant: Entrant) -> dict:
     return {
         "scores": mean[:0] if neurons else mean.astype(np.float32),
         "stable": stability(each, first=10).astype(np.float32),
-        "seconds": np.array([seconds], dtype=np.float32),
         "none": ends["none"],
         "everything": ends["all"],
         **{name: attrs["m"] for name, attrs in m.items()},
@@ -168,8 +166,8 @@ def measures(result: dict, rows: np.ndarray | slice = slice(None)) -> dict[str, 
 
 def table(results: dict[tuple, dict], samples: int = 200, seed: int = 0) -> pd.DataFrame:
     """A row per model, task and entrant: CPR and CMD (means over draws) with 95 % intervals (draws,
-    then prompts of each, are drawn again), stable, seconds, draws, and Pearson's r of its scores
-    with exact patching's."""
+    then prompts of each, are drawn again), stable, draws, and Pearson's r of its scores with exact
+    patching's."""
     draw, rows = np.random.default_rng(seed), []
     keys = [key for key in results if key[0] == "nodes"]
     frame = pd.DataFrame(keys, columns=["units", "model", "task", "draw", "entrant"])
@@ -192,8 +190,7 @@ def table(results: dict[tuple, dict], samples: int = 200, seed: int = 0) -> pd.D
             row |= {f"{name}_high": ends[name].iloc[1]}
         row["pearson"] = np.mean([np.corrcoef(x, y)[0, 1] for x, y in pairs]) if pairs else np.nan
         row["stable"] = np.mean([x["stable"].mean() for x in mine])
-        row |= {"seconds": np.mean([x["seconds"][0] for x in mine]), "draws": len(mine)}
-        rows.append(row)
+        rows.append({**row, "draws": len(mine)})
     return pd.DataFrame(rows)
 
 
@@ -250,8 +247,21 @@ def neurons_needed(lines: pd.DataFrame, share: float = 0.8) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def good_attribution(found: pd.DataFrame) -> dict[str, str]:
-    """N5. found: `table`, of which SmolLM2's rows count.
+def timings(circuit: Circuit, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
+    """Seconds a prompt of every entrant for nodes but exact patching, on some rows of
+    `contrasts.fit`, after one for warming up: entrant, timed_seconds."""
+    rows = []
+    for name, entrant in ENTRANTS.items():
+        if "nodes" in entrant.units and name != "exact":
+            entrant.scores(circuit, tokenizer, frame.head(2))
+            began = time.perf_counter()
+            entrant.scores(circuit, tokenizer, frame)
+            rows.append((name, (time.perf_counter() - began) / len(frame)))
+    return pd.DataFrame(rows, columns=["entrant", "timed_seconds"])
+
+
+def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]:
+    """N5. found: `table`, of which SmolLM2's rows count; timed: `timings`.
 
     Two checks: some route of logit flow comes within REACHES of exact patching's CMD, or below, on
     four tasks of five, at no more than NAP-IG's seconds in all; and the paper's own step, *parts*,
@@ -259,7 +269,7 @@ def good_attribution(found: pd.DataFrame) -> dict[str, str]:
     """
     mine = found[found["model"] == "smollm2"]
     by = mine.pivot(index="task", columns="entrant", values="CMD")
-    seconds = mine.groupby("entrant")["seconds"].sum()
+    seconds = timed.set_index("entrant")["timed_seconds"]
     routes = [name for name in by if ENTRANTS[name].family == "logit flow"]
     reached = {name: int((by[name] <= by["exact"] + REACHES).sum()) for name in routes}
     cheap = [name for name in routes if seconds[name] <= seconds["integrated"]]

@@ -54,7 +54,7 @@ def made(everything: float, by_size: float) -> dict:
     m = np.full((len(SIZES), 40), by_size, dtype=np.float32)
     m[-1] = everything
     ends = {"none": np.zeros(40, np.float32), "everything": np.full(40, everything, np.float32)}
-    rest = {"scores": np.arange(5.0), "stable": np.ones(3), "seconds": np.ones(1)}
+    rest = {"scores": np.arange(5.0), "stable": np.ones(3)}
     return {**ends, **rest, "by value": m, "by size": m}
 
 
@@ -75,16 +75,18 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert (table["CMD_low"] <= table["CMD"] + 1e-6).all() and (table["draws"] == 1).all()
 
 
-def benchmark(linear: float, parts: float, seconds: float = 1.0) -> pd.DataFrame:
+def benchmark(linear: float, parts: float, seconds: float = 1.0) -> tuple[pd.DataFrame, ...]:
     values = {"exact": 0.1, "integrated": 0.12, "random": 0.7, "linear, pair": linear}
+    values |= {"parts": parts}
     rows = [
-        {"model": "smollm2", "task": task, "entrant": name, "CMD": value, "seconds": seconds}
+        {"model": "smollm2", "task": task, "entrant": name, "CMD": value}
         for task in "abcde"
-        for name, value in {**values, "parts": parts}.items()
+        for name, value in values.items()
     ]
     table = pd.DataFrame(rows).assign(draws=3)
-    table.loc[table["entrant"] == "integrated", "seconds"] = 2.0
-    return table.assign(CMD_low=table["CMD"] - 0.05, CMD_high=table["CMD"] + 0.05)
+    timed = pd.DataFrame({"entrant": values, "timed_seconds": seconds})
+    timed.loc[timed["entrant"] == "integrated", "timed_seconds"] = 2.0
+    return table.assign(CMD_low=table["CMD"] - 0.05, CMD_high=table["CMD"] + 0.05), timed
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def benchmark(linear: float, parts: float, seconds: float = 1.0) -> pd.DataFrame
     ],
 )
 def test_n5_follows_its_rule(table, verdict):
-    row = study.good_attribution(table)
+    row = study.good_attribution(*table)
     assert row["id"] == "N5" and row["verdict"] == verdict
 
 
@@ -116,3 +118,10 @@ def test_neurons_needed_lie_between_two_counts():
     assert row["without_300"] == pytest.approx(0.1)
     none = study.neurons_needed(lines.assign(f=0.0)).iloc[0]
     assert np.isnan(none["needed"])
+
+
+def test_every_entrant_but_the_dear_one_is_timed(few):
+    model, tokenizer, usable = few
+    timed = study.timings(Circuit(model), tokenizer, usable.head(4))
+    wanted = {e.name for e in ENTRANTS.values() if "nodes" in e.units} - {"exact"}
+    assert set(timed["entrant"]) == wanted and (timed["timed_seconds"] > 0).all()

@@ -137,7 +137,7 @@ def rules() -> list[dict]:
         controls.r1_is_needed(read("02_against_donor"), both),
         controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
-        attribution_benchmark.good_attribution(read("10_benchmark")),
+        attribution_benchmark.good_attribution(read("10_benchmark"), read("10_seconds")),
     ]
 
 
