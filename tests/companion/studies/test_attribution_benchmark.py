@@ -84,7 +84,7 @@ def benchmark(linear: float, parts: float, seconds: float = 1.0) -> tuple[pd.Dat
         for name, value in values.items()
     ]
     table = pd.DataFrame(rows).assign(draws=3)
-    timed = pd.DataFrame({"entrant": values, "timed_seconds": seconds})
+    timed = pd.DataFrame({"entrant": list(values), "timed_seconds": seconds})
     timed.loc[timed["entrant"] == "integrated", "timed_seconds"] = 2.0
     return table.assign(CMD_low=table["CMD"] - 0.05, CMD_high=table["CMD"] + 0.05), timed
 
