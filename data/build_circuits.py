@@ -29,13 +29,13 @@ FOLDER = BUILD / "circuits"
 
 
 def made(units: str, models, draws, tasks=tuple(TASKS)) -> None:
+    shipped = set(read_results()) if RESULTS.exists() else set()
     for model in models:
         network, tokenizer = load_model(model)
         circuit, usable = Circuit(network, units), {}
         for draw, task in itertools.product(draws, tasks):
             entrants = [e for e in ENTRANTS.values() if units in e.units]
             goals = {e: place("~".join((units, model, task, str(draw), e.name))) for e in entrants}
-            shipped = {key[:5] for key in read_results()} if RESULTS.exists() else set()
             wanted = {
                 e: goal
                 for e, goal in goals.items()
@@ -61,8 +61,7 @@ def joined() -> None:
     for path in sorted(FOLDER.glob("*.safetensors")):
         for name, x in load_file(path).items():
             key = "/".join([*path.stem.split("~"), name])
-            if name != "seconds":  # of an earlier version
-                everything[key] = x.astype(np.float16)
+            everything[key] = x.astype(np.float16) if x.ndim == 2 or name == "stable" else x
     with atomic_file(RESULTS) as temporary:
         save_file(everything, temporary)
     print(RESULTS, RESULTS.stat().st_size)

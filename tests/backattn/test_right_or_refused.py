@@ -301,8 +301,9 @@ def test_an_eager_pass_that_differs_is_refused(tiny, monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "other", other)
     model.set_attn_implementation("other")
-    found = analyses(model, tokenizer, ["head", "neuron", "parts", "layer"])
-    assert [found.pop(name) is None for name in ("head", "neuron", "parts")] == [True] * 3
+    read = ("head", "neuron", "parts", "both ends", "activation", "half")
+    found = analyses(model, tokenizer, [*read, "layer"])
+    assert [found.pop(name) is None for name in read] == [True] * len(read)
     assert model.config._attn_implementation == "other"
     logits = model(**encode(tokenizer, TEXTS[:1]).inputs).logits[0, -1].log_softmax(-1)
     said = flow("layer", "final", model, tokenizer).log_prob[0]

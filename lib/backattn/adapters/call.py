@@ -102,7 +102,10 @@ class Call:
             bools = self.cells.dtype == torch.bool
             visible = visible & self.cells if bools else torch.where(visible, self.cells, unseen)
         if self.maps is not None:
-            self.maps[layer] = update.weights(update.query(h), keys, visible).detach()
+            weights = update.weights(update.query(h), keys, visible)
+            if visible.is_floating_point():
+                weights = weights * visible.clamp(min=0)[:, None]
+            self.maps[layer] = weights.detach()
         return keys, values, visible
 
     def _remember(self, update: Update) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What each node of a circuit does for the answer: logit flow and its rivals, on one scale.
 
-A node's score says how far m, the logit of the right answer less that of the wrong one, rises by
-the node's value in place of its base: that on a counterfactual prompt, its mean, or zero.
+m is the logit of the right answer less that of the wrong one. All but the last two estimate how
+far m rises by the node's value in place of its base: on a counterfactual prompt, its mean, or zero.
 
 "exact"       m less m with this node alone exchanged: one pass per node, the ceiling.
 "linear"      (value − base) · covector, where the covector is that of `flow_back`'s sweep with
@@ -9,7 +9,8 @@ the node's value in place of its base: that on a counterfactual prompt, its mean
 "half"        the same, but a gated neuron hands half on by its gate (RelP; Jafari et al. 2025).
 "both ends"   "linear" with what is held at the prompt's and at the base's values, averaged.
 "gradient"    (value − base) · ∂m/∂value: attribution patching.
-"integrated"  the same with the gradient's mean over inputs between both (NAP-IG, Hanna et al.).
+"integrated"  the same with the gradient's mean over inputs between both (MIB's NAP-IG, after the
+              integrated gradients of Hanna et al. 2024).
 "midpoint"    the same with the gradient at the one input half way between both.
 "activation"  the size of what the node writes; "random".
 
@@ -44,8 +45,9 @@ def attribute(
 ) -> np.ndarray:
     """What each node does for m, by prompt: [n, nodes] in the order of `circuit.nodes`.
 
-    steps: of "integrated"; seed: of "random". Raises ValueError for an unknown method or base, and
-    for "both ends" without a counterfactual prompt.
+    steps: of "integrated"; seed: of "random". Raises ValueError for an unknown method or base, no
+    steps, and "both ends" without a counterfactual prompt; UnsupportedModelError where what is read
+    is not what the model computes with.
 
     Example:
         >>> from backattn.analysis.circuits import pair_up
@@ -55,6 +57,8 @@ def attribute(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: take at least one.")
     if method == "random":
         return np.random.default_rng(seed).random((len(pairs), len(circuit.nodes)))
     if method == "both ends" and base != "counterfactual":
@@ -115,7 +119,7 @@ def _gradients(circuit: Circuit, part: Part, towards: Tensor | None, share: floa
 def _weighted(circuit: Circuit, part: Part, covectors: Values) -> Tensor:
     own = circuit.values(part.pairs.clean, part.start, part.cache)
     less = zip(own, part.values, covectors, strict=True)
-    return circuit.per_node([(value - other) * covector for value, other, covector in less])
+    return circuit.per_node([(x.float() - base.float()) * c.float() for x, base, c in less])
 
 
 def _gradient(circuit: Circuit, part: Part, *_) -> Tensor:
@@ -123,29 +127,35 @@ def _gradient(circuit: Circuit, part: Part, *_) -> Tensor:
 
 
 def _integrated(circuit: Circuit, part: Part, base: str, steps: int) -> Tensor:
-    with torch.no_grad():
-        towards = circuit.model.get_input_embeddings()(part.pairs.other.input_ids[:, part.start :])
-    towards = towards if base == "counterfactual" else torch.zeros_like(towards)
-    shares = [0.5] if steps == 1 else [(k + 1) / steps for k in range(steps)]
-    each = [_gradients(circuit, part, towards, share) for share in shares]
-    mean = [sum(gradients) / steps for gradients in zip(*each, strict=True)]
-    return _weighted(circuit, part, mean)
+    return _between(circuit, part, base, [(k + 1) / steps for k in range(steps)])
 
 
 def _midpoint(circuit: Circuit, part: Part, base: str, _) -> Tensor:
-    return _integrated(circuit, part, base, 1)
+    return _between(circuit, part, base, [0.5])
+
+
+def _between(circuit: Circuit, part: Part, base: str, shares: list[float]) -> Tensor:
+    """The gradient's mean over inputs between the base's embeddings (zeros without a second prompt)
+    and the prompt's."""
+    with torch.no_grad():
+        towards = circuit.model.get_input_embeddings()(part.pairs.other.input_ids[:, part.start :])
+    towards = towards if base == "counterfactual" else torch.zeros_like(towards)
+    each = [_gradients(circuit, part, towards, share) for share in shares]
+    mean = [sum(gradients) / len(shares) for gradients in zip(*each, strict=True)]
+    return _weighted(circuit, part, mean)
 
 
 def _covectors(circuit: Circuit, part: Part, batch: Batch, half: bool) -> Values:
     """What a unit of each place brings to m, held at a batch's values: [B, T, channels] each."""
-    stream: Stream = capture(circuit.model, batch, compare=False)
+    stream: Stream = capture(circuit.model, batch)
     stream.prove_sums()
     weight = Lens(stream.arch).weight
     start = at_the_end(stream, weight[part.pairs.right] - weight[part.pairs.wrong])
     found = []
     for sub in sweep(stream, start, lambda *_: None, half):
         if circuit.units == "nodes":
-            found.append(sub.output if sub.kind == "ffn" else sub.heads.flatten(2))
+            out = stream.arch.blocks[sub.layer].attention_out
+            found.append(sub.output if sub.kind == "ffn" else sub.raw @ out.weight)
         elif sub.kind == "ffn":
             found.append(sub.per_unit)
     return [x[:, part.start :] for x in reversed(found)]
@@ -168,24 +178,24 @@ def _both_ends(circuit: Circuit, part: Part, *_) -> Tensor:
 @torch.no_grad()
 def _activation(circuit: Circuit, part: Part, *_) -> Tensor:
     """Σ over positions of the length of what a node writes."""
-    stream = capture(circuit.model, part.pairs.clean, compare=False)
+    stream = capture(circuit.model, part.pairs.clean)
     real, sizes = part.pairs.clean.attention_mask[..., None], []  # [B, T, 1]
     for layer, block in enumerate(stream.arch.blocks):
         stream.prove_outputs(layer, stream.values[layer], stream.neurons[layer])
+        posts = [(block.norm(f"{k}_post"), stream.scales[k][layer]) for k in ("attention", "ffn")]
+        (after, scale), (after_ffn, scale_ffn) = posts  # the sandwich norms, if there are any
         if circuit.units == "neurons":
-            sizes.append(
-                (stream.neurons[layer].abs() * real).sum(1) * block.ffn_out.weight.norm(dim=0)
-            )
+            one = after_ffn.linear(block.ffn_out.weight.T, scale_ffn.new_ones(())).norm(
+                dim=-1
+            )  # [F]
+            sizes.append((stream.neurons[layer].abs() * scale_ffn * real).sum(1) * one)
             continue
-        z = torch.einsum(
-            "bhqk,bkhd->bqhd", stream.weights[layer], block.per_head(stream.values[layer])
-        )
+        values = block.per_head(stream.values[layer])
+        z = torch.einsum("bhqk,bkhd->bqhd", stream.weights[layer], values)
         out = block.attention_out.weight.unflatten(1, (block.heads, -1))  # a head writes W_O z
-        heads = torch.einsum("bqhd,whd->bqhw", z, out).norm(dim=-1)
-        sizes += [
-            (heads * real).sum(1),
-            (stream.ffn[layer].norm(dim=-1, keepdim=True) * real).sum(1),
-        ]
+        heads = after.linear(torch.einsum("bqhd,whd->bqhw", z, out), scale[..., None])
+        sizes.append((heads.norm(dim=-1) * real).sum(1))
+        sizes.append((stream.ffn[layer].norm(dim=-1, keepdim=True) * real).sum(1))
     return torch.cat(sizes, dim=1)
 
 
@@ -204,8 +214,8 @@ METHODS: dict[str, Callable | None] = {
 
 def from_flow(circuit: Circuit, frame: pd.DataFrame, column: str = "flow") -> np.ndarray:
     """The frame of `logit_flow` or of `flow_back(..., heads=True)` as scores: sums over positions
-    by prompt, [n, nodes]. column: "flow", or "increase" of a logit flow. Nodes that it has not get
-    0. Raises ValueError where it has rows of no node.
+    by prompt, [n, nodes]; 0 for a node without rows. column: "flow", or "increase" of a logit flow.
+    Raises ValueError for rows of no node, and where none is of a node.
 
     Example:
         >>> from backattn import logit_flow
@@ -215,10 +225,12 @@ def from_flow(circuit: Circuit, frame: pd.DataFrame, column: str = "flow") -> np
     """
     names = ["layer", "kind", "head", "neuron"]
     index = circuit.nodes.assign(node=range(len(circuit.nodes))).astype({"kind": str})
-    frame = frame.assign(kind=frame["kind"].astype(str))
+    prompts, frame = frame["prompt"].unique(), frame.assign(kind=frame["kind"].astype(str))
     frame = frame[frame["kind"].isin(index["kind"])]
     if circuit.units == "neurons":
         frame = frame.dropna(subset="neuron")
+    if frame.empty:
+        raise ValueError("This flow has no rows of nodes: see level and heads.")
     for name in ("head", "neuron"):
         index[name] = index[name].fillna(-1).astype(int)
         held = frame[name] if name in frame else pd.Series(pd.NA, frame.index, dtype="Int64")
@@ -230,10 +242,9 @@ def from_flow(circuit: Circuit, frame: pd.DataFrame, column: str = "flow") -> np
             "This flow has parts that are no nodes of this circuit: ask for heads "
             '(level="head", heads=True), or for neurons where its units are neurons.'
         )
-    scores = np.zeros((joined["prompt"].nunique(), len(circuit.nodes)), dtype=np.float32)
-    scores[joined["prompt"].rank(method="dense").astype(int) - 1, joined["node"].astype(int)] = (
-        joined[column]
-    )
+    scores = np.zeros((len(prompts), len(circuit.nodes)), dtype=np.float32)
+    row = np.searchsorted(np.sort(prompts), joined["prompt"])
+    scores[row, joined["node"].astype(int)] = joined[column]
     return scores
 
 

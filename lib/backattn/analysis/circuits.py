@@ -3,12 +3,13 @@
 The metric of MIB's circuit track (Mueller et al. 2025), for nodes and for neurons:
 
 1. Nodes are ranked by a score: each head's output and each FFN's output, at all positions; or, for
-   units="neurons", each FFN neuron, with all of attention as the prompt makes it.
+   units="neurons", each FFN neuron; attention then reads what the exchanged neurons leave.
 2. The top k per cent keep their values; every other node takes the value that it has on a
-   counterfactual prompt of equal length (or its mean over prompts, or zero).
+   counterfactual prompt of equal length (or its mean over prompts and positions, or zero).
 3. m is the logit of the right answer less that of the wrong one, at the last position, and
    f(k) = (m(circuit) − m(nothing kept)) / (m(model) − m(nothing kept)), of means over prompts.
-4. CPR is the area under f over k, CMD that under |1 − f|. A random order gives 0.25 and 0.75.
+4. CPR is the area under f over k, CMD that under |1 − f|. A random order gives about 0.25 and
+   0.75.
 
 Scores come from `backattn.analysis.attributions`, or are any array in the order of `Circuit.nodes`.
 What stands before the first token that differs is computed once (base "counterfactual").
@@ -31,7 +32,7 @@ from backattn.models.decoder import Linear, describe
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import evaluating, hooks, in_place_of
 from backattn.models.next_token import cache_prefix, in_window
-from backattn.models.tokens import Batch, encode
+from backattn.models.tokens import Batch, check_indices, encode
 from backattn.runtime import progress
 
 SIZES = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # per cent of the nodes that are kept
@@ -51,6 +52,10 @@ class Pairs:
     other: Batch
     right: Tensor
     wrong: Tensor
+
+    def __post_init__(self):
+        if self.clean.start.any() or self.other.start.any():
+            raise ValueError("Pairs are padded on the right: see pair_up.")
 
     def __len__(self) -> int:
         return len(self.right)
@@ -82,13 +87,17 @@ def pair_up(
 ) -> Pairs:
     """Tokenise prompts with counterfactuals. right, wrong: token ids.
 
-    Raises ValueError naming the first pair of unequal length, or whose two answers are the same.
+    Raises ValueError where the lists are not of one length, and naming the first pair of unequal
+    length, or whose two answers are the same.
 
     Example:
         >>> pairs = pair_up(tokenizer, ["France's capital is"], ["Spain's capital is"], [5], [6])
         >>> len(pairs)
         1
     """
+    counts = {len(list(x)) for x in (prompts, counterfactuals, right, wrong)}
+    if len(counts) > 1:
+        raise ValueError(f"Prompts, counterfactuals and answers are not as many: {sorted(counts)}.")
     clean, other = (encode(tokenizer, list(x), device=device) for x in (prompts, counterfactuals))
     for row, (one, two) in enumerate(
         zip(clean.lengths.tolist(), other.lengths.tolist(), strict=True)
@@ -110,7 +119,7 @@ class Part:
 
     rows: of all pairs; values: [B, T, channels] per place, or to be broadcast to that; cache: keys
     and values of the columns before, or None where there are none; added: what each layer adds to
-    the stream of the counterfactual prompt [B, T, D], or nothing.
+    the stream of the counterfactual prompt [B, T, D], or nothing; base: what values are.
     """
 
     pairs: Pairs
@@ -119,6 +128,7 @@ class Part:
     cache: Cache | None
     values: Values
     added: Values
+    base: str
 
 
 class Circuit:
@@ -186,8 +196,8 @@ class Circuit:
         wanted = torch.stack([part.pairs.right, part.pairs.wrong], dim=1)  # [B, 2]
 
         def read(x: Tensor) -> Tensor:
-            weight, bias = self._read.weight[wanted], self._read.bias[wanted]
-            return torch.einsum("bd,bkd->bk", x, weight.to(x.dtype)) + bias.to(x.dtype)
+            weight, bias = self._read.weight[wanted], self._read.bias[wanted]  # in fp32
+            return torch.einsum("bd,bkd->bk", x.float(), weight) + bias
 
         said = self._run(part.pairs.clean, read, changes, part.start, part.cache)
         return said[:, 0] - said[:, 1]
@@ -211,20 +221,25 @@ class Circuit:
                 "Some layers ran twice or not at all, so that a node has no one value: give the "
                 "base model, without back attention."
             )
-        added = [after - before for before, after in itertools.pairwise(states)]
+        added = [after.float() - before.float() for before, after in itertools.pairwise(states)]
         real, whole = batch.attention_mask[:, start:].bool(), self.units == "nodes"
         for layer, one in enumerate(added if whole else ()):
-            miss = one.float() - attention[layer].float() - values[2 * layer + 1].float()
+            miss = one - attention[layer].float() - values[2 * layer + 1].float()
             prove(self.arch, f"layer {layer}: sum", miss[real], states[layer + 1][real].float())
         return values, added
 
     def _prove(self, pairs: Pairs) -> None:
-        """Raises UnsupportedModelError unless the unembedding's rows give the model's logits."""
+        """Raises UnsupportedModelError unless layers run once, add up what their parts put out, and
+        the unembedding's rows give the model's logits; IndexError for an answer that is no token.
+        """
         batch, vocabulary = pairs.part([0]).clean, len(self._read.weight)
+        answers = [x.tolist() for x in (pairs.right, pairs.wrong)]
+        check_indices("Answer", answers, [vocabulary] * 2)
+        self._values(batch, 0, None)
         some = torch.arange(0, vocabulary, max(1, vocabulary // 64), device=pairs.right.device)
         some = torch.cat([pairs.right[:1], pairs.wrong[:1], some])
         weight, bias = self._read.weight[some], self._read.bias[some]
-        read = self._run(batch, lambda x: x @ weight.T.to(x.dtype) + bias.to(x.dtype))
+        read = self._run(batch, lambda x: x.float() @ weight.T + bias)
         said = self.model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         spread = (said - said.mean(-1, keepdim=True))[:, some]
         prove(self.arch, "unembedding", read - said[:, some], spread)
@@ -261,7 +276,7 @@ class Circuit:
             added: Values = []
             if base == "counterfactual":
                 values, added = self._values(part.other, start, cache)
-            yield Part(part, rows.tolist(), start, cache, values, added)
+            yield Part(part, rows.tolist(), start, cache, values, added, base)
 
     # -- evaluation
 
@@ -275,6 +290,8 @@ class Circuit:
     ) -> np.ndarray:
         """m with only some nodes kept: [..., n]. keep: [..., nodes] bool, one row for each time."""
         keep, ready = torch.from_numpy(np.asarray(keep, dtype=bool)), isinstance(pairs, list)
+        if ready and {part.base for part in pairs} != {base}:
+            raise ValueError(f"These parts were made with another base than {base!r}.")
         count = sum(len(part.rows) for part in pairs) if ready else len(pairs)
         found = np.empty((*keep.shape[:-1], count), dtype=np.float32)
         with evaluating(self.model):
@@ -306,14 +323,18 @@ class Circuit:
         remove: bool = False,
     ) -> pd.DataFrame:
         """f by the share of nodes that are kept, highest score first: size (per cent), nodes,
-        faithfulness; attrs hold m of every prompt at each size, at none and at all.
+        faithfulness; attrs hold m of every prompt, as lists: "m" at each size, "none", "all", and
+        "removed".
 
         score: [nodes]. remove: keep all but these (completeness). Raises ValueError for another
-        number of scores, for one that is not finite, and where the answer depends on no node.
+        number of scores, for one that is not finite, for sizes that do not rise from above 0 to at
+        most 100, and where the answer depends on no node.
         """
         count, order = len(self.nodes), np.argsort(-np.asarray(score, dtype=float), kind="stable")
         if order.shape != (count,) or not np.isfinite(score).all():
             raise ValueError(f"A score must be {count} finite numbers, in the order of `nodes`.")
+        if list(sizes) != sorted({size for size in sizes if 0 < size <= 100}):
+            raise ValueError(f"sizes are {list(sizes)}: per cent that rise, above 0, at most 100.")
         nodes = [round(size / 100 * count) for size in sizes]
         rank = np.argsort(order)  # each node's place
         masks = rank < np.array([0, count, *nodes])[:, None]
@@ -325,12 +346,13 @@ class Circuit:
             raise ValueError("All nodes together change nothing in m: there is nothing to find.")
         f = (m[2:].mean(1) - none.mean()) / whole
         frame = pd.DataFrame({"size": sizes, "nodes": nodes, "faithfulness": f})
-        frame.attrs |= {"m": m[2:], "none": none, "all": everything}
+        m = {"m": m[2:].tolist(), "none": none.tolist(), "all": everything.tolist()}
+        frame.attrs |= {**m, "removed": remove}
         return frame
 
 
 def _add(added: Tensor, hidden_states: Tensor, *_, **__) -> Tensor:
-    return hidden_states + added
+    return (hidden_states + added).to(hidden_states.dtype)
 
 
 def exchange(keep: Tensor, values: Tensor):
@@ -341,11 +363,14 @@ def exchange(keep: Tensor, values: Tensor):
 
 def areas(curve: pd.DataFrame) -> tuple[float, float]:
     """(CPR, CMD) of `Circuit.curve`: areas under f and |1 − f| over the share kept, 0 at none.
+    Raises ValueError for sizes that do not end at 100, and where nodes were removed.
 
     Example:
         >>> areas(pd.DataFrame({"size": [50, 100], "faithfulness": [0.0, 1.0]}))
         (0.25, 0.75)
     """
+    if curve.attrs.get("removed") or curve["size"].iloc[-1] != 100:
+        raise ValueError("The areas are those of nodes kept, up to all of them (size 100).")
     share = np.array([0.0, *curve["size"] / 100])
     f = np.array([0.0, *curve["faithfulness"]])
     return float(np.trapezoid(f, share)), float(np.trapezoid(np.abs(1 - f), share))

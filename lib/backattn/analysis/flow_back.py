@@ -11,7 +11,7 @@ Two independent routes to one picture, by position and layer:
 
 "linear"  Attention patterns, norm scales and gates act(g) are frozen. The model is then linear in
           its residual parts, and one backward pass from the answer's logit less the vocabulary's
-          mean logit (before any soft cap) gives every neuron's flow, as RelP and AttnLRP do.
+          mean logit (before any soft cap) gives every neuron's flow; `attributions` has RelP's.
           Nothing is divided by anything, and the total is conserved exactly. The gradient of the
           log-probability itself would not do: it vanishes where the model is sure.
 
@@ -209,7 +209,7 @@ class Part:
     per_unit: Tensor  # flow that each unit brings, for one of it
     entering: Tensor  # of which what enters here
     output: Tensor  # covector on what the sub-layer adds to the stream [B, T, D]
-    heads: Tensor | None  # covector on attention's heads at the query [B, T, H, d]
+    raw: Tensor  # the same before the sandwich norm, if there is one [B, T, D]
     in_bias: Tensor  # flow that ends in biases [B, T]
     below: Tensor  # covector on the state under it [B, T, D]
     to_units: Callable[[Tensor], Tensor]
@@ -236,14 +236,12 @@ def sweep(stream: Stream, covector: Tensor, enter: Callable, half: bool) -> Iter
             raw = post.adjoint(output, scale)
             entering = enter(kind, layer, units)
             entering = torch.zeros_like(units) if entering is None else entering
-            per_unit, heads = to_units(raw) + entering, None
-            if kind == "attention":
-                heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))
+            per_unit = to_units(raw) + entering
             on_input, in_bias = to_input(per_unit)
             norm, state = block.norm(f"{kind}_norm"), stream.input(kind, layer)
             in_bias = in_bias + raw @ out.bias + on_input @ norm.bias  # [B, T]
             covector = covector + norm.adjoint(on_input, norm.scale(state))
-            about = (units, per_unit, entering, output, heads, in_bias, covector)
+            about = (units, per_unit, entering, output, raw, in_bias, covector)
             yield Part(kind, layer, *about, to_units, post, scale)
 
 

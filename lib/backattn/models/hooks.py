@@ -107,17 +107,21 @@ def hooks(*hooked: tuple[nn.Module, str, Callable]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_place_of(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """A module with another forward; afterwards with what accelerate gave it as its own, or its
-    class's.
+    """A module with another forward for this thread; afterwards with what accelerate gave it as its
+    own, or its class's.
 
     Example:
         >>> with in_place_of(model.lm_head, lambda x: x[..., :1]):
         ...     model(tokenizer("Spain", return_tensors="pt").input_ids).logits.shape
         torch.Size([1, 1, 1])
     """
-    own = vars(module)
+    own, usual, thread = vars(module), module.forward, threading.get_ident()
     before = {"forward": own["forward"]} if "forward" in own else {}
-    own["forward"] = forward
+
+    def either(*args, **kwargs):
+        return (forward if threading.get_ident() == thread else usual)(*args, **kwargs)
+
+    own["forward"] = either
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 10.
 
 Each task is a frame: prompt, other (the counterfactual prompt, which asks for another answer),
-right, wrong (words as they follow the prompt), group (what must not both score and evaluate)."""
+right, wrong (words as they follow the prompt), group (a draw puts it into one part: `drawn`)."""
 
 from collections.abc import Callable
 from itertools import permutations, product
@@ -147,8 +147,8 @@ def pairs_of(tokenizer, frame: pd.DataFrame, device: str | torch.device = "cpu")
 
 
 def drawn(frame: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
-    """ "score" and "evaluate": SCORING and EVALUATING rows of `fit` without a common group. Raises
-    ValueError where there are too few."""
+    """ "score" and "evaluate": SCORING and EVALUATING rows of `fit` without a common group, in an
+    order in which the first rows are of many groups. Raises ValueError where there are too few."""
     order = np.random.default_rng(seed).permutation(frame["group"].unique())
     rank = frame["group"].map({group: place for place, group in enumerate(order)})
     frame = frame.iloc[np.argsort(rank, kind="stable")]
@@ -159,4 +159,5 @@ def drawn(frame: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
         raise ValueError(
             f"There are {len(frame)} usable pairs: too few for {EVALUATING} to evaluate."
         )
-    return {"score": frame.head(SCORING), "evaluate": rest.head(EVALUATING)}
+    parts = {"score": frame.head(SCORING), "evaluate": rest.head(EVALUATING)}
+    return {name: part.sample(frac=1, random_state=seed) for name, part in parts.items()}

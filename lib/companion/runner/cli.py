@@ -117,10 +117,9 @@ def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
             if one.done:
                 print(f"{label}  done before ({one.stamp['seconds']:.0f} s), skipped", flush=True)
                 one.update(arguments)
-                continue
-            job, outcome = next(made, (None, None))
-            if job is None:  # an earlier one has failed
-                break
+        by_job = {id(one.job): (one, named[one.job.path]) for one in wanted}
+        for job, outcome in made:
+            one, label = by_job[id(job)]
             if isinstance(outcome, NotebookError):
                 print(f"\n{outcome}\n    resume with:      {resume(arguments, job.path)}\n")
                 failed.append(job.path.stem)
@@ -134,7 +133,7 @@ def run(arguments: argparse.Namespace, chosen: list[Path]) -> int:
 
 def jobs_at_once(arguments: argparse.Namespace) -> int:
     """How many notebooks run side by side: as asked, else as many as there are cores, and one
-    where they train, which they do in processes of their own, or share a device."""
+    where they train, which they do in separate processes, or share a device."""
     if arguments.jobs:
         return arguments.jobs
     alone = arguments.profile == "full" or arguments.device not in (None, "cpu")
@@ -197,7 +196,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME", help="another: a name, a hub id or a folder")
     p.add_argument("--device", metavar="D", help="cpu (default), cuda, …")
     p.add_argument("--dtype", choices=DTYPES, help="of the models; training is in bfloat16")
-    p.add_argument("--jobs", type=int, metavar="N", help="notebooks side by side (default: cores)")
+    p.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="notebooks side by side; default: cores, one in training or on a device",
+    )
     workers = "train on a dask scheduler's workers, of one thread each, that see this folder"
     p.add_argument("--cluster", metavar="ADDRESS", help=workers)
     return p

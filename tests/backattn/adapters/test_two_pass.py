@@ -375,7 +375,7 @@ def test_cells_that_are_hidden_are_not_read(fresh, config):
 
 
 def test_cells_are_silenced_without_the_others_taking_over(fresh, config):
-    """What is added is linear in the numbers, and the maps stay what they are."""
+    """What is added is linear in the numbers, and a map has what is left of each weight."""
     wrapped, batch = trained(fresh[0], config), encode(fresh[1], PROMPTS, "left")
     shape = 1, 1, len(wrapped.memory_layers), batch.input_ids.shape[1]
     half = torch.zeros(shape).bernoulli_(0.5)
@@ -400,7 +400,7 @@ def test_cells_are_silenced_without_the_others_taking_over(fresh, config):
     first = wrapped.sources[0]
     with wrapped.edited(half), wrapped.attention_maps() as maps:
         logits(wrapped, batch)
-    assert torch.allclose(maps[first], plain[first], atol=1e-5)
+    assert torch.allclose(maps[first], plain[first] * half[0, 0], atol=1e-5)
     for wrong in (half.long(), half * 2, half - 1):
         with pytest.raises(ValueError, match="from 0 to 1"):
             wrapped.edited(wrong)

@@ -10,6 +10,7 @@ import torch
 from backattn import flow_back, load_model, logit_flow
 from backattn.analysis.attributions import as_graph, attribute, from_flow, stability
 from backattn.analysis.circuits import Circuit, Pairs, areas, pair_up
+from backattn.models.activations import capture
 from backattn.models.decoder import describe
 from backattn.models.hooks import hooks
 
@@ -233,3 +234,54 @@ def test_heads_are_scored_as_by_a_softmax_of_their_own(tiny):
             grid = rows.pivot(index="position", columns="head", values="increase").to_numpy()
             wanted = (read(sub.base[b] + parts[b]) - read(sub.base[b])).numpy()
             np.testing.assert_allclose(grid, wanted[: len(grid)], atol=1e-5)
+
+
+def test_what_is_written_is_measured_behind_the_sandwich_norm(tiny):
+    """Heads one by one, and neurons, by the vectors that they add to the stream."""
+    model, tokenizer = tiny
+    pairs = pair_up(tokenizer, PROMPTS[:1], OTHERS[:1], RIGHT[:1], WRONG[:1])
+    stream = capture(model, pairs.clean)
+    for units in ("nodes", "neurons"):
+        found = attribute(Circuit(model, units), pairs, "activation", base="zero")[0]
+        wanted = []
+        for layer, block in enumerate(stream.arch.blocks):
+            ffn = block.norm("ffn_post"), stream.scales["ffn"][layer], block.ffn_out.weight
+            if units == "neurons":
+                norm, scale, weight = ffn
+                for neuron in range(weight.shape[1]):
+                    part = stream.neurons[layer][0, :, [neuron]] * weight[:, neuron]
+                    wanted.append(norm.linear(part, scale[0]).norm(dim=-1).sum())
+                continue
+            norm, scale = block.norm("attention_post"), stream.scales["attention"][layer]
+            values = block.per_head(stream.values[layer])[0]  # [T, H, d]
+            for head in range(block.heads):
+                z = stream.weights[layer][0, head] @ values[:, head]
+                columns = slice(head * block.head_dim, (head + 1) * block.head_dim)
+                part = z @ block.attention_out.weight[:, columns].T
+                wanted.append(norm.linear(part, scale[0]).norm(dim=-1).sum())
+            wanted.append(stream.ffn[layer][0].norm(dim=-1).sum())
+        np.testing.assert_allclose(found, torch.stack(wanted), rtol=1e-4)
+
+
+def test_prompts_without_rows_keep_their_place(llama):
+    model, tokenizer = llama
+    neurons = Circuit(model, "neurons")
+    flow = logit_flow(model, tokenizer, PROMPTS, RIGHT, top_k=1)
+    assert from_flow(neurons, flow.frame, "increase").shape == (3, 4 * 48)
+    heads = logit_flow(model, tokenizer, PROMPTS, RIGHT, level="head")
+    with pytest.raises(ValueError, match="no rows of nodes"):
+        from_flow(neurons, heads.frame.assign(neuron=pd.NA), "increase")
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "midpoint", "linear", "exact"])
+def test_bf16_gives_what_fp32_gives_within_its_rounding(method):
+    model, tokenizer = load_model("tiny-llama")
+    pairs = pair_up(tokenizer, PROMPTS, OTHERS, RIGHT, WRONG)
+    whole = attribute(Circuit(model), pairs, method)
+    rounded = attribute(Circuit(model.to(torch.bfloat16)), pairs, method)
+    assert np.corrcoef(whole.ravel(), rounded.ravel())[0, 1] > 0.98
+
+
+def test_no_steps_are_refused(llama, pairs):
+    with pytest.raises(ValueError, match="at least one"):
+        attribute(Circuit(llama[0]), pairs, "integrated", steps=0)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 
 from backattn import BackAttentionConfig, get_back_attention_model, load_model
 from backattn.analysis.attributions import METHODS, attribute
-from backattn.analysis.circuits import BASES, SIZES, Circuit, areas, pair_up
+from backattn.analysis.circuits import BASES, SIZES, Circuit, Pairs, areas, pair_up
 from backattn.models.decoder import describe
 from backattn.models.families import UnsupportedModelError
+from backattn.models.tokens import encode
 
 PROMPTS = ["France's capital is", "Spain's capital is", "the mother of Anna is"]
 OTHERS = ["Italy's capital is", "France's capital is", "the father of Anna is"]
@@ -136,3 +138,73 @@ def test_what_cannot_be_compared_is_refused(llama):
     ):
         with pytest.raises(ValueError, match="unknown"):
             call()
+
+
+def test_lists_of_other_lengths_and_answers_that_are_no_tokens_are_refused(llama):
+    model, tokenizer = llama
+    for lists in (
+        (PROMPTS, OTHERS, [5], [6]),
+        (PROMPTS[:2], OTHERS[:2], [5, 6, 7], [8, 9, 10]),
+        (PROMPTS, OTHERS[:2], [5, 6, 7], [8, 9, 10]),
+    ):
+        with pytest.raises(ValueError, match="not as many"):
+            pair_up(tokenizer, *lists)
+    for wrong in (-1, 10**6):
+        pairs = pair_up(tokenizer, PROMPTS[:1], OTHERS[:1], [5], [wrong])
+        with pytest.raises(IndexError, match="Answer"):
+            attribute(Circuit(model), pairs, "gradient")
+
+
+def test_parts_made_with_another_base_and_other_padding_are_refused(llama, pairs):
+    circuit = Circuit(llama[0])
+    with torch.no_grad():
+        parts = list(circuit.parts(pairs, "counterfactual", 2))
+    keep = np.arange(len(circuit.nodes)) < 9
+    np.testing.assert_allclose(circuit.kept(parts, keep), circuit.kept(pairs, keep), atol=1e-5)
+    with pytest.raises(ValueError, match="another base"):
+        circuit.kept(parts, keep, base="zero")
+    left = encode(llama[1], ["France's capital is", "is"], "left")
+    with pytest.raises(ValueError, match="right"):
+        Pairs(left, left, pairs.right[:2], pairs.wrong[:2])
+
+
+def test_areas_need_all_sizes_and_kept_nodes(llama, pairs):
+    circuit = Circuit(llama[0])
+    score = attribute(circuit, pairs, "gradient").mean(0)
+    with pytest.raises(ValueError, match="up to all"):
+        areas(circuit.curve(pairs, score, sizes=(10, 50)))
+    with pytest.raises(ValueError, match="up to all"):
+        areas(circuit.curve(pairs, score, remove=True))
+    for sizes in ((100, 50), (-5, 100), (50, 150), (0, 100)):
+        with pytest.raises(ValueError, match="rise"):
+            circuit.curve(pairs, score, sizes=sizes)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_layers_that_run_twice_are_refused_with_every_base(base):
+    model, tokenizer = load_model("tiny-llama")
+    pairs = pair_up(tokenizer, PROMPTS, OTHERS, [5, 6, 7], [8, 9, 10])
+    wrapped = get_back_attention_model(model, BackAttentionConfig(1, dim=8))
+    circuit = Circuit(model)
+    with wrapped.applied(), pytest.raises(UnsupportedModelError, match="ran twice"):
+        attribute(circuit, pairs, "exact", base)
+
+
+def test_another_thread_sees_the_model_as_it_is(llama, pairs):
+    model, circuit = llama[0], Circuit(llama[0])
+    ids, stop, wrong = pairs.clean.input_ids, threading.Event(), []
+    with torch.no_grad():
+        before = model(ids).logits
+
+    def ask():
+        with torch.no_grad():
+            while not stop.is_set():
+                wrong.append(not torch.equal(model(ids).logits, before))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    keep = np.random.default_rng(0).random((40, len(circuit.nodes))) < 0.2
+    circuit.kept(pairs, keep)
+    stop.set()
+    thread.join()
+    assert wrong and not any(wrong)

@@ -89,6 +89,19 @@ def test_after_a_failure_nothing_new_begins(place, capsys):
     assert "03_later" in capsys.readouterr().out
 
 
+def test_each_outcome_goes_to_its_own_notebook(place, capsys, monkeypatch):
+    """The longest begins first, fails, and what is listed before it never begins."""
+    write(place, "01_short")
+    write(place, "02_bad", "time.sleep(1)\n1 / 0")
+    write(place, "03_long", "time.sleep(9)")
+    seconds = {"01_short": 1, "02_bad": 100, "03_long": 90}
+    took = {name: {"seconds": s, "peak_megabytes": 100} for name, s in seconds.items()}
+    monkeypatch.setattr("companion.runner.committed.took", lambda profile: took)
+    assert main(["--profile", "smoke", "--jobs", "2"]) == 1
+    stamps = {path.stem for path in (place / "build/smoke/stamps").glob("*.json")}
+    assert stamps == {"03_long"} and "FAILED: 02_bad" in capsys.readouterr().out
+
+
 def job(number: str, megabytes: int | None = 1000) -> Job:
     path = paths.NOTEBOOKS / f"{number}_x.ipynb"
     return Job(path, path, "smoke", megabytes=megabytes)

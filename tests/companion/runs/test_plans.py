@@ -10,7 +10,7 @@ import pytest
 from backattn import runtime
 from backattn.adapters.arms import UNTRAINED
 from companion.paths import NOTEBOOKS
-from companion.questions.datasets import OTHER_PROMPTS
+from companion.questions.datasets import OTHER_PROMPTS, PLANTED
 from companion.runs.perform import train_and_test
 from companion.runs.plans import (
     CORE_ARMS,
@@ -76,10 +76,15 @@ def plans(notebook: str) -> list[list[Planned]]:
             scratch_runs(SEEDS, p["scratch_widths"], p["scratch_dims"], tried_for=750),
         ]
     if notebook == "07":
-        arms = ["back attention", "residual LoRA"]
+        arms, memories = ["back attention", "residual LoRA"], [("two-hop", "shuffled memory")]
+        memories += [(name, "back attention") for name in PLANTED]
+        told = [one for name, arm in memories for one in adapter_runs(names=[name], arms=[arm])]
         return [
-            adapter_runs(source_layer=tuple(layers), dim=dim, arms=arms)
-            for layers, dim in p["several"]
+            [one for one in told if one.trials],
+            *(
+                adapter_runs(source_layer=tuple(layers), dim=dim, arms=arms)
+                for layers, dim in p["several"]
+            ),
         ]
     if notebook == "08":
         return [composing_runs(), *map(premise_runs, OWN)]
