@@ -29,6 +29,7 @@ from torch import Tensor
 from backattn.analysis.circuits import Circuit, Pairs, Part, Values, exchange
 from backattn.analysis.flow_back import at_the_end, sweep
 from backattn.models.activations import Stream, capture
+from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import evaluating, hooks, in_place_of
 from backattn.models.lens import Lens
 from backattn.models.tokens import Batch
@@ -102,6 +103,11 @@ def _from_layer(blocks: list, layer: int, state: Tensor) -> Iterator[None]:
 
 def _gradients(circuit: Circuit, part: Part, towards: Tensor | None, share: float = 1.0) -> Values:
     """∂m/∂value at each place; with embeddings `share` of the way from `towards`."""
+    if any(p.is_inference() for p in circuit.model.parameters()):
+        raise UnsupportedModelError(
+            "Weights that were made in torch.inference_mode let no gradient through: load the base "
+            "model outside of it."
+        )
     added: Values = []
 
     def change(x: Tensor) -> Tensor:
