@@ -22,7 +22,7 @@ from companion.questions.prompts import single_hop
 
 WORDS = yaml.safe_load((DATA / "contrasts.yml").read_text(encoding="utf-8"))
 SCORING, EVALUATING = 100, 200  # prompts of a draw
-ASKED = 700  # candidates of a task
+ASKED, ENOUGH = 700, 450  # candidates at a time, until so many fit
 
 
 def indirect_object() -> pd.DataFrame:
@@ -116,10 +116,21 @@ TASKS: dict[str, Callable[[], pd.DataFrame]] = {
 
 def fit(model, tokenizer, task: str) -> pd.DataFrame:
     """The pairs of a task that can be used with a model: of equal length, answers that begin with
-    different tokens, the right one preferred, and on the counterfactual prompt less so. Adds
-    right_id, wrong_id."""
-    frame = TASKS[task]().drop_duplicates(["prompt", "other"])
-    frame = frame.sample(frac=1, random_state=0).head(2 * ASKED)
+    different tokens, the right one preferred, and on the counterfactual prompt less so; candidates
+    are tried until there are ENOUGH. Adds right_id, wrong_id."""
+    frame = TASKS[task]().drop_duplicates(["prompt", "other"]).sample(frac=1, random_state=0)
+    found, count = [], 0
+    for start in range(0, len(frame), 2 * ASKED):
+        part = _fit(model, tokenizer, frame.iloc[start : start + 2 * ASKED].copy())
+        found.append(part)
+        count += len(part)
+        if count >= ENOUGH:
+            break
+    return pd.concat(found, ignore_index=True)
+
+
+def _fit(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
+    """Those of some candidates that can be used, of at most ASKED that the model is asked."""
     for name in ("right", "wrong"):
         first = {word: _first_id(tokenizer, word) for word in frame[name].unique()}
         frame[f"{name}_id"] = frame[name].map(first)
@@ -127,11 +138,13 @@ def fit(model, tokenizer, task: str) -> pd.DataFrame:
         encode(tokenizer, frame[name].tolist()).lengths.numpy() for name in ("prompt", "other")
     ]
     frame = frame[(lengths[0] == lengths[1]) & (frame["right_id"] != frame["wrong_id"])].head(ASKED)
-    pairs, every = pairs_of(tokenizer, frame, model.device), Circuit(model)
-    m = every.kept(pairs, np.ones(len(every.nodes), dtype=bool), base="zero")
+    if frame.empty:
+        return frame
+    pairs, circuit = pairs_of(tokenizer, frame, model.device), Circuit(model)
     turned = Pairs(pairs.other, pairs.clean, pairs.right, pairs.wrong)
-    other = every.kept(turned, np.ones(len(every.nodes), dtype=bool), base="zero")
-    return frame[(m > 0) & (m > other)].reset_index(drop=True)
+    every = np.ones(len(circuit.nodes), dtype=bool)
+    m, other = (circuit.kept(x, every, base="zero") for x in (pairs, turned))
+    return frame[(m > 0) & (m > other)]
 
 
 def _first_id(tokenizer, word: str) -> int:
