@@ -281,8 +281,7 @@ def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]
     seconds = timed.set_index("entrant")["timed_seconds"]
     routes = [name for name in by if ENTRANTS[name].family == "logit flow"]
     reached = {name: int((by[name] <= by["exact"] + REACHES).sum()) for name in routes}
-    cheap = [name for name in routes if seconds[name] <= seconds["integrated"]]
-    best = max(cheap or routes, key=lambda name: (reached[name], -by[name].mean()))
+    best = max(routes, key=lambda name: (reached[name], -by[name].mean()))
     ends = mine.pivot(index="task", columns="entrant", values=["CMD_low", "CMD_high"])
     of_use = {x: (ends["CMD_high", x] < ends["CMD_low", "random"]).all() for x in routes}
     worse = {x: (ends["CMD_low", x] > ends["CMD_high", "random"]).all() for x in routes}
@@ -294,6 +293,6 @@ def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]
         f"{'parts is' if of_use['parts'] else 'parts is not'} below random on every task; draws: "
         f"{int(mine['draws'].min())}, {SCORING} prompts score, {EVALUATING} evaluate"
     )
-    holds = best in cheap and reached[best] >= 4
+    holds = reached[best] >= 4 and seconds[best] <= seconds["integrated"]
     passed = [True] if holds else [False, any(of_use.values())]
     return claim("N5", ours, passed, [all(worse.values())])
