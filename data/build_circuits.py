@@ -1,5 +1,6 @@
-"""Scores and evaluates every entrant of notebook 10, data/10_circuits.safetensors: some three hours
-on one core. What is finished lies in build/circuits, or was shipped, so that a stopped run goes on.
+"""Scores and evaluates every entrant of notebook 10, data/10_circuits.safetensors: some hours on
+one core (MODELS=smollm2 DRAWS=1,2 in the environment makes a part). What is finished lies in
+build/circuits, or was shipped, so that a stopped run goes on.
 
 .venv/bin/python data/build_circuits.py
 """
