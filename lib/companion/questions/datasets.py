@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from companion.paths import DATA
 from companion.questions import premise
-from companion.questions.chains import NAMES, chains
+from companion.questions.chains import NAMES, chains, exchanged
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import Published, published, read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
@@ -203,6 +203,7 @@ _MULTIARITH = Published(
     "MultiArith.json",
     "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
 )
+CHAINS_EXCHANGED = "chains, another's memory"
 _CHAINED = (*Dataset.columns, "e3_aliases", "split")
 _own_split = (*Dataset.columns, "split")
 _RECORDS = (
@@ -219,7 +220,8 @@ _RECORDS = (
     _told(PLANTED[0], partial(planted, False), tuned_on=PLANTED[0], exchanged=PLANTED[1]),
     _told(PLANTED[1], partial(planted, True), tuned_on=PLANTED[1]),
     # Both hops invented and told: flow is needed, knowledge is not.
-    _first("chains", chains, tuned_on="chains", columns=_CHAINED),
+    _first("chains", chains, tuned_on="chains", columns=_CHAINED, exchanged=CHAINS_EXCHANGED),
+    _first(CHAINS_EXCHANGED, exchanged, tuned_on=CHAINS_EXCHANGED, columns=(*_CHAINED, "memory")),
     # Of invented words.
     _first("compositions", compositions, tuned_on="compositions", words=WORDS, columns=_own_split),
     _first("premise", premise.premise, tuned_on="premise", words=premise.WORDS, columns=_own_split),

@@ -21,7 +21,7 @@ from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
 from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
-from companion.runs.run import OWN, SCRATCH, Run, source_of
+from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run, source_of
 from companion.runs.scratch import scratch_model
 from companion.runs.store import Store
 
@@ -146,7 +146,8 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
         return {"validation": float(right.mean()), "validation_loss": loss}
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
-    if other := DATASETS[run.dataset].exchanged:
+    other = DATASETS[run.dataset].exchanged
+    if other and run.arm in BACK_ATTENTION:
         exchanged = questions(replace(run, dataset=other), tokenizer, "test")
         right = answer_test(run, model, tokenizer, exchanged)
         result["right_exchanged"] = "".join(map(str, right.astype(int)))

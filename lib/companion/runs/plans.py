@@ -20,6 +20,7 @@ Names, Ints = Sequence[str], Sequence[int]
 MOST_RATES = 4  # tried for one arm
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
+BUDGET_ARMS = (*CORE_ARMS, "bias")
 # Of all comparisons of arms; the other is asked in notebooks 07 and 08 alone.
 TRIED = {name: arm for name, arm in ARMS.items() if name != "shuffled memory"}
 SEEDS = (0, 1, 2)
@@ -101,6 +102,13 @@ def main_runs(
     """Claim C8 as notebook 03 asks it: every arm on some datasets, CORE_ARMS on others."""
     every = adapter_runs(model, every_arm_on, **sizes)
     return every + adapter_runs(model, core_arms_on, CORE_ARMS, **sizes)
+
+
+def budget_runs(arms: Names = BUDGET_ARMS) -> list[Planned]:
+    """E0: how long arms train before a comparison means anything, on `chains`; the rates are found
+    at half of the steps."""
+    sizes = dict(steps=1200, batch_size=16, train_items=None, test_items=None)
+    return adapter_runs(names=["chains"], arms=arms, **sizes)
 
 
 def varied_runs(
