@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from backattn import runtime
+from backattn.files import atomic_file
 from companion import paths
 from companion.report import figures, tables
 
@@ -35,6 +36,11 @@ class Notebook:
         """Save a table as CSV, Markdown and LaTeX; return it for display."""
         tables.save(frame, self.folder / "figures" / "tables", name)
         return frame
+
+    def page(self, text: str, name: str) -> None:
+        """Save a page of Markdown beside the figures."""
+        with atomic_file(self.folder / "figures" / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def setup(name: str) -> Notebook:

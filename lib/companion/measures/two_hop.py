@@ -96,7 +96,8 @@ def contrast(
 
     Prompts of one cluster (bridge entity) and stratum count as one, with the share that is right.
     difference: right less wrong, by regression on that share with an intercept per stratum; p: by
-    permutation within strata, corrected for all points by the largest |difference / its spread|.
+    permutation within strata, corrected for all points by the largest |difference / its spread|,
+    which is its standard deviation over the permutations.
     Raises ValueError when no stratum has both right and wrong cases.
     """
     shape, flat = values.shape[1:], values.reshape(len(values), -1).astype(float)
@@ -115,4 +116,5 @@ def contrast(
     spread = np.maximum(null.std(0), 1e-12)
     largest = np.abs(null / spread).max(1)
     p = (1 + (largest[:, None] >= np.abs(difference / spread)).sum(0)) / (permutations + 1)
-    return {"difference": difference.reshape(shape), "p": p.reshape(shape)}
+    found = {"difference": difference, "p": p, "spread": spread}
+    return {name: values.reshape(shape) for name, values in found.items()}

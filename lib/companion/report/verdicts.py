@@ -1,34 +1,123 @@
-"""Verdicts on the paper's claims: each by a rule over result tables, so that none can be written by
-hand. What is claimed stands in data/claims.yml; each rule in the study whose tables it reads."""
+"""Verdicts on the paper's claims, by rule: each answers two questions. Does the paper's own
+comparison repeat? Does it survive the strictest control? What is claimed stands in data/claims.yml;
+each rule in the study whose tables it reads."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 import yaml
 
 from companion.paths import DATA
 
-Checks = Iterable[bool]
-VERDICTS = ("reproduced", "partly", "not at this scale", "contradicted", "not testable here")
 CLAIMS: dict[str, dict] = yaml.safe_load((DATA / "claims.yml").read_text(encoding="utf-8"))
-COLUMNS = ["id", "claim", "paper", "ours", "kind", "verdict", "notebook", "figure"]
+VERDICTS = ("verified", "toy", "inconclusive", "falsified")
+CONTROLS = ("ahead", "equal", "undecided", "behind", "none")
+ZONE = 2.0  # points of accuracy within which two arms count as equal
+POWER = (1.96 + 0.84) / 1.96  # of half an interval: what is seen in four of five repetitions
+COLUMNS = ["id", "short", "claim", "paper", "ours", "kind", "verdict", "control", "checks", "says"]
+COLUMNS += ["comparison", "effect", "low", "high", "unit", "paper_low", "paper_high", "strictest"]
+COLUMNS += ["control_effect", "control_low", "control_high", "control_unit", "seen"]
+COLUMNS += ["notebook", "figure"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A number with its 95 % interval that a claim is judged by, put so that the claim expects it
+    to be above zero (expects="more"), not below zero by more than the zone ("no less"), or nothing
+    ("none"). what: the comparison in words; zone: up to what size a difference counts as none."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+    unit: str = "points"
+    zone: float = ZONE
+    expects: str = "more"
+
+    @classmethod
+    def of(cls, what: str, row: Mapping, value: str = "difference", less: float = 0.0, **options):
+        """From a table's row with `low` and `high`: shares, of which `less` is taken, as points."""
+        ends = (100 * (row[name] - less) for name in (value, "low", "high"))
+        return cls(what, *(float(x) for x in ends), **options)
+
+    @property
+    def reading(self) -> str:
+        if -self.zone <= self.low and self.high <= self.zone:
+            return "equal"
+        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "undecided"
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether what the claim expects is so; None where the interval leaves it open."""
+        yes, no = {
+            "more": (self.reading == "ahead", self.reading in ("behind", "equal")),
+            "no less": (self.low >= -self.zone, self.high < -self.zone),
+            "none": (self.reading == "equal", self.low > self.zone or self.high < -self.zone),
+        }[self.expects]
+        return True if yes else False if no else None
+
+    @property
+    def seen(self) -> float:
+        """The smallest true effect that would have been seen, with 80 % power."""
+        return POWER * (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        digits = 1 if self.unit in ("points", "layers", "%") else 2
+        number, low, high = (f"{x:+.{digits}f}" for x in (self.value, self.low, self.high))
+        ends = f" [{low}, {high}]" if self.low < self.high else ""
+        return f"{self.what}: {number}{ends} {self.unit}"
 
 
 def claim(
-    key: str, ours: str, passed: Checks, against: Checks | None = None, testable: bool = True
-) -> dict[str, str]:
-    """A row of the ledger; key: in data/claims.yml; ours: what was measured, with n, interval. All
-    checks passed: reproduced; some: partly; none: contradicted, if there is evidence against the
-    claim in every check."""
-    passed = [bool(check) for check in passed]
-    verdict = "partly" if any(passed) else "not at this scale"
-    if all(passed):
-        verdict = "reproduced"
-    elif not any(passed) and (against is None or all(against)):
-        verdict = "contradicted"
-    row = {"id": key, **CLAIMS[key], "ours": ours}
-    row["verdict"] = verdict if testable else "not testable here"
-    return {name: row[name] for name in COLUMNS}
+    key: str,
+    ours: str,
+    checks: Mapping[str, bool],
+    repeats: Effect | Iterable[Effect],
+    control: Effect | None = None,
+    testable: bool = True,
+) -> dict[str, object]:
+    """A row of the ledger. key: in data/claims.yml; ours: what was measured, with n, interval;
+    checks: name -> passed, all that was tried; repeats: the paper's own comparison, one for each
+    model; control: the strictest.
+
+    verdict: *verified* if the comparison repeats in all models (*toy*: in models trained from
+    nothing), *falsified* if in none, by whole intervals, else *inconclusive*. control: how the
+    claim stands against its strictest control: ahead, equal (within the zone), behind, undecided;
+    none where the claim compares nothing.
+    """
+    effects = [repeats] if isinstance(repeats, Effect) else list(repeats)
+    about, answers = CLAIMS[key], [effect.holds for effect in effects]
+    verdict, passed = "inconclusive", [name for name, check in checks.items() if check]
+    if testable and all(answers):
+        verdict = "toy" if about.get("toy") else "verified"
+    elif testable and all(answer is False for answer in answers):
+        verdict = "falsified"
+    weakest = min(effects, key=lambda effect: effect.value)
+    counted = f"{len(passed)} of {len(checks)}"
+    row = {"id": key, **about, "ours": ours, "verdict": verdict}
+    row["paper_low"], row["paper_high"] = about.get("effect", (None, None))
+    row |= {"checks": f"{counted}: {', '.join(passed)}" if passed else counted}
+    row |= {"comparison": "; ".join(map(str, effects)), "effect": weakest.value}
+    row |= {name: getattr(weakest, name) for name in ("low", "high", "unit")}
+    row["control"] = control.reading if control else "none"
+    row["strictest"] = str(control) if control else "none"
+    if control:
+        row |= {f"control_{name}": getattr(control, name) for name in ("low", "high", "unit")}
+        row |= {"control_effect": control.value, "seen": control.seen}
+    row["says"] = about["says"].get(f"{verdict}, {row['control']}", f"{row['comparison']}.")
+    return {name: row.get(name) for name in COLUMNS}
+
+
+def strictest(table: pd.DataFrame, what: str = "less {}", by: str = "other", **options) -> Effect:
+    """Of a table of differences from controls (column `by`), that with the smallest difference."""
+    row = table.loc[table["difference"].idxmin()]
+    return Effect.of(what.format(row[by]), row, **options)
+
+
+def named(table: pd.DataFrame, passed: Iterable[bool], by: str = "other") -> dict[str, bool]:
+    """Checks of a table's rows, named by one column."""
+    return dict(zip(table[by], map(bool, passed), strict=True))
 
 
 def ledger(rows: Iterable[Mapping]) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from backattn.models.hooks import evaluating
 from companion.paths import DATA
 from companion.questions.contrasts import EVALUATING, SCORING, drawn, pairs_of
 from companion.report.intervals import bootstrap, interval
-from companion.report.verdicts import claim
+from companion.report.verdicts import Effect, claim
 
 RESULTS = DATA / "10_circuits.safetensors"
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
@@ -272,9 +272,12 @@ def timings(circuit: Circuit, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]:
     """N5. found: `table`, of which SmolLM2's rows count; timed: `timings`.
 
-    It holds if some route of logit flow comes within REACHES of exact patching's CMD, or below, on
-    four tasks of five, at no more than NAP-IG's seconds. Else it holds partly if some route is of
-    use: below random on every task, interval against interval.
+    Two checks: some route of logit flow comes within REACHES of exact patching's CMD, or below, on
+    four tasks of five, at no more than NAP-IG's seconds; some route is of use, below random on
+    every task, interval against interval. The comparison is the paper's own step with a random
+    order, on the task where it leads by least; the strictest control, exact patching on the task
+    where the best route is furthest behind. Both as the difference of CMDs, from interval's end to
+    interval's end.
     """
     mine = found[found["model"] == "smollm2"]
     by = mine.pivot(index="task", columns="entrant", values="CMD")
@@ -284,7 +287,6 @@ def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]
     best = max(routes, key=lambda name: (reached[name], -by[name].mean()))
     ends = mine.pivot(index="task", columns="entrant", values=["CMD_low", "CMD_high"])
     of_use = {x: (ends["CMD_high", x] < ends["CMD_low", "random"]).all() for x in routes}
-    worse = {x: (ends["CMD_low", x] > ends["CMD_high", "random"]).all() for x in routes}
     named = dict.fromkeys(["direct", "parts", best, "integrated", "exact", "random"])
     words = ", ".join(f"{name} {by[name].mean():.2f}" for name in named)
     ours = (
@@ -293,6 +295,17 @@ def good_attribution(found: pd.DataFrame, timed: pd.DataFrame) -> dict[str, str]
         f"{'parts is' if of_use['parts'] else 'parts is not'} below random on every task; draws: "
         f"{int(mine['draws'].min())}, {SCORING} prompts score, {EVALUATING} evaluate"
     )
-    holds = reached[best] >= 4 and seconds[best] <= seconds["integrated"]
-    passed = [True] if holds else [False, any(of_use.values())]
-    return claim("N5", ours, passed, [all(worse.values())])
+    checks = {
+        "reaches exact patching": reached[best] >= 4 and seconds[best] <= seconds["integrated"],
+        "of use": any(of_use.values()),
+    }
+
+    def less(high: str, low: str) -> Effect:
+        task = (by[high] - by[low]).idxmin()
+        ends_of = ends.loc[task]
+        low_end = ends_of["CMD_low", high] - ends_of["CMD_high", low]
+        high_end = ends_of["CMD_high", high] - ends_of["CMD_low", low]
+        mean, what = by.loc[task, high] - by.loc[task, low], f"{high} less {low}, {task}"
+        return Effect(what, mean, low_end, high_end, "CMD", REACHES)
+
+    return claim("N5", ours, checks, less("random", "parts"), less("exact", best))

@@ -1,13 +1,24 @@
-"""11: the ledger of all claims."""
+"""11: the ledger of all claims, its picture, and the one-page report."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from companion.report.verdicts import CLAIMS
+from companion.paths import DATA
+from companion.report.figures import BLUE, GREY, ORANGE, WIDTH
+from companion.report.verdicts import CLAIMS, VERDICTS, ZONE
 
 IDS = tuple(dict.fromkeys(about.get("id", key) for key, about in CLAIMS.items()))
+PAPER, HERE, CONTROL = "the paper", "here", "here less the strictest control"
+READ = "the lens reads e2 at r1"
+RECALLED = "e3 is said with e2's state at r1"
+NUMBERS = ("effect", "low", "high", "paper_low", "paper_high", "seen")
+NUMBERS += ("control_effect", "control_low", "control_high")
 
 
 def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
@@ -15,13 +26,141 @@ def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
 
     A table in an earlier folder counts. Raises ValueError when a row of the ledger is missing.
     """
-    paths = [path for folder in reversed(folders) for path in folder.glob("[0-9][0-9]_claims.csv")]
-    found = {path.name: path for path in paths}  # of the first folder that has it
+    found = _tables(folders, "[0-9][0-9]_claims.csv")
     as_text = {"dtype": str, "keep_default_na": False}
     parts = [pd.read_csv(found[name], **as_text) for name in sorted(found)]
     rows = pd.concat(parts, ignore_index=True)
     missing = ", ".join(name for name in IDS if name not in set(rows["id"]))
     if missing:
         raise ValueError(f"The ledger has no row {missing}: run the notebooks that write them.")
+    for name in NUMBERS:
+        rows[name] = pd.to_numeric(rows[name])
     order = rows["id"].map(IDS.index).argsort(kind="stable")
     return rows.iloc[order].reset_index(drop=True)
+
+
+def _tables(folders: Sequence[Path], pattern: str) -> dict[str, Path]:
+    """File name -> path in the first folder that has it."""
+    paths = [path for folder in reversed(folders) for path in folder.glob(pattern)]
+    return {path.name: path for path in paths}
+
+
+def commands(ledger: pd.DataFrame, figures: Path) -> pd.DataFrame:
+    """What makes each claim again: id, short, command, timed_minutes (of its last committed run,
+    one thread), megabytes (of its committed figures and tables)."""
+    took = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))["runs"]["paper"]
+    rows = []
+    for row in ledger.itertuples():
+        names = row.notebook.split(", ")
+        numbers = [name[:2] for name in names]
+        files = [file for n in numbers for file in figures.rglob(f"{n}_*") if file.is_file()]
+        seconds = sum(took[name]["seconds"] for name in names)
+        about = {"id": row.id, "short": row.short}
+        about |= {"command": f"./run_all.sh --only {','.join(numbers)}"}
+        about |= {"timed_minutes": round(seconds / 60, 1)}
+        rows.append({**about, "megabytes": round(sum(f.stat().st_size for f in files) / 1e6, 1)})
+    return pd.DataFrame(rows)
+
+
+def report(ledger: pd.DataFrame) -> str:
+    """The one-page report: data/report.md with the ledger's numbers, Markdown."""
+    noted = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))["runs"]
+    took, trained = noted["paper"].values(), noted["full"].values()
+    counts = ledger["verdict"].value_counts()
+    shown = ledger[["id", "claim", "comparison", "strictest", "says"]]
+    words = {
+        "rows": len(ledger),
+        "verdicts": ", ".join(f"{counts[name]} {name}" for name in VERDICTS if name in counts),
+        "hardware": "; ".join(sorted({run["hardware"] for run in took})),
+        "minutes": f"{sum(run['seconds'] for run in took) / 60:.0f}",
+        "hours": f"{sum(run.get('training_seconds', 0) for run in trained) / 3600:.0f}",
+        "table": shown.to_markdown(index=False),
+    }
+    return (DATA / "report.md").read_text(encoding="utf-8").format(**words)
+
+
+def preconditions(folders: Sequence[Path]) -> pd.DataFrame:
+    """What the paper's mechanism needs, in the models where it was measured: model, needs, measured
+    (how), share (of questions), holds (more than half). folders: tables of notebooks 02 and 08."""
+    names = [f"{name}.csv" for name in ("02_first_readable", "02_mending", "08_premise")]
+    readable, repaired, facts = (pd.read_csv(_tables(folders, name)[name]) for name in names)
+    drawn = _tables([folder.parent for folder in folders], names[-1])
+    layers = pd.read_csv(drawn[names[-1]])
+    lens = readable.query("place == 'r1' and entity == 'e2'")["ever"].item()
+    low = repaired.set_index("arm").loc["r1", "honest"]
+    rows = [
+        ("smollm2", "e2 readable at r1", "logit lens, any layer", lens),
+        ("smollm2", "e3 recallable low", "failures that r1's high states, put low, repair", low),
+        ("smollm2", "both hops known", "questions are selected for it", 1.0),
+    ]
+    for model, part in layers.groupby("model", sort=False):
+        lower = part["layer"] <= part["layer"].max() / 2
+        half = {
+            name: part[mask].groupby("what")["share"].max()
+            for name, mask in (("low", lower), ("high", ~lower))
+        }
+        read, recalled = half["high"][READ], half["low"][RECALLED]
+        known = facts.query("question == 'a fact' and model == @model")["e3"].item()
+        rows.append((model, "e2 readable at r1", "logit lens, upper half of the layers", read))
+        rows.append((model, "e3 recallable low", "e2's state put at r1, lower half", recalled))
+        rows.append((model, "both hops known", "facts right", known))
+    table = pd.DataFrame(rows, columns=["model", "needs", "measured", "share"])
+    return table.assign(holds=table["share"] > 0.5)
+
+
+def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """The ledger as a picture, and its rows: above the claims in points, the zone in grey; below
+    the others, each scaled to its own largest number, which stands beside its name."""
+    rows = ledger[~ledger["unit"].isin(["of its size", "%"])]
+    parts = [rows[rows["unit"] == "points"], rows[rows["unit"] != "points"]]
+    size = (WIDTH, 1.6 + 0.27 * len(rows))
+    shape = {"layout": "constrained", "height_ratios": [len(part) for part in parts]}
+    figure, axes = plt.subplots(2, 1, figsize=size, **shape)
+    for ax, part in zip(axes, parts, strict=True):
+        for y, row in zip(range(len(part))[::-1], part.to_dict("records"), strict=True):
+            ends = [abs(row[name]) for name in NUMBERS if name != "seen" and pd.notna(row[name])]
+            scaled = ax is axes[1]
+            _row(ax, row, y, max(ends[:3]) if scaled else 1.0)
+            ax.annotate(
+                row["verdict"] + {"none": ""}.get(row["control"], f"; {row['control']}"),
+                (1.02, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+            )
+        ax.axvline(0, color=GREY, lw=0.8)
+        names = [f"{row.short}  {row.id}" for row in part.itertuples()]
+        ax.set(yticks=range(len(part))[::-1], yticklabels=names, ylim=(-0.8, len(part) - 0.4))
+        ax.tick_params(axis="y", length=0, labelsize=8)
+    axes[0].axvspan(-ZONE, ZONE, color="0.88", zorder=0)
+    axes[0].set(xlabel="points of accuracy, or of a share")
+    axes[1].set(xlabel="own unit, largest = 1", xlim=(-1.25, 1.25))
+    units = [f"{r.effect:+.2g} {r.unit}   {r.short}  {r.id}" for r in parts[1].itertuples()]
+    axes[1].set_yticks(range(len(parts[1]))[::-1], units)
+    axes[0].legend(
+        *_one_of_each(axes[0]), fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3
+    )
+    shown = ["id", "short", *NUMBERS, "unit", "control_unit", "verdict", "control"]
+    return figure, pd.concat(parts)[shown]
+
+
+def _row(ax: Axes, row: dict, y: float, scale: float) -> None:
+    ends, bar = [row["low"] / scale, row["high"] / scale], {"solid_capstyle": "butt"}
+    ax.axhline(y, color="0.93", lw=0.6, zorder=0)
+    ax.plot(ends, [y, y], color=BLUE, lw=1.6, **bar)
+    ax.plot(row["effect"] / scale, y, "o", color=BLUE, ms=5, label=HERE)
+    if pd.notna(row["paper_low"]) and row["unit"] == "points":
+        ends = [row["paper_low"], row["paper_high"]]
+        look = {"color": "black", "mfc": "white", "ms": 5.5, "lw": 0.8, "zorder": 3}
+        ax.plot(ends, [y, y], "o-", label=PAPER, **look)
+    if pd.notna(row["control_effect"]) and row["control_unit"] == row["unit"]:
+        low, high, middle = (row[f"control_{x}"] / scale for x in ("low", "high", "effect"))
+        ax.plot([low, high], [y - 0.3] * 2, color=ORANGE, lw=1.2, **bar)
+        ax.plot(middle, y - 0.3, "D", color=ORANGE, ms=4, label=CONTROL)
+
+
+def _one_of_each(ax: Axes) -> tuple[list, list]:
+    handles, labels = ax.get_legend_handles_labels()
+    drawn = dict(zip(labels, handles, strict=True))
+    order = [name for name in (PAPER, HERE, CONTROL) if name in drawn]
+    return [drawn[name] for name in order], order

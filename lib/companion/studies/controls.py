@@ -26,7 +26,7 @@ from companion.questions.asking import ENTITIES, ID_COLUMNS, candidates, outcome
 from companion.questions.datasets import TWO_HOP_KEYS, load
 from companion.questions.splits import split
 from companion.report.intervals import bootstrap, holm, interval
-from companion.report.verdicts import claim, percent, points
+from companion.report.verdicts import Effect, claim, named, percent, points
 from companion.runs.as_asked import asked, questions
 from companion.runs.perform import load_trained, with_adapter
 from companion.runs.run import Run
@@ -39,6 +39,7 @@ TAKEN = {  # keys of `memory_edits`, as a figure names them
     "mean": "… the mean memory",
     "r1 hidden": "… r1 hidden",
 }
+NAMED_BY_N2 = ("than other failures", "than same layer")
 NO_MORE = 0.02  # accuracy: what is surely less is nothing that a second pass would be run for
 
 
@@ -249,6 +250,12 @@ def knowledge_table(known: pd.DataFrame, unknown: pd.DataFrame, least: int = 10)
     return table.assign(n=[known, unknown, known + unknown], pairs=len(pairs))
 
 
+def lost(what: str, row: Mapping) -> Effect:
+    """What is lost of the gain, from a row of `memory_table`: less than a tenth counts as none."""
+    ends = {"lost": 1 - row["kept"], "low": 1 - row["high"], "high": 1 - row["low"]}
+    return Effect.of(what, ends, "lost", zone=100 * (1 - MOST))
+
+
 def _kept(table: pd.DataFrame, keys: Sequence[str]) -> str:
     rows = table.loc[list(keys)].to_dict("records")
     return ", ".join(f"{row['test']} {percent(row, 'kept')}" for row in rows)
@@ -257,7 +264,8 @@ def _kept(table: pd.DataFrame, keys: Sequence[str]) -> str:
 def several_layers_help(accuracy: pd.DataFrame, one: pd.DataFrame, lora: pd.DataFrame) -> dict:
     """Q1. Tables by `sources`: accuracy; difference, low, high, n from one source layer of as many
     weights, and from residual LoRA at the same layers. One check per choice of layers: it is ahead
-    of one layer with its whole interval."""
+    of one layer with its whole interval. The comparison is the best choice; the strictest control,
+    residual LoRA at those layers."""
     one, lora, by = (table.set_index("sources") for table in (one, lora, accuracy))
     each = ", ".join(
         f"{name}: {by.loc[name, 'accuracy']:.0%}, {points(row)} points against one layer, "
@@ -266,13 +274,17 @@ def several_layers_help(accuracy: pd.DataFrame, one: pd.DataFrame, lora: pd.Data
     )
     n = int(one["n"].iloc[0])
     ours = f"two-hop, equal weights, rates found for each: {each}; n = {n} questions"
-    return claim("Q1", ours, one["low"] > 0, one["high"] < 0)
+    best = one["difference"].idxmax()
+    several = Effect.of(f"layers {best} less one layer", one.loc[best])
+    rival = Effect.of("less residual LoRA there", lora.loc[best])
+    return claim("Q1", ours, named(one.reset_index(), one["low"] > 0, "sources"), several, rival)
 
 
 def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> dict:
     """N2. mended: arm, before, share (of such failures that become e3), low, high, n, names;
     differences: `repaired_differences`. Two checks, with whole intervals: back attention mends more
-    of the failures that say e2 than of others, and than the same module on its own layer does."""
+    of the failures that say e2 than of others (the comparison), and than the same module on its own
+    layer does (the strictest control)."""
     by = mended[mended["arm"] == "back attention"].set_index("before")
     rows = differences.set_index("more")
     less = ", ".join(f"{name} {points(row)} points" for name, row in rows.iterrows())
@@ -282,39 +294,42 @@ def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> d
         f"two-hop, share of failures mended by whom they named: {shares}; of those that say e2, "
         f"more {less}; {int(by.loc['e2', 'names'])} bridge entities among them"
     )
-    checked = rows.loc[["than other failures", "than same layer"]]
-    return claim("N2", ours, checked["low"] > 0, checked["high"] < 0)
+    effects = [Effect.of(f"more {name}", rows.loc[name]) for name in NAMED_BY_N2]
+    return claim("N2", ours, {x.what: x.low > 0 for x in effects}, *effects)
 
 
 def high_states_of_r1_matter(models: Tables) -> dict:
     """N3. models: name -> `memory_table`. Two checks per model, with whole intervals: r1's high
-    layers, read by the last position alone, keep more than HALF of the gain (against: less), and
-    more than e1's; with r1 hidden less than MOST is kept (against: more), and less than without e1.
-    """
-    passed, against, each = [], [], []
+    layers, read by the last position alone, keep more than HALF of the gain, and more than e1's;
+    with r1 hidden less than MOST is kept, and less than without e1. The comparison is the first;
+    the strictest control, what hiding r1 costs, where it costs least."""
+    checks, routes, costs, each = {}, [], [], []
     for name, table in models.items():
         row = table.loc
-        passed += [row["r1 route"]["low"] > max(HALF, row["e1 route"]["high"])]
-        passed += [row["r1 hidden"]["high"] < min(MOST, row["e1 hidden"]["low"])]
-        against += [row["r1 route"]["high"] < HALF, row["r1 hidden"]["low"] > MOST]
+        carries = row["r1 route"]["low"] > max(HALF, row["e1 route"]["high"])
+        needed = row["r1 hidden"]["high"] < min(MOST, row["e1 hidden"]["low"])
+        checks |= {f"{name}: carries": carries, f"{name}: needed": needed}
+        what = f"{name}: gain that r1's high layers keep alone, above half"
+        routes.append(Effect.of(what, row["r1 route"], "kept", HALF))
+        costs.append(lost(f"{name}: gain lost with r1 hidden", row["r1 hidden"]))
         keys = ["r1 route", "e1 route", "r1 hidden", "e1 hidden", "only r1"]
         keys += [key for key in table.index if key.startswith("third")]
         each.append(f"{name}: {_kept(table, keys)}; n = {int(table['n'].iloc[0])}")
     ours = f"share of the gain in log p(e3) that is kept: {'. '.join(each)}"
-    return claim("N3", ours, passed, against)
+    return claim("N3", ours, checks, routes, min(costs, key=lambda cost: cost.value))
 
 
-def gain_is_flow(
+def gain_is_training(
     models: Tables, control: pd.DataFrame, difference: pd.DataFrame, closed: pd.DataFrame
 ) -> dict:
-    """B3, put as its opposite: the gain is flow, not training. models, control (the same module on
-    its own layer): `memory_table`; difference: `results.difference_table`, over all datasets on
-    which both arms were tried; closed: closed-set accuracy with its own memory less another's.
+    """B3, that the gain is training, not flow. models, control (the same module on its own layer):
+    `memory_table`; difference: `results.difference_table`, over all datasets on which both arms
+    were tried; closed: closed-set accuracy with its own memory less another's.
 
     With whole intervals: with another question's memory of the same relations, and with the mean,
-    less than HALF is kept (against: more); back attention is ahead of the control (against: by less
-    than NO_MORE); another's memory costs more than NO_MORE in closed-set accuracy (against: the
-    90 % interval lies within NO_MORE of none, which is equivalence at 5 %).
+    more than HALF is kept (the former is the comparison, in each model); back attention is not
+    ahead of the control by NO_MORE; another's memory costs nothing in closed-set accuracy (the
+    strictest control: the 90 % interval lies within NO_MORE of none, which is equivalence at 5 %).
     """
     keys = ["same relations", "mean"]
     same = difference[difference["dataset"] == "all"].set_index("other").loc["same layer"]
@@ -330,15 +345,23 @@ def gain_is_flow(
         "among the answers of the right kind"
     )
     equal = abs(lost["low_90"]) < NO_MORE and abs(lost["high_90"]) < NO_MORE
-    passed = [*(other["high"] < HALF), same["low"] > 0, lost["low"] > NO_MORE]
-    against = [*(other["low"] > HALF), same["low"] <= 0 and same["high"] < NO_MORE, equal]
-    return claim("B3", ours, passed, against)
+    what = "{}: gain kept with another question's memory, above half"
+    kept = [
+        Effect.of(what.format(name), table.loc["same relations"], "kept", HALF)
+        for name, table in models.items()
+    ]
+    names = [f"{name}, {key}" for name in models for key in keys]
+    checks = dict(zip(names, other["low"] > HALF, strict=True))
+    checks |= {"level with the same layer": same["low"] <= 0 and same["high"] < NO_MORE}
+    checks |= {"level among answers of the right kind": equal}
+    what = "another's memory costs, among answers of the right kind"
+    return claim("B3", ours, checks, kept, Effect.of(what, lost, "mean"))
 
 
-def r1_is_needed(against_donor: pd.DataFrame, models: Tables) -> dict:
+def r1_is_irrelevant(against_donor: pd.DataFrame, models: Tables) -> dict:
     """B4. against_donor: notebook 02's table; models: name -> `memory_table`. Checks, with whole
-    intervals: r1's own high states mend more wrong cases than another prompt's; and, per model,
-    with r1 hidden less than MOST of the gain is kept (against: more)."""
+    intervals: per model, with r1 hidden more than MOST of the gain is kept (the comparison); r1's
+    own high states repair fewer wrong cases than another prompt's (the strictest control)."""
     own = against_donor.set_index(["place", "how"]).loc[("r1", "oracle")]
     hidden = pd.DataFrame({name: table.loc["r1 hidden"] for name, table in models.items()}).T
     kept = ", ".join(f"{name} {percent(row, 'kept')}" for name, row in hidden.iterrows())
@@ -347,13 +370,19 @@ def r1_is_needed(against_donor: pd.DataFrame, models: Tables) -> dict:
         f"(oracle over all pairs of layers); with r1 hidden from back attention it keeps {kept} of "
         "its gain in log p(e3)"
     )
-    passed = [own["low"] > 0, *(hidden["high"] < MOST)]
-    return claim("B4", ours, passed, [own["high"] < 0, *(hidden["low"] > MOST)])
+    costs = [lost(f"{name}: gain lost with r1 hidden", row) for name, row in hidden.iterrows()]
+    checks = {f"{name}: not needed": row["low"] > MOST for name, row in hidden.iterrows()}
+    checks |= {"a donor's states do more": own["high"] < 0}
+    ends = {"difference": -own["mean"], "low": -own["high"], "high": -own["low"]}
+    donor = Effect.of("cases repaired by a donor's states less r1's own", ends)
+    costs = [replace(cost, expects="none") for cost in costs]
+    return claim("B4", ours, checks, costs, donor)
 
 
 def no_knowledge_no_gain(table: pd.DataFrame) -> dict:
-    """B5. table: `knowledge_table`. Two checks, with whole intervals: the gain is larger where both
-    hops are known than where they are not, and where they are not it is below NO_MORE."""
+    """B5. table: `knowledge_table`. Two checks, with whole intervals: where a hop is not known the
+    gain is below NO_MORE (the comparison), and it is larger where both are known (the strictest
+    control)."""
     by = table.set_index("questions")
     more, without = by.loc["known less unknown"], by.loc["unknown"]
     each = "; ".join(
@@ -365,5 +394,7 @@ def no_knowledge_no_gain(table: pd.DataFrame) -> dict:
         f"two-hop, SmolLM2, by whether it knows both hops, {int(more['pairs'])} pairs of "
         f"relations, all alike: {each}; known less unknown {points(more, 'gain')}"
     )
-    passed = [more["low"] > 0, without["high"] < NO_MORE]
-    return claim("B5", ours, passed, [more["high"] < 0, without["low"] > NO_MORE])
+    gain = Effect.of("gain where a hop is not known", without, "gain", expects="none")
+    larger = Effect.of("gain where both are known less that", more, "gain")
+    checks = {"no gain without": without["high"] < NO_MORE, "more with": more["low"] > 0}
+    return claim("B5", ours, checks, gain, larger)

@@ -24,7 +24,7 @@ from backattn.models.devices import input_device
 from backattn.runtime import progress
 from companion.measures.gains import gain_claim
 from companion.questions.prompts import label_tokens, span
-from companion.report.verdicts import claim, points, with_interval
+from companion.report.verdicts import Effect, claim, named, points, with_interval
 from companion.runs.perform import operations_of
 
 PLAIN, TWO_PASSES = "plain", "back attention"
@@ -122,29 +122,35 @@ def arithmetic_has_stages(models: dict[str, tuple], knockouts: pd.DataFrame) -> 
     """Q2. models: name -> (`stages.order_table` of `sum_labels`, n); knockouts:
     `stages.knockout_table` of the first model, of stages A to D, layer 0 left out.
 
-    Three checks per model: each of A→B, B→C, C→D is surely more than half a layer (against: less
-    than minus half). Less only compares shares of flow within a layer, which is what a model of two
-    layers has much of. Four of the first model: each stage's own layers are `needed` (against: they
-    surely cost less than others). Raises ValueError for other stages.
+    Three checks per model: each of A→B, B→C, C→D is surely more than half a layer. Less only
+    compares shares of flow within a layer, which is what a model of two layers has much of. Four of
+    the first model: each stage's own layers are `needed`. The comparison is each model's smallest
+    step; the strictest control, what the least needed stage costs more than random layers do.
+    Raises ValueError for other stages.
     """
     stages, gaps = list(knockouts["stage"]), []
     if stages != list("ABCD"):
         raise ValueError(f"Knock-outs of stages A to D are needed, one row each, not of {stages}.")
-    passed, against = list(knockouts["needed"]), list(knockouts["difference_high"] < 0)
+    checks, smallest = named(knockouts, knockouts["needed"], "stage"), []
     for name, (order, n) in models.items():
         steps = order[order["step"]]
-        passed += list(steps["low"] > 0.5)
-        against += list(steps["high"] < -0.5)
-        each = steps["earlier"] + "→" + steps["later"] + " "
-        each += [with_interval(row, "gap", "+.1f", ".1f") for _, row in steps.iterrows()]
-        gaps.append(f"{name}: {', '.join(each)}, n = {n}")
+        each = steps["earlier"] + "→" + steps["later"]
+        checks |= dict(zip(f"{name}: " + each, steps["low"] > 0.5, strict=True))
+        least = steps.loc[steps["gap"].idxmin()]
+        what = f"{name}: smallest step, {least['earlier']}→{least['later']}"
+        smallest.append(Effect(what, *least[["gap", "low", "high"]], unit="layers", zone=0.5))
+        numbers = [with_interval(row, "gap", "+.1f", ".1f") for _, row in steps.iterrows()]
+        gaps.append(f"{name}: {', '.join(map(' '.join, zip(each, numbers, strict=True)))}, n = {n}")
     needed = ", ".join(knockouts.loc[knockouts["needed"], "stage"]) or "none"
     first = knockouts.iloc[0]
     ours = (
         f"layers between stages: {'; '.join(gaps)}; in {next(iter(models))} own layers needed more "
         f"than every random set: {needed}, n = {first['n']}, {first['draws']} random sets"
     )
-    return claim("Q2", ours, passed, against)
+    least = knockouts.loc[knockouts["difference"].idxmin()]
+    ends = least[["difference", "difference_low", "difference_high"]]
+    what = f"ablating stage {least['stage']} less random layers"
+    return claim("Q2", ours, checks, smallest, Effect(what, *ends, unit="nats", zone=0))
 
 
 def other_prompts_too(difference: pd.DataFrame, controls: Sequence[str]) -> dict:
@@ -164,7 +170,10 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
     change from run to run.
     """
     twice, once = (costs[costs["way"] == way] for way in (TWO_PASSES, ONE_PASS))
-    passed = [((twice[f"{part}_layers"] / twice["bound"] - 1).abs() < 0.05).all() for part in PARTS]
+    off = {part: 100 * (twice[f"{part}_layers"] / twice["bound"] - 1) for part in PARTS}
+    checks = {f"operations, {part}": (x.abs() < 5).all() for part, x in off.items()}
+    most = max((x.loc[x.abs().idxmax()] for x in off.values()), key=abs)
+    exact = Effect("largest difference from the formula", *[most] * 3, "%", 5, "none")
 
     def ranges(table: pd.DataFrame, column: str) -> str:
         rows = table.groupby("source_layer")[column].agg(["min", "max"])
@@ -183,4 +192,4 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
         f"token {ranges(twice, 'each_ratio')}, new token in one pass {ranges(once, 'each_ratio')}, "
         f"which changes accuracy by {lost}"
     )
-    return claim("Q3", ours, passed)
+    return claim("Q3", ours, checks, exact)

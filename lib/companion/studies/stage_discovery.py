@@ -13,7 +13,7 @@ from backattn.models.lens import read_states
 from backattn.models.tokens import encode
 from companion.measures.layers import mean_by_layer
 from companion.questions.prompts import last_token_positions
-from companion.report.verdicts import claim, with_interval
+from companion.report.verdicts import Effect, claim, named, with_interval
 
 CONTESTED = ("entity", "relation", "last")  # position groups at which two answers are compared
 
@@ -91,7 +91,9 @@ def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> dic
     """C1. order, knockouts: `stages.order_table` without layer 0, `stages.knockout_table`.
 
     Seven checks: A→B, B→C, C→D have their whole intervals above zero; each stage's layers are
-    `needed`, of A and C without layer 0, whose FFN acts as a part of the embedding.
+    `needed`, of A and C without layer 0, whose FFN acts as a part of the embedding. The paper's
+    comparison is the smallest of the three steps; the strictest control, what the least needed
+    stage costs more than random layers do.
     """
     steps = order[order["step"]]
     tested = knockouts[knockouts["stage"].isin(["A above 0", "B", "C above 0", "D"])]
@@ -100,7 +102,14 @@ def stages_in_order(order: pd.DataFrame, knockouts: pd.DataFrame, n: int) -> dic
         f"layers between stages, layer 0 left out: {_gaps(steps)}; own layers needed more than "
         f"every random set outside of all stages: {needed}; n = {n}"
     )
-    return claim("C1", ours, passed=[*steps["after"], *tested["needed"]])
+    steps = steps.assign(step=steps["earlier"] + "→" + steps["later"])
+    checks = {**named(steps, steps["after"], "step"), **named(tested, tested["needed"], "stage")}
+    smallest, least = (t.loc[t[by].idxmin()] for t, by in ((steps, "gap"), (tested, "difference")))
+    what = f"smallest step between stages, {smallest['step']}"
+    step = Effect(what, *smallest[["gap", "low", "high"]], unit="layers", zone=0)
+    ends = least[["difference", "difference_low", "difference_high"]]
+    what = f"ablating stage {least['stage']} less random layers"
+    return claim("C1", ours, checks, step, Effect(what, *ends, unit="nats", zone=0))
 
 
 def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[str, str]:
@@ -108,7 +117,9 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
 
     A position tells the answers apart from where on its interval stays above zero. Three checks:
     the entity's stays below a tenth of what the last position reaches in the end; relation and last
-    (else it is not testable) tell them apart; they begin to above stage B's layer.
+    (else it is not testable) tell them apart; they begin to above stage B's layer. The paper's
+    comparison is the last position's interval in the end less the entity's, the strictest control
+    the first check: a tenth of the former less the latter's largest.
     """
     since, final = {}, {}
     for position in CONTESTED:
@@ -127,17 +138,35 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
         f"tells them apart: {starts}; in the final state: {sizes}; middle of stage B: layer "
         f"{stage_b:.1f}; n = {n} prompts about {contest['clusters'].iloc[0]} subjects"
     )
-    passed = [small, not np.isnan(readers).any(), np.min(readers) > stage_b]  # NaN is not above
-    return claim("C2", ours, passed, testable=not np.isnan(since["last"]))
+    checks = {
+        "entity cannot": small,
+        "relation and last can": not np.isnan(readers).any(),
+        "after stage B": np.min(readers) > stage_b,  # NaN is not above
+    }
+    last, own, most = final["last"], final["entity"], entity.loc[entity["mean"].idxmax()]
+    ends = last["mean"] - own["mean"], last["low"] - own["high"], last["high"] - own["low"]
+    more = Effect("last position less entity", *ends, unit="logits", zone=0)
+    ends = (limit - most[name] for name in ("mean", "high", "low"))
+    what = "a tenth of the last position less entity"
+    control = Effect(what, *ends, unit="logits", zone=0)
+    testable = not np.isnan(since["last"])
+    return claim("C2", ours, checks, [more, control], control, testable=testable)
 
 
-def one_after_the_other(order: pd.DataFrame, n: int) -> dict[str, str]:
-    """B1. order: `stages.order_table` without layer 0, with the pairs of notebook 01.
+def in_parallel(order: pd.DataFrame, n: int) -> dict[str, str]:
+    """B1, that they are processed in parallel. order: `stages.order_table` without layer 0, with
+    the pairs of notebook 01.
 
-    Three checks, each with its whole interval above zero: FFNs work on the relation's word after
-    those at the entity (A) and after attention has read it (B), and so does what gives the answer.
+    Three checks, each with its whole interval: FFNs work on the relation's word before those at the
+    entity (A) and before attention has read it (B), and what gives the answer (D) does not wait for
+    B. The comparison is the first, the strictest control the last.
     """
     pairs = [("A", "C relation"), ("B", "C relation"), ("B", "D")]
     rows = order.set_index(["earlier", "later"]).loc[pairs].reset_index()
     ours = f"layers between stages, layer 0 left out: {_gaps(rows)}; n = {n}"
-    return claim("B1", ours, passed=rows["low"] > 0, against=rows["high"] < 0)
+    effects = [
+        Effect(f"{r.later} before {r.earlier}", -r.gap, -r.high, -r.low, unit="layers", zone=0)
+        for r in rows.itertuples()
+    ]
+    checks = {effect.what: effect.low > 0 for effect in effects}
+    return claim("B1", ours, checks, effects[0], effects[-1])

@@ -14,7 +14,7 @@ from backattn.runtime import progress
 from companion.measures.memory import PLACES, MemoryProbe, high_layers
 from companion.measures.two_hop import read_conflict
 from companion.report.intervals import paired, summary
-from companion.report.verdicts import claim, with_interval
+from companion.report.verdicts import Effect, claim, with_interval
 
 NOTICEABLE = 0.05  # nats
 UNITS = ["seed", "question", "e2", "pair", "right"]
@@ -237,16 +237,19 @@ def brought_forward(probes: Iterable[MemoryProbe]) -> pd.DataFrame:
 def brings_high_states(models: Mapping[str, tuple]) -> dict:
     """C10. models: name -> (`high_share`, `knock_out_tests`, the layers). Two checks per model: the
     last position gives r1's high layers more weight than chance, with the whole interval and in
-    every training; hiding them costs at least NOTICEABLE more than as many random cells."""
-    passed, against, each = [], [], []
+    every training; hiding them costs at least NOTICEABLE more than as many random cells. The first
+    is the paper's comparison; the second, where it is least, the strictest control."""
+    checks, weights, costs, each = {}, [], [], []
     for name, (share, tests, high) in models.items():
         by = share.set_index("questions")
         whole, trainings = by.loc["all"], by[by.index.str.startswith("training")]
         hidden = tests.set_index("key").loc["r1 high"]
-        passed += [whole["over_low"] > 0 and (trainings["over"] > 0).all()]
-        passed += [hidden["low"] > NOTICEABLE]
-        against += [whole["over_high"] < 0 and (trainings["over"] < 0).all()]
-        against += [hidden["high"] < NOTICEABLE]
+        more = whole["over_low"] > 0 and (trainings["over"] > 0).all()
+        checks |= {f"{name}: read": more, f"{name}: needed": hidden["low"] > NOTICEABLE}
+        over = whole[["over", "over_low", "over_high"]].set_axis(["over", "low", "high"])
+        weights.append(Effect.of(f"{name}: weight of r1's high layers, above chance", over, "over"))
+        what = f"{name}: hiding them less hiding random cells"
+        costs.append(Effect(what, *hidden[["more", "low", "high"]], "nats", NOTICEABLE))
         each.append(
             f"{name}: weight of r1's layers {high[0]}–{high[-1]} at the last position "
             f"{with_interval(whole, 'share', '.1%')}, by chance {whole['chance']:.1%}; hiding them "
@@ -254,4 +257,5 @@ def brings_high_states(models: Mapping[str, tuple]) -> dict:
             f"{hidden['high']:+.3f}] more than hiding as many random cells; n = {whole['n']:.0f} "
             f"and {hidden['n']:.0f}, {len(trainings)} trainings"
         )
-    return claim("C10", ". ".join(each), passed, against)
+    least = min(costs, key=lambda cost: cost.value)
+    return claim("C10", ". ".join(each), checks, weights, least)

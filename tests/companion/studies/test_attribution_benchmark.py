@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_rows import held
 from safetensors.numpy import save_file
 
 from backattn import load_model
@@ -104,18 +105,18 @@ def benchmark(linear: float, parts: float, seconds: float = 1.0) -> tuple[pd.Dat
 @pytest.mark.parametrize(
     "table, verdict",
     [
-        (benchmark(0.11, 0.3), "reproduced"),
-        (benchmark(0.11, 0.9), "reproduced"),
-        (benchmark(0.3, 0.3), "partly"),
-        (benchmark(0.3, 0.9), "partly"),  # of use by another route
-        (benchmark(0.11, 0.68, seconds=3.0), "partly"),  # dearer than NAP-IG
-        (benchmark(0.68, 0.68), "not at this scale"),
-        (benchmark(0.9, 0.9), "contradicted"),
+        (benchmark(0.11, 0.3), "all"),
+        (benchmark(0.11, 0.9), "all"),
+        (benchmark(0.3, 0.3), "some"),
+        (benchmark(0.3, 0.9), "some"),  # of use by another route
+        (benchmark(0.11, 0.68, seconds=3.0), "some"),  # dearer than NAP-IG
+        (benchmark(0.68, 0.68), "none"),
+        (benchmark(0.9, 0.9), "none"),
     ],
 )
 def test_n5_follows_its_rule(table, verdict):
     row = study.good_attribution(*table)
-    assert row["id"] == "N5" and row["verdict"] == verdict
+    assert row["id"] == "N5" and held(row) == verdict
 
 
 def test_neurons_needed_lie_between_two_counts():

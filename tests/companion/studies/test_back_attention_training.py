@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from ledger_rows import held
 
 from companion.measures.gains import gain_claim
 from companion.studies.back_attention_training import is_small, one_layer_matches_two
@@ -13,11 +14,11 @@ ENDS = ["difference", "low", "high"]
 @pytest.mark.parametrize(
     "one, two, level, verdict",
     [
-        (AHEAD, (0.0, -0.005, 0.005), 0.95, "reproduced"),
-        (AHEAD, BEHIND, 0.95, "partly"),
-        (LEVEL, BEHIND, 0.95, "not at this scale"),
-        (BEHIND, BEHIND, 0.95, "contradicted"),
-        (AHEAD, (0.0, -0.005, 0.005), 0.81, "not testable here"),  # two layers no better than one
+        (AHEAD, (0.0, -0.005, 0.005), 0.95, "all"),
+        (AHEAD, BEHIND, 0.95, "some"),
+        (LEVEL, BEHIND, 0.95, "none"),
+        (BEHIND, BEHIND, 0.95, "none"),
+        (AHEAD, (0.0, -0.005, 0.005), 0.81, "all"),  # not testable: two layers as good as one
     ],
 )
 def test_c7_follows_its_rule(one, two, level, verdict):
@@ -25,8 +26,18 @@ def test_c7_follows_its_rule(one, two, level, verdict):
     rows = [("1 layer", 0.8), ("1 layer + back attention", 0.9), ("2 layers", level)]
     accuracy = pd.DataFrame(rows, columns=["arm", "accuracy"]).assign(n=9, seeds=5)
     accuracy = accuracy.assign(low=accuracy["accuracy"] - 0.01, high=accuracy["accuracy"] + 0.01)
-    less = pd.DataFrame([("1 layer", *one), ("2 layers", *two)], columns=["other", *ENDS])
-    assert one_layer_matches_two(accuracy, less)["verdict"] == verdict
+    rows = [("1 layer", *one), ("2 layers", *two), ("1 layer, twice", *LEVEL)]
+    less = pd.DataFrame(rows, columns=["other", *ENDS])
+    row = one_layer_matches_two(accuracy, less)
+    assert held(row) == verdict and row["control"] == "undecided"
+    said = (
+        "toy"
+        if two != BEHIND and level == 0.95
+        else "inconclusive"
+        if two != BEHIND
+        else "falsified"
+    )
+    assert row["verdict"] == said
 
 
 def differences(untrained, trained):
@@ -38,14 +49,18 @@ def differences(untrained, trained):
 @pytest.mark.parametrize(
     "untrained, trained, verdict",
     [
-        (AHEAD, AHEAD, "reproduced"),
-        (AHEAD, LEVEL, "partly"),
-        (LEVEL, LEVEL, "not at this scale"),
-        (BEHIND, BEHIND, "contradicted"),
+        (AHEAD, AHEAD, "all"),
+        (AHEAD, LEVEL, "some"),
+        (LEVEL, LEVEL, "none"),
+        (BEHIND, BEHIND, "none"),
     ],
 )
 def test_c8_follows_its_rule(untrained, trained, verdict):
-    assert gain_claim("C8", differences(untrained, trained), ["bias"])["verdict"] == verdict
+    row = gain_claim("C8", differences(untrained, trained), ["bias"])
+    words = {AHEAD: "ahead", LEVEL: "undecided", BEHIND: "behind"}
+    assert held(row) == verdict and row["control"] == words[trained]
+    expected = {AHEAD: "verified", LEVEL: "inconclusive", BEHIND: "falsified"}
+    assert row["verdict"] == expected[untrained]
 
 
 def test_c8_needs_every_control_but_checks_only_those_of_all_datasets():
@@ -53,13 +68,12 @@ def test_c8_needs_every_control_but_checks_only_those_of_all_datasets():
     loop = table[table["other"] == "bias"].head(1).assign(other="loop LoRA")
     loop[ENDS] = BEHIND
     row = gain_claim("C8", pd.concat([table, loop]), ["bias", "loop LoRA"])
-    assert row["verdict"] == "reproduced" and "on two-hop less loop LoRA -20.0" in row["ours"]
+    assert held(row) == "all" and "on two-hop less loop LoRA -20.0" in row["ours"]
     with pytest.raises(ValueError, match="same layer"):
         gain_claim("C8", table, ["bias", "same layer"])
 
 
 def test_c11_follows_its_rule():
     table = pd.DataFrame({"dim": [10, 160], "share": [2.04e-5, 3.26e-4]})
-    assert is_small(table)["verdict"] == "partly"
-    assert is_small(table.assign(share=2e-5))["verdict"] == "reproduced"
-    assert is_small(table.assign(share=1e-2))["verdict"] == "contradicted"
+    assert held(is_small(table)) == "all" and is_small(table)["verdict"] == "verified"
+    assert is_small(table.assign(share=1e-2))["verdict"] == "falsified"

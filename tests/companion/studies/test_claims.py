@@ -80,8 +80,7 @@ def rules() -> list[dict]:
     shares, blocked = read("02_census"), read("01_knockouts")
     order, sums = (x[x["by"] == WITHOUT_0] for x in (read("01_order"), read("09_order")))
     one_hop = shares[shares["examples"] == "one-hop"]
-    three_way = pd.DataFrame([{"wording": "possessive", "outcome": "e2"}])
-    three_way = three_way.assign(share=0, low=0, high=0)
+    three_way = read("02_ways").query("`scored by` == 'three-way'").assign(wording="possessive")
     both = {"a": memory_of("07_memory"), "b": memory_of("07_gemma_memory")}
     sources, less, sizes = read("07_sources"), read("07_sources_differences"), read("06_sizes")
     back = sources[(sources["arm"] == "back attention") & (sources["sources"].astype(str) != "6")]
@@ -95,11 +94,11 @@ def rules() -> list[dict]:
     return [
         stage_discovery.stages_in_order(order, blocked, 9),
         stage_discovery.entity_cannot_tell(contest, stage_b, 9),
-        stage_discovery.one_after_the_other(order, 9),
+        stage_discovery.in_parallel(order, 9),
         census.failures_say_bridge(
             one_hop, read("02_leads"), three_way, read("02_failures_by_type"), 9
         ),
-        census.conflict_not_ignorance(shares),
+        census.ignorance_not_conflict(shares),
         conflict.late_influence(read("02_flow_tests")),
         conflict.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
         patching_grid.back_patching_helps(read("02_mending"), read("02_against_donor")),
@@ -128,13 +127,13 @@ def rules() -> list[dict]:
         reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
         controls.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
         controls.high_states_of_r1_matter(both),
-        controls.gain_is_flow(
+        controls.gain_is_training(
             both,
             memory_of("07_same_layer_memory"),
             read("07_over_datasets"),
             read("07_closed_set_test"),
         ),
-        controls.r1_is_needed(read("02_against_donor"), both),
+        controls.r1_is_irrelevant(read("02_against_donor"), both),
         controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
         attribution_benchmark.good_attribution(read("10_benchmark"), read("10_seconds")),

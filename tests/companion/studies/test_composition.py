@@ -3,13 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_rows import held
 
 from companion.studies.composition import LOOP, SAME_LAYER, TWO_LAYERS, UNSEEN, composes
 
 
 @pytest.mark.parametrize(
     "behind, ahead, verdict",
-    [(0, 9, "reproduced"), (2, 7, "partly"), (9, 0, "contradicted"), (8, 0, "not at this scale")],
+    [(0, 9, "all"), (2, 7, "some"), (9, 0, "none"), (8, 0, "none")],
 )
 def test_n4_follows_its_rule(behind, ahead, verdict):
     pairs = [(kind, other) for kind in UNSEEN for other in (TWO_LAYERS, SAME_LAYER, LOOP)]
@@ -18,4 +19,4 @@ def test_n4_follows_its_rule(behind, ahead, verdict):
     table["low"] = np.where(place < ahead, 0.01, -0.1)
     table["high"] = np.where(place >= 9 - behind, -0.01, 0.1)
     row = composes(table)
-    assert row["verdict"] == verdict and row["id"] == "N4" and "n = 200" in row["ours"]
+    assert held(row) == verdict and row["id"] == "N4" and "n = 200" in row["ours"]

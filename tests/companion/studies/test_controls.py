@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ledger_rows import held
 
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
@@ -212,32 +213,32 @@ def less(low: float, high: float, **more) -> dict:
 @pytest.mark.parametrize(
     "ends, verdict",
     [
-        ([(0.01, 0.1), (0.02, 0.1)], "reproduced"),
-        ([(0.01, 0.1), (-0.02, 0.1)], "partly"),
-        ([(-0.1, 0.1), (-0.2, -0.1)], "not at this scale"),
-        ([(-0.1, -0.05), (-0.2, -0.1)], "contradicted"),
+        ([(0.01, 0.1), (0.02, 0.1)], "all"),
+        ([(0.01, 0.1), (-0.02, 0.1)], "some"),
+        ([(-0.1, 0.1), (-0.2, -0.1)], "none"),
+        ([(-0.1, -0.05), (-0.2, -0.1)], "none"),
     ],
 )
 def test_q1_follows_its_rule(ends, verdict):
     table = pd.DataFrame([less(*end, sources=str(k)) for k, end in enumerate(ends)])
     claim = study.several_layers_help(table.assign(accuracy=0.4), table, table)
-    assert claim["verdict"] == verdict
+    assert held(claim) == verdict
 
 
 @pytest.mark.parametrize(
     "other, same, verdict",
     [
-        ((0.1, 0.3), (0.1, 0.3), "reproduced"),
-        ((0.1, 0.3), (-0.1, 0.3), "partly"),
-        ((-0.1, 0.3), (-0.1, 0.3), "not at this scale"),
-        ((-0.3, -0.1), (-0.3, -0.1), "contradicted"),
+        ((0.1, 0.3), (0.1, 0.3), "all"),
+        ((0.1, 0.3), (-0.1, 0.3), "some"),
+        ((-0.1, 0.3), (-0.1, 0.3), "none"),
+        ((-0.3, -0.1), (-0.3, -0.1), "none"),
     ],
 )
 def test_n2_follows_its_rule(other, same, verdict):
     mended = less(0, 1, arm="back attention", before="e2", share=0.5, names=4)
     rows = [less(*other, more="than other failures"), less(*same, more="than same layer")]
     claim = study.bridge_failures_mended(pd.DataFrame([mended]), pd.DataFrame(rows))
-    assert claim["verdict"] == verdict
+    assert held(claim) == verdict
 
 
 def kept_rows(**ends) -> pd.DataFrame:
@@ -252,10 +253,10 @@ def kept_rows(**ends) -> pd.DataFrame:
 @pytest.mark.parametrize(
     "route, hidden, verdict",
     [
-        ((0.6, 0.9), (0.2, 0.8), "reproduced"),
-        ((0.6, 0.9), (0.8, 1.0), "partly"),
-        ((0.4, 0.9), (0.95, 1.0), "not at this scale"),
-        ((0.1, 0.4), (0.95, 1.0), "contradicted"),
+        ((0.6, 0.9), (0.2, 0.8), "all"),
+        ((0.6, 0.9), (0.8, 1.0), "some"),
+        ((0.4, 0.9), (0.95, 1.0), "none"),
+        ((0.1, 0.4), (0.95, 1.0), "none"),
     ],
 )
 def test_n3_follows_its_rule(route, hidden, verdict):
@@ -264,22 +265,21 @@ def test_n3_follows_its_rule(route, hidden, verdict):
         table = kept_rows(**{**ends, "e1_hidden": (0.9, 1), **more})
         return study.high_states_of_r1_matter({"one": table})
 
-    assert claim()["verdict"] == verdict
+    assert held(claim()) == verdict
     assert "one: R1 ROUTE" in claim()["ours"] and "E1 HIDDEN" in claim()["ours"]
-    if verdict == "reproduced":  # what holds of e1 too is not r1's
-        assert claim(e1_hidden=hidden)["verdict"] == claim(e1_route=route)["verdict"] == "partly"
+    if verdict == "all":  # what holds of e1 too is not r1's
+        assert held(claim(e1_hidden=hidden)) == held(claim(e1_route=route)) == "some"
 
 
 @pytest.mark.parametrize(
     "same, mean, own, closed, verdict",
     [
-        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.05, 0.2), "reproduced"),
-        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.0, 0.2), "partly"),
-        ((0.1, 0.3), (0.6, 0.9), (-0.01, 0.1), (0.0, 0.2), "partly"),
-        ((0.4, 0.6), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.01), "not at this scale"),
-        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.03), (-0.01, 0.01), "not at this scale"),
-        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.03), "not at this scale"),
-        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.01), "contradicted"),
+        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.05, 0.2), "none"),
+        ((0.1, 0.3), (0.1, 0.4), (0.01, 0.1), (0.0, 0.01), "some"),
+        ((0.1, 0.3), (0.6, 0.9), (-0.01, 0.1), (0.0, 0.2), "some"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.03), (-0.01, 0.01), "some"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.03), "some"),
+        ((0.6, 0.9), (0.6, 0.9), (-0.01, 0.01), (-0.01, 0.01), "all"),
     ],
 )
 def test_b3_follows_its_rule(same, mean, own, closed, verdict):
@@ -287,24 +287,24 @@ def test_b3_follows_its_rule(same, mean, own, closed, verdict):
     models = {"one": kept_rows(same_relations=same, mean=mean)}
     lost = less(*closed, value="closed", mean=0.0, low_90=closed[0], high_90=closed[1])
     control = kept_rows(mean=(0.7, 0.8))
-    claim = study.gain_is_flow(models, control, difference, pd.DataFrame([lost]))
-    assert claim["verdict"] == verdict
+    claim = study.gain_is_training(models, control, difference, pd.DataFrame([lost]))
+    assert held(claim) == verdict
     assert "own layer: SAME" in claim["ours"] and "[70%, 80%]" in claim["ours"]
 
 
 @pytest.mark.parametrize(
     "own, hidden, verdict",
     [
-        ((0.1, 0.3), (0.2, 0.8), "reproduced"),
-        ((-0.1, 0.3), (0.2, 0.8), "partly"),
-        ((-0.1, 0.3), (0.95, 1.0), "not at this scale"),
-        ((-0.3, -0.1), (0.95, 1.0), "contradicted"),
+        ((-0.3, -0.1), (0.95, 1.0), "all"),
+        ((-0.1, 0.3), (0.95, 1.0), "some"),
+        ((-0.1, 0.3), (0.2, 0.8), "none"),
+        ((0.1, 0.3), (0.2, 0.8), "none"),
     ],
 )
 def test_b4_follows_its_rule(own, hidden, verdict):
     row = {"place": "r1", "how": "oracle", "mean": 0.0, "low": own[0], "high": own[1]}
-    claim = study.r1_is_needed(pd.DataFrame([row]), {"one": kept_rows(r1_hidden=hidden)})
-    assert claim["verdict"] == verdict
+    claim = study.r1_is_irrelevant(pd.DataFrame([row]), {"one": kept_rows(r1_hidden=hidden)})
+    assert held(claim) == verdict
 
 
 def test_gains_are_compared_within_pairs_of_relations():
@@ -338,17 +338,17 @@ def test_gains_are_compared_within_pairs_of_relations():
 @pytest.mark.parametrize(
     "more, unknown, verdict",
     [
-        ((0.1, 0.3), (-0.01, 0.01), "reproduced"),
-        ((0.1, 0.3), (-0.01, 0.1), "partly"),
-        ((-0.1, 0.3), (-0.01, 0.1), "not at this scale"),
-        ((-0.2, -0.1), (0.1, 0.2), "contradicted"),
+        ((0.1, 0.3), (-0.01, 0.01), "all"),
+        ((0.1, 0.3), (-0.01, 0.1), "some"),
+        ((-0.1, 0.3), (-0.01, 0.1), "none"),
+        ((-0.2, -0.1), (0.1, 0.2), "none"),
     ],
 )
 def test_b5_follows_its_rule(more, unknown, verdict):
     ends = {"known": (0.1, 0.3), "unknown": unknown, "known less unknown": more}
     rows = [less(*end, questions=name, gain=0.1) for name, end in ends.items()]
     table = pd.DataFrame(rows).assign(before=0.1, after=0.2, pairs=3)
-    assert study.no_knowledge_no_gain(table)["verdict"] == verdict
+    assert held(study.no_knowledge_no_gain(table)) == verdict
 
 
 def test_known_and_unknown_facts_are_apart():

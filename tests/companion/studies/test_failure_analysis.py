@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from ledger_rows import held
 
 from companion.measures.two_hop import PLACES, read_conflict
 from companion.questions.asking import OUTCOMES, candidates
 from companion.questions.facts import two_hop_facts
 from companion.questions.prompts import TEMPLATES, two_hop_prompts
-from companion.report.verdicts import VERDICTS
 from companion.studies.failure_analysis import census, conflict, patching_grid
 
 NAMES = {
@@ -82,7 +82,7 @@ def test_r1_is_the_same_unless_the_future_leaks(llama, asked, monkeypatch):
     """Were attention not causal, r1's states would differ, and C5 would say so."""
     table = conflict.causality(*llama, asked)
     assert table["r1"].max() < 1e-4 < table["last"].max()
-    assert conflict.same_states(table, len(asked))["verdict"] == "reproduced"
+    assert held(conflict.same_states(table, len(asked))) == "all"
     module = type(llama[0].model)
     original = module.forward
 
@@ -94,7 +94,7 @@ def test_r1_is_the_same_unless_the_future_leaks(llama, asked, monkeypatch):
     monkeypatch.setattr(module, "forward", open_mask)
     table = conflict.causality(*llama, asked)
     assert table["r1"].max() > 1e-4
-    assert conflict.same_states(table, len(asked))["verdict"] == "contradicted"
+    assert held(conflict.same_states(table, len(asked))) == "none"
 
 
 def test_tables_of_the_conflict_have_their_rows(llama, asked):
@@ -149,8 +149,8 @@ def test_a_grid_is_saved_and_read(llama, asked, tmp_path):
 
 
 def by_verdict(*columns) -> list[tuple]:
-    """Cases that must come out as the first four of VERDICTS, in turn."""
-    return list(zip(*columns, VERDICTS, strict=False))
+    """Cases in which all, some and none of the checks hold, and one the other way round."""
+    return list(zip(*columns, ("all", "some", "none", "none"), strict=True))
 
 
 def around(name: str, middle: float) -> dict[str, float]:
@@ -165,8 +165,9 @@ P = LOW, [0.001, 0.5, 0.5], [0.04, 0.5, 0.5], LOW  # one of three at 0.05 is cha
 @pytest.mark.parametrize("mean, p, verdict", by_verdict([1, 1, 1, -1], P))
 def test_c4_by_rule(mean, p, verdict):
     table = pd.DataFrame({"question": list("abc"), "mean": mean, "p": p, "n": 9})
+    table = table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.1)
     table = table.assign(holds=(table["mean"] > 0) & (table["p"] < 0.05 / 3))
-    assert conflict.late_influence(table)["verdict"] == verdict
+    assert held(conflict.late_influence(table)) == verdict
 
 
 @pytest.mark.parametrize("net, honest, verdict", by_verdict([0.2, 0, 0, -0.2], [0.2, 0.2, 0, -0.2]))
@@ -175,7 +176,7 @@ def test_c6_by_rule(net, honest, verdict):
     repairs = pd.DataFrame([{"arm": arm, **row} for arm in patching_grid.PATCHES])
     less = pd.DataFrame({"place": "r1", "how": ["honest", "oracle"], "mean": [honest, net]})
     less = less.assign(low=less["mean"] - 0.1, high=less["mean"] + 0.1)
-    assert patching_grid.back_patching_helps(repairs, less)["verdict"] == verdict
+    assert held(patching_grid.back_patching_helps(repairs, less)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -184,18 +185,27 @@ def test_c6_by_rule(net, honest, verdict):
 def test_c3_by_rule(lead, share, verdict):
     pairs = pd.MultiIndex.from_product([TEMPLATES, OUTCOMES], names=["wording", "outcome"])
     table = pd.DataFrame({"share": 0.2, "low": 0.1, "high": 0.3}, index=pairs).reset_index()
+    table["count"] = 20
     leads = pd.DataFrame([{**around("lead", lead), **around("share", share)}] * len(TEMPLATES))
     leads = leads.assign(wording=list(TEMPLATES))
     types = pd.DataFrame([{"types": "same type", "n": 15, **around("share", share)}])
     types = types.rename(columns={"share": "mean", "share_low": "low", "share_high": "high"})
-    assert census.failures_say_bridge(table, leads, table, types, n=9)["verdict"] == verdict
+    assert held(census.failures_say_bridge(table, leads, table, types, n=9)) == verdict
 
 
 @pytest.mark.parametrize(
-    "right, bridge, verdict", by_verdict([0.2, 0.2, 0.5, 0.8], [0.5, 0.3, 0.3, 0])
+    "right, bridge, verdict, control",
+    [
+        (0.8, 0.0, "verified", "ahead"),
+        (0.5, 0.0, "inconclusive", "ahead"),
+        (0.2, 0.3, "falsified", "undecided"),
+        (0.2, 0.7, "falsified", "behind"),
+    ],
 )
-def test_b2_by_rule(right, bridge, verdict):
+def test_b2_by_rule(right, bridge, verdict, control):
+    """Ignorance is met where those who know both hops are right, and failures do not say e2."""
     table = pd.DataFrame({"outcome": ["e3", "e2", "other"], "share": [right, bridge, 0.25]})
     table = table.assign(low=table["share"] - 0.1, high=table["share"] + 0.1, n=9)
     table = table.assign(wording="possessive", examples="one-hop")
-    assert census.conflict_not_ignorance(table)["verdict"] == verdict
+    row = census.ignorance_not_conflict(table)
+    assert (row["verdict"], row["control"]) == (verdict, control)

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from ledger_rows import held
 
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
@@ -78,21 +79,23 @@ def test_measured_times_are_not_compared(tmp_path, costs):
 
 @pytest.mark.parametrize(
     "first, each, verdict",
-    [(1.8, 1.75, "reproduced"), (1.8, 1.6, "partly"), (2.2, 1.3, "contradicted")],
+    [(1.8, 1.75, "all"), (1.8, 1.6, "some"), (2.2, 1.3, "none")],
 )
 def test_q3_follows_its_rule(first, each, verdict):
     ways = [(PLAIN, 1.0, 1.0), (TWO_PASSES, first, each), (ONE_PASS, first, 1.0)]
     table = pd.DataFrame(ways, columns=["way", "first_layers", "each_layers"])
     table = table.assign(bound=1.8, source_layer=6, context=64, first_ratio=1.7, each_ratio=1.5)
     row = {"dataset": "1DC", "difference": -0.01, "low": -0.03, "high": 0.01, "n": 90, "seeds": 3}
-    assert study.costs_as_computed(table, pd.DataFrame([row]))["verdict"] == verdict
+    assert held(study.costs_as_computed(table, pd.DataFrame([row]))) == verdict
 
 
 def stages_of(gaps, needed, behind) -> tuple[dict, pd.DataFrame]:
     order = pd.DataFrame(gaps, columns=["low", "high"]).assign(gap=0.0, step=True)
     order = order.assign(earlier=list("ABC"), later=list("BCD"))
     knockouts = pd.DataFrame({"stage": list("ABCD"), "needed": needed, "n": 8, "draws": 9})
-    return {"one": (order, 9)}, knockouts.assign(difference_high=-0.1 if behind else 0.5)
+    ends = (-0.3, -0.2, -0.1) if behind else (0.1, -0.3, 0.5)
+    names = ["difference", "difference_low", "difference_high"]
+    return {"one": (order, 9)}, knockouts.assign(**dict(zip(names, ends, strict=True)))
 
 
 AFTER, LEVEL, BEFORE = (1, 2), (0.1, 0.3), (-2, -1)
@@ -102,19 +105,19 @@ ALL, NONE = [True] * 4, [False] * 4
 @pytest.mark.parametrize(
     "gaps, needed, behind, verdict",
     [
-        ([AFTER, AFTER, AFTER], ALL, False, "reproduced"),
-        ([AFTER, AFTER, AFTER], [True, True, False, True], False, "partly"),
-        ([AFTER, BEFORE, AFTER], NONE, False, "partly"),
-        ([LEVEL, LEVEL, LEVEL], NONE, False, "not at this scale"),
-        ([(-1, 2), BEFORE, BEFORE], NONE, True, "not at this scale"),
-        ([BEFORE, BEFORE, BEFORE], NONE, False, "not at this scale"),
-        ([BEFORE, BEFORE, BEFORE], NONE, True, "contradicted"),
+        ([AFTER, AFTER, AFTER], ALL, False, "all"),
+        ([AFTER, AFTER, AFTER], [True, True, False, True], False, "some"),
+        ([AFTER, BEFORE, AFTER], NONE, False, "some"),
+        ([LEVEL, LEVEL, LEVEL], NONE, False, "none"),
+        ([(-1, 2), BEFORE, BEFORE], NONE, True, "none"),
+        ([BEFORE, BEFORE, BEFORE], NONE, False, "none"),
+        ([BEFORE, BEFORE, BEFORE], NONE, True, "none"),
     ],
 )
 def test_q2_follows_its_rule(gaps, needed, behind, verdict):
     models, knockouts = stages_of(gaps, needed, behind)
     claim = study.arithmetic_has_stages(models, knockouts)
-    assert claim["verdict"] == verdict
+    assert held(claim) == verdict
     assert "n = 9" in claim["ours"] and "9 random sets" in claim["ours"]
     with pytest.raises(ValueError, match="stages A to D"):
         study.arithmetic_has_stages(models, knockouts.head(3))
@@ -124,5 +127,5 @@ def test_n1_says_how_many_questions_each_dataset_has():
     rows = [(data, other) for data in ("two-hop", "all") for other in ("zero-shot", "few-shot")]
     table = pd.DataFrame(rows, columns=["dataset", "other"])
     row = study.other_prompts_too(table.assign(difference=0.2, low=0.1, high=0.3, n=50), [])
-    assert (row["id"], row["verdict"]) == ("N1", "reproduced")
+    assert (row["id"], held(row)) == ("N1", "all")
     assert "n = 50 (two-hop)" in row["ours"]

@@ -3,13 +3,13 @@
 import pandas as pd
 import pytest
 from conftest import PROMPTS
+from ledger_rows import held
 
 from backattn import logit_flow
 from backattn.models.activations import capture
 from backattn.models.tokens import encode
 from companion.questions.facts import facts
 from companion.questions.prompts import position_groups, single_hop
-from companion.report.verdicts import VERDICTS
 from companion.studies import stage_discovery as study
 
 
@@ -41,11 +41,11 @@ def test_contest_reads_the_models_own_logits_at_the_end(llama):
 @pytest.mark.parametrize(
     ("entity", "relation", "last", "verdict"),
     [
-        (31, 24, 24, "reproduced"),
-        (31, 3, 24, "partly"),
-        (28, 24, 24, "partly"),
-        (31, 24, 31, "not testable here"),
-        (5, 31, 3, "contradicted"),
+        (31, 24, 24, "all"),
+        (31, 3, 24, "some"),
+        (28, 24, 24, "some"),
+        (31, 24, 31, "none"),  # not testable
+        (5, 31, 3, "none"),
     ],
 )
 def test_c2_by_rule(entity, relation, last, verdict):
@@ -57,28 +57,37 @@ def test_c2_by_rule(entity, relation, last, verdict):
         table.loc[first:, "low"] = scale
         tables.append(table.assign(mean=table["low"] + scale / 2, high=table["low"] + scale))
     row = study.entity_cannot_tell(pd.concat(tables).assign(clusters=5), 23.0, n=9)
-    assert row["verdict"] == verdict
+    assert held(row) == verdict
     assert ("last never" if last == 31 else f"last from state {last}") in row["ours"]
 
 
 @pytest.mark.parametrize(
     ("after", "needed", "verdict"),
-    [([1, 1, 1], 1, "reproduced"), ([1, 0, 1], 1, "partly"), ([0, 0, 0], 0, "contradicted")],
+    [([1, 1, 1], 1, "all"), ([1, 0, 1], 1, "some"), ([0, 0, 0], 0, "none")],
 )
 def test_c1_by_rule(after, needed, verdict):
     order = pd.DataFrame({"earlier": list("ABC"), "later": list("BCD"), "after": after})
     order = order.assign(gap=3, low=1.0, high=5.0, step=True)
     stages = ["A", "A above 0", "B", "C above 0", "D"]
     knockouts = pd.DataFrame({"stage": stages, "needed": [True] + [bool(needed)] * 4})
-    assert study.stages_in_order(order, knockouts, n=9)["verdict"] == verdict
+    knockouts = knockouts.assign(difference=0.3, difference_low=0.2, difference_high=0.4)
+    row = study.stages_in_order(order, knockouts, n=9)
+    assert held(row) == verdict and row["verdict"] == "verified" and row["control"] == "ahead"
+    order.loc[1, ["gap", "low", "high"]] = -2, -3, -1  # one step back is enough
+    row = study.stages_in_order(order, knockouts, n=9)
+    assert row["verdict"] == "falsified" and "B→C: -2.0 [-3.0, -1.0] layers" in row["comparison"]
 
 
 ABOVE, AROUND, BELOW = (1, 2), (-1, 2), (-2, -1)
-ENDS = [ABOVE] * 3, [ABOVE, BELOW, AROUND], [AROUND, BELOW, AROUND], [BELOW] * 3
+B1 = [([BELOW] * 3, "verified", "ahead"), ([BELOW, AROUND, ABOVE], "verified", "behind")]
+B1 += [([AROUND, BELOW, BELOW], "inconclusive", "ahead"), ([ABOVE] * 3, "falsified", "behind")]
 
 
-@pytest.mark.parametrize(("ends", "verdict"), list(zip(ENDS, VERDICTS, strict=False)))
-def test_b1_by_rule(ends, verdict):
+@pytest.mark.parametrize(("ends", "verdict", "control"), B1)
+def test_b1_by_rule(ends, verdict, control):
+    """The condition is met where the relation's layers come before the entity's."""
     order = pd.DataFrame(ends, columns=["low", "high"]).assign(gap=0.0)
     order = order.assign(earlier=["A", "B", "B"], later=["C relation", "C relation", "D"])
-    assert study.one_after_the_other(order, 9)["verdict"] == verdict
+    row = study.in_parallel(order, 9)
+    assert (row["verdict"], row["control"]) == (verdict, control)
+    assert row["checks"].startswith(f"{ends.count(BELOW)} of 3")

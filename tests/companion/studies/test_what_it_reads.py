@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ledger_rows import held
 
 from backattn import load_model
 from backattn.training.evaluation import answer_logits
@@ -151,11 +152,11 @@ def test_high_layers_lie_as_deep_as_in_the_paper():
 @pytest.mark.parametrize(
     "over, more, trainings, verdict",
     [
-        ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "reproduced"),
-        ((0.1, 0.3), (0.001, 0.02), (0.1, 0.2), "partly"),
-        ((0.1, 0.3), (-0.1, 0.2), (0.1, -0.2), "not at this scale"),
-        ((-0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "not at this scale"),
-        ((-0.2, -0.1), (-0.1, 0.01), (-0.1, -0.2), "contradicted"),
+        ((0.1, 0.3), (0.1, 0.2), (0.1, 0.2), "all"),
+        ((0.1, 0.3), (0.001, 0.02), (0.1, 0.2), "some"),
+        ((0.1, 0.3), (-0.1, 0.2), (0.1, -0.2), "none"),
+        ((-0.1, 0.3), (-0.1, 0.2), (0.1, 0.2), "none"),
+        ((-0.2, -0.1), (-0.1, 0.01), (-0.1, -0.2), "none"),
     ],
 )
 def test_c10_follows_its_rule(over, more, trainings, verdict):
@@ -165,8 +166,8 @@ def test_c10_follows_its_rule(over, more, trainings, verdict):
     row = {"key": "r1 high", "more": 0.0, "n": 9}
     tests = pd.DataFrame([{**row, "low": more[0], "high": more[1]}])
     model = pd.DataFrame(rows), tests, (25, 28)
-    assert study.brings_high_states({"one": model})["verdict"] == verdict
+    assert held(study.brings_high_states({"one": model})) == verdict
     other = (model[0], tests.assign(low=0.1, high=0.2), (3, 4))
     both = study.brings_high_states({"one": model, "two": other})
-    assert both["verdict"] in ("reproduced", "partly")
+    assert held(both) in ("all", "some")
     assert "two: weight of r1's layers 3–4" in both["ours"]

@@ -16,7 +16,7 @@ from backattn.runtime import progress
 from companion.questions.asking import ENTITIES, ID_COLUMNS, OUTCOMES, ask, outcome
 from companion.questions.splits import place_of
 from companion.report.intervals import wilson
-from companion.report.verdicts import claim, percent, with_interval
+from companion.report.verdicts import Effect, claim, percent, with_interval
 
 WORDS = re.compile(r"[^\W_]+")
 FILTER = (  # a step of the knowledge filter, its question, whose name must answer it, or must not
@@ -128,7 +128,9 @@ def failures_say_bridge(
 
     Five checks, each with its whole interval: in each of three wordings more failures say e2 than
     echo e1, the other entity of the prompt; in the paper's, more than half of them say e2, and more
-    than half of those where e2 and e3 are of one type, as in the paper's example.
+    than half of those where e2 and e3 are of one type, as in the paper's example. The paper's
+    comparison scores three answers only: how far e2 is above half of what is not e3. The strictest
+    control is the first check, in the paper's wording.
     """
     by, keys = leads.set_index("wording"), ["wording", "outcome"]
     texts, compared = (t.set_index(keys).apply(percent, axis=1) for t in (census, three_way))
@@ -144,20 +146,31 @@ def failures_say_bridge(
         f"of {alike['n']:.0f}; n = {n}"
     )
     paper = by.loc["possessive"]
-    passed = [*(by["lead_low"] > 0), paper["share_low"] > 0.5, alike["low"] > 0.5]
-    failed = [*(by["lead_high"] < 0), paper["share_high"] < 0.5, alike["high"] < 0.5]
-    return claim("C3", ours, passed, failed)
+    checks = {f"e2 before e1, {wording}": row["low"] > 0 for wording, row in ends.iterrows()}
+    checks |= {"half say e2": paper["share_low"] > 0.5, "half of one type": alike["low"] > 0.5}
+    counts = three_way[three_way["wording"] == "possessive"].set_index("outcome")["count"]
+    bridge, failed = counts["e2"], counts["e2"] + counts["shortcut"]
+    row = dict(zip(("low", "high"), wilson(bridge, failed), strict=True))
+    row["difference"] = bridge / failed if failed else float("nan")
+    among = Effect.of("of three answers, e2 among failures, above half", row, less=0.5)
+    echo = Effect.of("e2 less e1 among failures, open vocabulary", ends.loc["possessive"], "lead")
+    return claim("C3", ours, checks, among, echo)
 
 
-def conflict_not_ignorance(census: pd.DataFrame) -> dict[str, str]:
-    """B2. census: `shares` by wording and examples over prompts whose hops are known.
+def ignorance_not_conflict(census: pd.DataFrame) -> dict[str, str]:
+    """B2, that failures are missing knowledge, not conflict. census: `shares` by wording and
+    examples over prompts whose hops are known.
 
     Two checks, in the paper's wording behind one-hop examples, each with its whole interval: more
-    than half of these prompts fail all the same; and more say e2 than name none of the entities.
+    than half of these prompts are right (the comparison: with knowledge they do not fail); and
+    fewer say e2 than name none of the entities (the strictest control: they are no conflict).
     """
     by = census.query("wording == 'possessive' and examples == 'one-hop'").set_index("outcome")
     right, bridge, other = (by.loc[name] for name in ("e3", "e2", "other"))
     found = ", ".join(f"{row.name} {percent(row)}" for row in (right, bridge, other))
     ours = f"both hops known, shortcut not: {found}; n = {int(right['n'])}"
-    passed = [right["high"] < 0.5, bridge["low"] > other["high"]]
-    return claim("B2", ours, passed, [right["low"] > 0.5, bridge["high"] < other["low"]])
+    known = Effect.of("right where both hops are known, above half", right, "share", less=0.5)
+    ends = {"difference": other["share"] - bridge["share"]}
+    ends |= {"low": other["low"] - bridge["high"], "high": other["high"] - bridge["low"]}
+    checks = {"knowing is enough": known.low > 0, "few say e2": ends["low"] > 0}
+    return claim("B2", ours, checks, known, Effect.of("no entity less e2", ends))
