@@ -1,4 +1,4 @@
-"""environment.yml is the one list of dependencies, README's Layout the one list of files."""
+"""environment.yml is the one list of dependencies, docs/layout.md the one list of files."""
 
 import ast
 import re
@@ -59,9 +59,9 @@ def test_every_import_and_floor_is_in_the_list(listed):
     assert project["requires-python"] == ">=3.11,<3.14"
 
 
-def test_readme_lists_every_file_of_lib_with_five_words():
-    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme.partition("## Layout")[2].split("```")[1].partition("\nnotebooks/")[0]
+def test_the_layout_lists_every_file_of_lib_with_five_words():
+    page = (paths.ROOT / "docs/layout.md").read_text(encoding="utf-8")
+    tree = page.split("```")[1].partition("\nnotebooks/")[0]
     listed, folders = set(), []
     for line in tree.strip().splitlines():
         name, words = line.split(maxsplit=1)

@@ -101,7 +101,8 @@ def claim(
     row |= {"comparison": "; ".join(map(str, effects)), "effect": weakest.value}
     row |= {name: getattr(weakest, name) for name in ("low", "high", "unit")}
     row["control"] = control.reading if control else "none"
-    row["strictest"] = str(control) if control else "none"
+    seen = f"; would have seen {control.seen:.2g}" if control and control.seen else ""
+    row["strictest"] = f"{control}{seen}" if control else "none"
     if control:
         row |= {f"control_{name}": getattr(control, name) for name in ("low", "high", "unit")}
         row |= {"control_effect": control.value, "seen": control.seen}

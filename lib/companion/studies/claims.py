@@ -15,6 +15,7 @@ from companion.report.verdicts import CLAIMS, VERDICTS, ZONE
 
 IDS = tuple(dict.fromkeys(about.get("id", key) for key, about in CLAIMS.items()))
 PAPER, HERE, CONTROL = "the paper", "here", "here less the strictest control"
+SHOWN = ("zero-shot", "few-shot", "residual LoRA", "bias", "same layer", "back attention")
 READ = "the lens reads e2 at r1"
 RECALLED = "e3 is said with e2's state at r1"
 NUMBERS = ("effect", "low", "high", "paper_low", "paper_high", "seen")
@@ -60,6 +61,26 @@ def commands(ledger: pd.DataFrame, figures: Path) -> pd.DataFrame:
         about |= {"timed_minutes": round(seconds / 60, 1)}
         rows.append({**about, "megabytes": round(sum(f.stat().st_size for f in files) / 1e6, 1)})
     return pd.DataFrame(rows)
+
+
+def in_short(ledger: pd.DataFrame) -> str:
+    """The ledger as README has it, a Markdown table: the paper's number beside ours, and what is
+    left of ours against the strictest control; in points where no unit stands."""
+    lines = ["| | claim | paper | here | repeats? | less its control |", "|---" * 6 + "|"]
+    for row in ledger.to_dict("records"):
+        ends = dict.fromkeys(row[name] for name in ("paper_low", "paper_high"))
+        paper = " to ".join(f"{x:+g}" for x in ends if pd.notna(x)) or "–"
+        control = row["control"] if row["control"] != "none" else "–"
+        if pd.notna(row["control_effect"]):
+            control += f" {_number(row['control_effect'], row['control_unit'])}"
+        link = f"[{row['id']}](notebooks/{row['notebook'].split(', ')[0]}.ipynb)"
+        cells = [link, row["short"], paper, _number(row["effect"], row["unit"]), row["verdict"]]
+        lines.append(f"| {' | '.join([*cells, control])} |")
+    return "\n".join(lines)
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:+.2g}" if unit == "points" else f"{value:+.2g} {unit}"
 
 
 def report(ledger: pd.DataFrame) -> str:
@@ -142,6 +163,44 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     )
     shown = ["id", "short", *NUMBERS, "unit", "control_unit", "verdict", "control"]
     return figure, pd.concat(parts)[shown]
+
+
+def picture(folders: Sequence[Path]) -> tuple[Figure, pd.DataFrame]:
+    """The idea drawn, and what back attention and its controls gain, and the rows of the latter.
+    folders: with the table 03_arms."""
+    arms = pd.read_csv(_tables(folders, "03_arms.csv")["03_arms.csv"])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 2.6), layout="constrained", width_ratios=[3, 2]
+    )
+    words, source, top = ["Mozart", "'s", "mother", "'s", "spouse", "is"], 2, 6
+    for shift, title in ((0, "first pass"), (len(words) + 2, "second pass")):
+        for layer in range(top + 1):
+            faint = shift and layer <= source
+            colour = "0.8" if faint else ORANGE if shift else BLUE
+            left.plot(
+                [x + shift for x in range(len(words))], [layer] * len(words), "o", c=colour, ms=4
+            )
+        left.text(shift + 2.5, top + 0.6, title, ha="center", fontsize=8)
+    end = 2 * len(words) + 1
+    for x in range(len(words)):
+        for layer in range(source, top + 1):
+            left.plot([x, end], [layer, source], color="0.6", lw=0.3, zorder=0)
+    left.plot(end, source, "o", c="black", mfc="none", ms=8)
+    places = [*range(len(words)), *range(len(words) + 2, end + 1)]
+    left.set_xticks(places, 2 * words, rotation=40, ha="right", fontsize=7)
+    left.set(yticks=[0, source, top], yticklabels=["0", "s", "L"], ylabel="layer", ylim=(-0.5, 7.4))
+    left.set_title("A low layer reads high ones", fontsize=9)
+    table = arms.query("dataset == 'two-hop' and arm in @SHOWN").set_index("arm").loc[list(SHOWN)]
+    table = table.reset_index()[["arm", "accuracy", "low", "high", "n", "seeds"]]
+    looks = [ORANGE if arm == "back attention" else GREY for arm in table["arm"]]
+    for y, (row, colour) in enumerate(zip(table.itertuples(), looks, strict=True)):
+        right.plot([100 * row.low, 100 * row.high], [y, y], color=colour, lw=2)
+        right.plot(100 * row.accuracy, y, "o", color=colour, ms=5)
+        right.text(100 * row.high + 1, y, f"{row.accuracy:.0%}", va="center", fontsize=8)
+    right.set_yticks(range(len(table)), table["arm"], fontsize=8)
+    right.set(xlim=(0, 62), xlabel="two-hop questions right, %")
+    right.set_title("Its controls gain as much", fontsize=9)
+    return figure, table
 
 
 def _row(ax: Axes, row: dict, y: float, scale: float) -> None:
