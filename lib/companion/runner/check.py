@@ -12,13 +12,14 @@ from backattn.files import one_process
 from backattn.runtime import DTYPE, PROFILE
 from companion import paths
 from companion.report import tables
-from companion.runner import committed
+from companion.runner import committed, words
 from companion.runner.execute import kernel_environment
 from companion.runner.schedule import cores
 
 
 def check() -> int:
-    """Lint, tests, committed notebooks run again, their numbers compared; returns the status."""
+    """Lint, tests, committed notebooks run again, their numbers compared, and what is hard to read
+    listed; returns the status."""
     folder, results = paths.run_folder("check"), {}
     environment = {**os.environ, PROFILE: "check", "PYTHONHASHSEED": "0"}
     environment |= kernel_environment()
@@ -34,7 +35,8 @@ def check() -> int:
         print("== numbers", flush=True)
         begin, problems = time.monotonic(), tables.compare(folder / "figures", paths.FIGURES)
         results["numbers"] = (not problems, time.monotonic() - begin)
-    print(*(f"changed: {problem}" for problem in problems), "== summary", sep="\n")
+    print(*(f"changed: {problem}" for problem in problems), "== to be read, no failure", sep="\n")
+    print(*words.outliers(), "== summary", sep="\n")
     for name, (passed, seconds) in results.items():
         print(f"{'passed' if passed else 'FAILED':7} {name} ({seconds:.0f} s)")
     return 0 if all(passed for passed, _ in results.values()) else 1
