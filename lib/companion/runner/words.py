@@ -53,7 +53,8 @@ def _texts() -> Iterator[tuple[str, str, str]]:
     for path in committed.notebooks():
         cells = nbformat.read(path, as_version=4).cells
         yield from ((path.name, c.id, c.source) for c in cells if c.cell_type == "markdown")
-    for path in [*sorted(paths.ROOT.glob("*.md")), paths.DATA / "README.md"]:
+    pages = [*sorted(paths.ROOT.glob("*.md")), *sorted(paths.ROOT.glob("docs/*.md"))]
+    for path in [*pages, paths.DATA / "README.md"]:
         title, text = "top", re.sub(CODE, "", path.read_text(encoding="utf-8"))
         for paragraph in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text):
             title = paragraph.strip("# \n") if paragraph.startswith("#") else title
