@@ -90,6 +90,15 @@ def test_it_shows_its_figures_each_with_a_finding(path, notebook):
     assert shown >= LEAST_IMAGES[path.stem]
 
 
+def test_every_figure_has_its_finding_as_a_title(notebook):
+    for cell in code(notebook):
+        source = re.sub(r"^[!%].*", "", cell.source, flags=re.MULTILINE)
+        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+            if ast.unparse(call.func) == "out.figure":
+                title = {k.arg: k.value for k in call.keywords}["title"].value
+                assert title is None or 3 <= len(title.split()) <= 9, title
+
+
 def test_every_saved_figure_and_table_is_committed(notebook):
     source = "\n".join(cell.source for cell in code(notebook))
     saved = re.findall(r'out\.(figure|table)\([^"]*?"((?:\d\d|demo)_\w+)"', source)

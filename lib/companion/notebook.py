@@ -28,8 +28,11 @@ class Notebook:
     profile: str
     folder: Path
 
-    def figure(self, figure: Figure, name: str, data: pd.DataFrame) -> None:
-        """Save a figure as PDF, PNG and the CSV of its numbers."""
+    def figure(self, figure: Figure, name: str, data: pd.DataFrame, title: str | None) -> None:
+        """Save a figure as PDF, PNG and the CSV of its numbers. title: its finding, None where its
+        panels have titles of their own."""
+        if title:
+            figure.suptitle(title, fontsize="medium", fontweight="bold")
         figures.save(figure, self.folder / "figures", name, data)
 
     def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
