@@ -257,7 +257,7 @@ def _increases(reading: Reading, subs: list[Sublayer], chosen: list[Chosen]) -> 
         directions = reading.lens.directions(vectors[first : first + CHUNK])  # [chunk, V]
         for one, mine, increase in zip(chosen, uses, increases, strict=True):
             rows = ((mine >= first) & (mine < first + CHUNK)).nonzero()[:, 0]
-            for some in rows.split(SOFTMAXES):
+            for some in rows.split(SOFTMAXES) if len(rows) else ():
                 added = vectors[mine[some]], directions[mine[some] - first]
                 increase[some.cpu()] = _increase(reading, subs, one, some, *added)
     return increases
