@@ -22,7 +22,8 @@ handed to the embedding ends in biases, so that what enters equals what leaves.
 Shapes: B prompts, T positions, D width, F neurons, H heads, d channels.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,20 +104,61 @@ def flow_back(
         >>> flow_back(model, tokenizer, flow).check() < 1e-3
         True
     """
-    if route not in ROUTES:
-        raise ValueError(f"route={route!r} is unknown; choose one of {', '.join(ROUTES)}.")
-    if route == "parts" and flow.level != "neuron":
-        raise ValueError('Route "parts" starts from neurons: call logit_flow with level="neuron".')
-    frames, totals = [], []
-    for start, stream in _streams(model, tokenizer, flow, batch_size):
-        stop = start + len(stream.batch.input_ids)
-        entering = torch.tensor(flow.answer_ids[start:stop], device=stream.hidden.device)
-        if route == "parts":
-            inside = flow.frame["prompt"].between(start, stop - 1) & flow.frame["neuron"].notna()
-            entering = flow.frame[inside].assign(prompt=flow.frame["prompt"] - start)
-        nodes, total = _flow(stream, entering, heads)
-        frames.append(_frame(stream, nodes, start, tokenizer, heads))
-        totals.append(pd.DataFrame({name: x.cpu().numpy() for name, x in total.items()}))
+    return flow_backs(model, tokenizer, [(flow, route)], batch_size, heads)[0]
+
+
+@analysis
+def flow_backs(
+    model,
+    tokenizer,
+    traced: Sequence[tuple[LogitFlow, str]],
+    batch_size: int = 16,
+    heads: bool = False,
+) -> list[FlowBack]:
+    """`flow_back` of several (flow, route): of one flow by both routes, or of flows that differ in
+    the answers. Each forward pass, and what sweeps make again of its states, is made once for all.
+
+    Raises what `flow_back` does, and ValueError where flows are of different prompts.
+
+    Example:
+        >>> from backattn import logit_flow
+        >>> flow = logit_flow(model, tokenizer, "France's capital is", "Paris")
+        >>> both = flow_backs(model, tokenizer, [(flow, "parts"), (flow, "linear")])
+        >>> [back.route for back in both]
+        ['parts', 'linear']
+    """
+    flows = [flow for flow, _ in traced]
+    for flow, route in traced:
+        if route not in ROUTES:
+            raise ValueError(f"route={route!r} is unknown; choose one of {', '.join(ROUTES)}.")
+        if route == "parts" and flow.level != "neuron":
+            needs = 'Route "parts" starts from neurons: call logit_flow with level="neuron".'
+            raise ValueError(needs)
+        if flow.prompts != flows[0].prompts:
+            raise ValueError("These flows are of different prompts: trace each by flow_back.")
+    frames, totals = [[] for _ in traced], [[] for _ in traced]
+    for start, stream in _streams(model, tokenizer, flows, batch_size):
+        entering = [_entering(stream, start, *each) for each in traced]
+        for k, (nodes, total) in enumerate(_together(stream, entering, heads)):
+            frames[k].append(_frame(stream, nodes, start, tokenizer, heads))
+            totals[k].append(pd.DataFrame({name: x.cpu().numpy() for name, x in total.items()}))
+    return [
+        _result(model, route, *found)
+        for (_, route), *found in zip(traced, frames, totals, strict=True)
+    ]
+
+
+def _entering(stream: Stream, start: int, flow: LogitFlow, route: str) -> Tensor | pd.DataFrame:
+    """What enters a batch whose first prompt is number `start`, as `_flow` takes it."""
+    stop = start + len(stream.batch.input_ids)
+    if route == "linear":
+        return torch.tensor(flow.answer_ids[start:stop], device=stream.hidden.device)
+    inside = flow.frame["prompt"].between(start, stop - 1) & flow.frame["neuron"].notna()
+    entering = flow.frame[inside]
+    return entering.assign(prompt=entering["prompt"] - start)
+
+
+def _result(model, route: str, frames: list, totals: list) -> FlowBack:
     frame = pd.concat(frames, ignore_index=True).astype({"kind": "category", "token": "category"})
     table = pd.concat(totals, ignore_index=True).rename_axis("prompt").reset_index()
     table["error"] = (table["entering"] - table["leaving"] - table["withheld"]).abs()
@@ -125,21 +167,25 @@ def flow_back(
     return FlowBack(frame, table[columns], route, tolerance)
 
 
-def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tuple[int, Stream]]:
-    """Per batch the index of its first prompt and its stream, kept or made again."""
-    kept = flow.streams if model is flow.model else []
+def _streams(
+    model, tokenizer, flows: Sequence[LogitFlow], batch_size: int
+) -> Iterator[tuple[int, Stream]]:
+    """Per batch the index of its first prompt and its stream, kept by a flow or made again."""
+    prompts = flows[0].prompts
+    kept = next((flow.streams for flow in flows if flow.streams and model is flow.model), [])
     if kept:
         batch_size = len(kept[0].batch.input_ids)
-    starts = range(0, len(flow.prompts), batch_size)
+    starts = range(0, len(prompts), batch_size)
     for start in progress(starts, "flow back", unit="batch") if len(starts) > 1 else starts:
         part = slice(start, start + batch_size)
-        batch = encode(tokenizer, flow.prompts[part], device=model.device)
-        same = batch.rows == flow.input_ids[part]
+        batch = encode(tokenizer, prompts[part], device=model.device)
+        same = all(batch.rows == flow.input_ids[part] for flow in flows)
         if same:
             stream = kept[start // batch_size] if kept else capture(model, batch)
-            said = stream.logits.log_softmax(-1)[range(len(batch.rows)), flow.answer_ids[part]]
-            miss = np.abs(said.cpu().numpy() - flow.log_prob[part]).max()
-            same = miss <= 10 * flow.tolerance  # batches of another size round otherwise
+            said = stream.logits.log_softmax(-1).cpu().numpy()
+            for flow in flows:  # batches of another size round otherwise
+                miss = said[range(len(said)), flow.answer_ids[part]] - flow.log_prob[part]
+                same = same and np.abs(miss).max() <= 10 * flow.tolerance
         if not same:
             raise ValueError(
                 "This flow was made by another model or tokenizer: pass those given to logit_flow."
@@ -149,12 +195,22 @@ def _streams(model, tokenizer, flow: LogitFlow, batch_size: int) -> Iterator[tup
         yield start, stream
 
 
-def _flow(stream: Stream, entering: Tensor | pd.DataFrame, heads: bool) -> tuple[dict, dict]:
-    """What enters is the logits of tokens [B] (route "linear") or neurons, rows of a logit flow
-    (route "parts").
+def _together(stream: Stream, entering: Sequence, heads: bool) -> list[tuple[dict, dict]]:
+    """`_flow` of each of `entering`, in step, so that a layer's units are made again once."""
+    again = functools.lru_cache(maxsize=1)(functools.partial(_made_again, stream))
+    for found in zip(*(_flow(stream, each, heads, again) for each in entering), strict=True):
+        last = found
+    return list(last)
 
-    Returns (kind, layer) -> (flow, direct), each [B, T, heads or 1], and totals per prompt, each
-    [B].
+
+def _flow(
+    stream: Stream, entering: Tensor | pd.DataFrame, heads: bool, again: Callable
+) -> Iterator[tuple[dict, dict]]:
+    """What enters is the logits of tokens [B] (route "linear") or neurons, rows of a logit flow
+    (route "parts"). again: see `sweep`.
+
+    Yields after each sub-layer, and at the end, what was found so far: (kind, layer) -> (flow,
+    direct), each [B, T, heads or 1], and totals per prompt, each [B].
     """
     linear, start = isinstance(entering, Tensor), torch.zeros_like(stream.hidden[0])  # [B, T, D]
     names = ("entering", "in_biases", "withheld", "scale")
@@ -173,7 +229,7 @@ def _flow(stream: Stream, entering: Tensor | pd.DataFrame, heads: bool) -> tuple
             return None
         return _enter(stream.batch, kind, units, groups[kind, layer], totals)
 
-    for part in sweep(stream, start, enter, half=not linear):
+    for part in sweep(stream, start, enter, half=not linear, again=again):
         direct = part.entering
         if linear:  # the covector that reads the answer reads this sub-layer's output
             direct = part.to_units(part.post.adjoint(start, part.scale))
@@ -181,10 +237,11 @@ def _flow(stream: Stream, entering: Tensor | pd.DataFrame, heads: bool) -> tuple
         each = [(x * part.units).sum(axes) for x in (part.per_unit, direct)]
         nodes[part.kind, part.layer] = [x if x.dim() == 3 else x[..., None] for x in each]
         totals["in_biases"] += part.in_bias.sum(-1).double()
+        yield nodes, totals
     ends = part.below, start
     nodes["embedding", 0] = [(x * stream.hidden[0]).sum(-1)[..., None] for x in ends]
     totals["leaving"] = nodes["embedding", 0][0].double().sum((1, 2)) + totals["in_biases"]
-    return nodes, totals
+    yield nodes, totals
 
 
 def at_the_end(stream: Stream, direction: Tensor) -> Tensor:
@@ -217,18 +274,31 @@ class Part:
     scale: Tensor
 
 
-def sweep(stream: Stream, covector: Tensor, enter: Callable, half: bool) -> Iterator[Part]:
+def _made_again(stream: Stream, layer: int) -> tuple[Tensor, tuple]:
+    """A layer's values and neurons (m, g, u), made again of the states, its weights proved."""
+    block = stream.arch.blocks[layer]
+    values = block.values(stream.input("attention", layer))
+    neurons = block.neurons(stream.input("ffn", layer))
+    stream.prove_outputs(layer, values, neurons[0])
+    stream.prove_inputs(layer, "ffn", *zip(block.ffn_in, neurons[1:], strict=True))
+    stream.prove_inputs(layer, "attention", (block.value, values.flatten(2)))
+    return values, neurons
+
+
+def sweep(
+    stream: Stream, covector: Tensor, enter: Callable, half: bool, again: Callable | None = None
+) -> Iterator[Part]:
     """One pass from the top layer to the embedding, sub-layer by sub-layer.
 
     covector: on the last state [B, T, D]; enter: kind, layer, units -> flow per unit that enters
     there, or None; half: a gated neuron hands half on by its gate and half by its other input; else
-    all by the other, and the gate is frozen.
+    all by the other, and the gate is frozen; again: layer -> `_made_again`, where sweeps of one
+    stream share it.
     """
+    again = again or functools.partial(_made_again, stream)
     for layer in reversed(range(stream.layers)):
         block, above = stream.arch.blocks[layer], covector
-        values = block.values(stream.input("attention", layer))
-        neurons = block.neurons(stream.input("ffn", layer))
-        stream.prove_outputs(layer, values, neurons[0])
+        values, neurons = again(layer)
         for kind, sublayer, made in (("ffn", _ffn, neurons), ("attention", _attention, values)):
             units, out, to_units, to_input = sublayer(stream, layer, made, half)
             post, scale = block.norm(f"{kind}_post"), stream.scales[kind][layer]
@@ -250,7 +320,6 @@ def _ffn(stream: Stream, layer: int, neurons: tuple, half: bool) -> tuple:
     output to one on m; from that to one on its normed input and what biases keep)."""
     block, (m, g, u) = stream.arch.blocks[layer], neurons
     down, (gate, up), act = block.ffn_out, block.ffn_in, block.get("activation")
-    stream.prove_inputs(layer, "ffn", (gate, g), (up, u))
 
     def to_input(per_unit: Tensor) -> tuple[Tensor, Tensor]:
         if gate is None:  # m = act(u): the gate is act(u) / u
@@ -271,7 +340,6 @@ def _attention(stream: Stream, layer: int, values: Tensor, _) -> tuple:
     """The same of attention; its units are the values at the source positions [B, T, H, d]."""
     block = stream.arch.blocks[layer]
     out, value = block.attention_out, block.value
-    stream.prove_inputs(layer, "attention", (value, values.flatten(2)))
 
     def to_units(raw: Tensor) -> Tensor:
         heads = (raw @ out.weight).unflatten(-1, (block.heads, block.head_dim))  # at queries

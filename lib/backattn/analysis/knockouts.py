@@ -6,6 +6,7 @@ contribution is replaced by its mean over other prompts at the same kind of posi
 positions from the last. What stands before the first changed position is computed once.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from backattn.models.activations import capture
 from backattn.models.decoder import describe
-from backattn.models.hooks import analysis, evaluating, hooks
+from backattn.models.hooks import analysis, evaluating, hooks, in_place_of
 from backattn.models.next_token import cache_prefix, in_window, next_log_probs
 from backattn.models.tokens import Batch, check_indices, encode
 
@@ -79,35 +80,54 @@ def group_means(
 
 
 class CachedPrompts:
-    """Prompts to ask again and again with something changed inside; what stands before is cached.
+    """Prompts to ask again and again with something changed inside; what stands before, and with
+    `states` what lies below, is kept.
 
     batches: (rows, the batch padded on the left, its keys and values, or None where a sliding
-    window is shorter); similar lengths together. SmolLM2 takes 46 kB a token.
+    window is shorter, the states [B, T, D] that enter each layer, none without a cache); similar
+    lengths together. SmolLM2 takes 46 kB a token for a cache, 70 kB for states.
     """
 
-    def __init__(self, model, tokenizer, prompts: Sequence[str]):
+    def __init__(self, model, tokenizer, prompts: Sequence[str], states: bool = False):
         self.arch, self.batches = describe(model), []
         self.lengths = encode(tokenizer, prompts).lengths.tolist()
         order = np.argsort(self.lengths, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
-            rows, cache = order[start : start + BATCH], None
+            rows, cache, kept = order[start : start + BATCH], None, []
             batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
             if in_window(model, batch):
-                with evaluating(model):
+                taps = [(block.module, "input", kept.append) for block in self.arch.blocks]
+                with evaluating(model), hooks(*(taps if states else ())):
                     cache = model(**batch.inputs, use_cache=True, logits_to_keep=1).past_key_values
-            self.batches.append((rows, batch, cache))
+            self.batches.append((rows, batch, cache, kept))
 
     def changed(self, edits: Callable) -> Iterator[tuple[list[int], Tensor]]:
         """Per batch its rows and its next-token log-probabilities [B, V] under hooks.
 
-        edits(rows, batch) -> (the first column that changes, hooks, which may see no earlier one).
+        edits(rows, batch) -> (the first column that changes, the first layer in which something
+        does, hooks, which may see no earlier ones).
         """
-        for rows, batch, cache in self.batches:
-            start, edited = edits(rows, batch)
+        for rows, batch, cache, kept in self.batches:
+            start, layer, edited = edits(rows, batch)
             cache = None if cache is None else cache_prefix(cache, start)
-            with evaluating(self.arch.model), hooks(*edited):
+            with evaluating(self.arch.model), contextlib.ExitStack() as stack:
+                if kept:
+                    stack.enter_context(self._from(layer, kept[layer][:, start:]))
+                stack.enter_context(hooks(*edited))
                 log_probs = next_log_probs(self.arch.model, batch, cache=cache)
             yield rows, log_probs
+
+    @contextlib.contextmanager
+    def _from(self, first: int, states: Tensor) -> Iterator[None]:
+        """The model begins at a layer, with the states that enter it."""
+        modules = [block.module for block in self.arch.blocks[: first + 1]]
+        with contextlib.ExitStack() as stack:
+            for module in modules[:-1]:
+                stack.enter_context(
+                    in_place_of(module, lambda hidden_states, *_, **__: hidden_states)
+                )
+            stack.enter_context(hooks((modules[-1], "input", lambda _: states)))
+            yield
 
 
 class KnockoutProbe(CachedPrompts):
@@ -127,7 +147,7 @@ class KnockoutProbe(CachedPrompts):
     """
 
     def __init__(self, model, tokenizer, prompts, answer_ids, groups, means):
-        super().__init__(model, tokenizer, prompts)
+        super().__init__(model, tokenizer, prompts, states=True)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
         _check_labels(groups, self.lengths)
         vocabulary = [self.arch.model.config.vocab_size] * len(prompts)
@@ -142,16 +162,22 @@ class KnockoutProbe(CachedPrompts):
         check_indices("Layer", layers, [len(self.arch.blocks)] * len(layers))
         touched = {group for knockout in knockouts if knockout.layers for group in knockout.groups}
 
-        def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
+        first = min((layer for some in layers for layer in some), default=len(self.arch.blocks) - 1)
+
+        def edits(rows: list[int], batch: Batch) -> tuple[int, int, list]:
             labels = [self.groups[row] for row in rows]
             reached = _where(labels, batch, touched).any(0).int()
-            last = batch.input_ids.shape[1] - 1
-            return int(reached.argmax()) if reached.any() else last, [
-                self._edit(knockout.kind, layer, group, _where(labels, batch, [group]))
-                for knockout in knockouts
-                for group in knockout.groups
-                for layer in knockout.layers
-            ]
+            start = int(reached.argmax()) if reached.any() else batch.input_ids.shape[1] - 1
+            return (
+                start,
+                first,
+                [
+                    self._edit(knockout.kind, layer, group, _where(labels, batch, [group]))
+                    for knockout in knockouts
+                    for group in knockout.groups
+                    for layer in knockout.layers
+                ],
+            )
 
         result = torch.empty(len(self.answer_ids), dtype=torch.float32)
         for rows, log_probs in self.changed(edits):
@@ -187,7 +213,7 @@ def blocked_log_probs(
     check_indices("Position", sources, prompts.lengths)
     check_indices("Layer", [layers], [len(prompts.arch.blocks)])
 
-    def edits(rows: list[int], batch: Batch) -> tuple[int, list]:
+    def edits(rows: list[int], batch: Batch) -> tuple[int, int, list]:
         hidden = torch.zeros_like(batch.attention_mask, dtype=torch.bool)  # [B, T]
         for place, row in enumerate(rows):
             hidden[place, [int(batch.start[place]) + int(source) for source in sources[row]]] = True
@@ -205,7 +231,7 @@ def blocked_log_probs(
 
         attentions = (prompts.arch.blocks[layer].get("attention") for layer in layers)
         last = batch.input_ids.shape[1] - 1  # all that changes
-        return last, [(module, "arguments", hide) for module in attentions]
+        return last, min(layers, default=0), [(one, "arguments", hide) for one in attentions]
 
     rows, log_probs = zip(*prompts.changed(edits), strict=True)
     return torch.cat(log_probs).cpu()[np.argsort(np.concatenate(rows))]

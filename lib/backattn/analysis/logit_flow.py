@@ -55,9 +55,9 @@ def _layers(reading: Reading) -> Iterator[dict]:
         if stream.arch.model.dtype != torch.float32:
             sums.append((layer, "rounding", h[layer + 1]))
 
-    before = reading.log_prob(torch.zeros_like(h[0]))  # (2) of an empty state: [B]
-    for layer, kind, state in sums:
-        after = reading.log_prob(state)  # (2)
+    states = torch.stack([torch.zeros_like(h[0]), *(state for *_, state in sums)])
+    before, *read = (x for part in states.split(8) for x in reading.log_prob(part))  # (2), [B] each
+    for (layer, kind, _), after in zip(sums, read, strict=True):
         yield {"layer": layer, "kind": kind, "before": before, "increase": after - before}  # (3)
         before = after  # (4) the sum so far is the next term's base
 
@@ -226,7 +226,7 @@ def logit_flow(
     prompts, ids = _checked(tokenizer, prompts, answers)
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
     flow = LogitFlow(model, prompts, level, tolerance)
-    room, layers, parts = KEEP_BYTES if level != "layer" else 0, [], []
+    taken, kept, layers, parts = 0, [], [], []
     starts = range(0, len(prompts), batch_size)
     for start in progress(starts, "logit flow", unit="batch") if len(starts) > 1 else starts:
         part = slice(start, start + batch_size)
@@ -242,9 +242,11 @@ def logit_flow(
         flow.answer_ids += reading.answer.tolist()
         slim = replace(reading.stream, values=(), neurons=())
         tensors = slim.logits, slim.hidden, slim.attention, slim.ffn, *slim.weights
-        room -= sum(x.nbytes for x in tensors)
-        flow.streams = [*flow.streams, slim] if room >= 0 else []
-        del reading  # before the next batch needs its memory
+        taken += sum(x.nbytes for x in tensors)
+        fits = taken * len(prompts) <= KEEP_BYTES * len(flow.input_ids)  # all, if they go on so
+        kept = [*kept, slim] if level != "layer" and fits and kept is not None else None
+        del reading, slim, tensors  # before the next batch needs its memory
+    flow.streams = kept or []
     flow.answers = [tokenizer.decode([i]) for i in flow.answer_ids]
     flow.layers, flow.frame = (
         pd.concat(tables, ignore_index=True).astype({"token": "category"})

@@ -10,18 +10,20 @@ One matrix product gives the directions of many neurons, for all prompts and sou
 
 "exact"   takes the softmax of z' for every neuron or, where the scale is frozen and logits are not
           capped, the moments of d under the base distribution: no softmax, and a certified error;
-"screen"  takes the softmax of z' for the neurons that are largest to first order,
+"screen"  scores exactly the neurons that are largest to first order,
 
 (6) c v · ∇_b log p(w | b).
 
 A head at a source position is a sum of neurons: d = Σ c d_i, over directions that all prompts and
 positions share. With the scale frozen and no cap, log p(w) rises by d_w − log Σ p exp(d), p being
-the base distribution; Σ p exp(d) − 1 is summed as Σ p expm1(d), which keeps its digits.
+the base distribution; Σ p exp(d) − 1 is summed as Σ p expm1(d), which keeps its digits. So it is
+for a single neuron that was screened; else the softmax of z' is taken.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ from backattn.models.lens import Lens
 from backattn.runtime import progress
 
 CHUNK = 256  # neurons whose directions over the vocabulary are in memory at once
-SOFTMAXES = 64  # taken at once
+SOFTMAXES = 16  # taken at once: what stays in a processor's cache
+KEPT_BYTES = 2**28  # of the base distributions of prompts that are screened together
 CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it the softmax is taken
 
 
@@ -53,14 +56,19 @@ class Reading:
         end = stream.batch.at_last(stream.hidden[-1])
         self.frozen = self.lens.scale(end) if norm == "final" else None
 
+    @property
+    def fast(self) -> bool:
+        """Whether logits are affine in a state: the scale frozen, no cap."""
+        return self.frozen is not None and self.lens.softcap is None
+
     def scale(self, b: int | slice) -> Tensor | None:
         return None if self.frozen is None else self.frozen[b]
 
     def log_prob(self, states: Tensor, b: int | slice = slice(None)) -> Tensor:
         """Equation 2 of `logit_flow`: the answer's log-probability in a state of each prompt
-        [B, D], or in some states of prompt b [n, D]."""
+        [B, D] or in several [n, B, D], or in some states of prompt b [n, D]."""
         log_probs, answer = self.lens.log_probs(states, self.scale(b)), self.answer[b]
-        return log_probs.gather(1, answer.expand(len(states))[:, None])[:, 0].double()
+        return log_probs.gather(-1, answer.expand(states.shape[:-1])[..., None])[..., 0].double()
 
 
 @dataclass
@@ -114,7 +122,7 @@ def exact(reading: Reading) -> Iterator[dict]:
             vectors, c = sub.vectors[which], sub.coefficient[..., which]
             directions = lens.directions(vectors)  # [chunk, V]
             certain = torch.zeros(c.shape, dtype=torch.bool)
-            if frozen is not None and lens.softcap is None:
+            if reading.fast:
                 scaled = (c * frozen[:, None]).double()
                 increase[..., which], certain = _by_moments(directions, scaled, base, answer)
             for b in range(len(answer)):
@@ -132,7 +140,7 @@ def exact(reading: Reading) -> Iterator[dict]:
 def heads(reading: Reading, sub: Sublayer) -> list[Tensor]:
     """Every head of an attention × each source position of a prompt: [H, sources] per prompt."""
     lens, answer, frozen = reading.lens, reading.answer, reading.frozen
-    fast = frozen is not None and lens.softcap is None
+    fast = reading.fast
     before, real = reading.log_prob(sub.base), reading.stream.batch.attention_mask.bool()
     base = lens.log_probs(sub.base, frozen).exp() if fast else None  # [B, V]
     count = len(sub.vectors) // sub.head_dim
@@ -159,41 +167,123 @@ def heads(reading: Reading, sub: Sublayer) -> list[Tensor]:
 
 def screened(reading: Reading, top_k: int) -> Iterator[dict]:
     """The `top_k` neurons of each prompt that raise the answer most to first order."""
-    lens, subs = reading.lens, list(sublayers(reading.stream))
-    width = torch.tensor([len(sub.vectors) for sub in subs], device=reading.answer.device)
-    size = torch.tensor([sub.coefficient[0].numel() for sub in subs], device=width.device)
-    for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
-        answer = reading.answer[b]
-        with torch.enable_grad():
-            bases = torch.stack([sub.base[b] for sub in subs]).requires_grad_()  # [2L, D]
-            raw = lens.raw_logits(bases, reading.scale(b))
-            score = lens.cap(raw).log_softmax(-1)[:, answer].sum()
-            (gradients,) = torch.autograd.grad(score, bases)
-        logits, raw = lens.cap(raw.detach()), raw.detach() - lens.offset
-        before = logits[:, answer].double() - _logsumexp(logits)
-        estimates, count = [], 0  # equation 6, per sub-layer [P, n]
-        for sub, gradient in zip(subs, gradients, strict=True):
-            sources = real if sub.kind == "attention" else real.new_ones(1)
-            estimates.append(sub.coefficient[b] * (sub.vectors @ gradient))
-            estimates[-1][~sources] = -torch.inf
-            count += int(sources.sum()) * len(sub.vectors)
-        flat = torch.cat([estimate.flatten() for estimate in estimates])
-        chosen = flat.topk(min(top_k, count)).indices.sort().values  # [k]
-        owner = torch.searchsorted(size.cumsum(0), chosen, right=True)  # sub-layer of each
-        inside = chosen - (size.cumsum(0) - size)[owner]
-        place, neuron = inside // width[owner], inside % width[owner]
+    stream, lens = reading.stream, reading.lens
+    subs = list(sublayers(stream))
+    at_once = KEPT_BYTES // (4 * len(subs) * len(lens.weight)) if reading.fast else 1
+    for some in torch.arange(len(reading.answer)).split(max(1, at_once)):  # prompts
+        found = zip(some.tolist(), *_bases(reading, subs, some), strict=True)
+        chosen = [_chosen(reading, subs, top_k, *one) for one in found]
+        increases = _increases(reading, subs, chosen)
+        for one, increase in zip(chosen, increases, strict=True):
+            for i in one.owner.unique().tolist():
+                mask = one.owner == i
+                scores = one.before[i], increase[mask.cpu()]
+                yield _part(reading, subs[i], one.b, one.place[mask], one.neuron[mask], *scores)
 
-        c = torch.cat([sub.coefficient[b].flatten() for sub in subs])[chosen]
-        vectors = torch.cat([sub.vectors[neuron[owner == i]] for i, sub in enumerate(subs)])
-        p, q = _factors(lens, bases.detach()[owner], vectors, c, reading.scale(b))
-        directions = lens.directions(vectors)  # [k, V]
-        slices = zip(*(x.split(SOFTMAXES) for x in (p, q, owner, directions)), strict=True)
-        after = torch.cat([_after(lens, p * raw[i], q, d, answer) for p, q, i, d in slices])
-        increase = after - before[owner].cpu()
-        for i in owner.unique().tolist():
-            mask = owner == i
-            scores = before[i], increase[mask.cpu()]
-            yield _part(reading, subs[i], b, place[mask], neuron[mask], *scores)
+
+@dataclass
+class Chosen:
+    """The neurons of prompt b that are scored: k of them, in the order of the sub-layers."""
+
+    b: int
+    owner: Tensor  # [k] the sub-layer of each
+    place: Tensor  # [k] its source position
+    neuron: Tensor  # [k]
+    c: Tensor  # [k] its coefficient
+    before: Tensor  # [2L] log p(answer) of each sub-layer's base, float64
+    base: Tensor  # [2L, V] each base's distribution (frozen scale, no cap) or uncapped logits
+
+
+def _bases(reading: Reading, subs: list[Sublayer], some: Tensor) -> tuple[Tensor, ...]:
+    """Of the sub-layers' bases of n prompts: `before` and `base` of `Chosen`, [n, 2L] and [n, 2L,
+    V], and the gradients of log p(w) in them, [n, 2L, D].
+
+    A gradient is W_U^T (onehot(w) − p) read backwards through the frozen norm; where the scale
+    moves, or logits are capped, autograd has it."""
+    lens, fast, answer = reading.lens, reading.fast, reading.answer[some]
+    scale = None if reading.frozen is None else reading.frozen[some, None]
+    with torch.set_grad_enabled(not fast):
+        bases = torch.stack([sub.base[some] for sub in subs], 1).requires_grad_(not fast)
+        raw = lens.raw_logits(bases, scale)
+        if not fast:
+            score = lens.cap(raw).log_softmax(-1)[torch.arange(len(some)), :, answer].sum()
+            (gradients,) = torch.autograd.grad(score, bases)
+    raw = raw.detach()
+    logits = lens.cap(raw)
+    partition = torch.stack([_logsumexp(each) for each in logits])
+    before = logits[torch.arange(len(some)), :, answer].double() - partition
+    if fast:
+        raw.sub_(partition.float()[..., None]).exp_()
+        direction = lens.weight[answer][:, None] - raw @ lens.weight  # [n, 2L, D]
+        return before, raw, lens.norm.adjoint(direction, scale)
+    return before, raw - lens.offset, gradients
+
+
+def _chosen(
+    reading: Reading, subs: list[Sublayer], top_k: int, b: int, before, base, gradients
+) -> Chosen:
+    """By equation 6, from what `_bases` found of prompt b."""
+    real = reading.stream.batch.attention_mask[b].bool()
+    estimates, count = [], 0  # equation 6, per sub-layer [P, n]
+    for sub, gradient in zip(subs, gradients, strict=True):
+        sources = real if sub.kind == "attention" else real.new_ones(1)
+        estimates.append(sub.coefficient[b] * (sub.vectors @ gradient))
+        estimates[-1][~sources] = -torch.inf
+        count += int(sources.sum()) * len(sub.vectors)
+    flat = torch.cat([estimate.flatten() for estimate in estimates])
+    chosen = flat.topk(min(top_k, count)).indices.sort().values  # [k]
+    width = torch.tensor([len(sub.vectors) for sub in subs], device=flat.device)
+    size = torch.tensor([estimate.numel() for estimate in estimates], device=flat.device)
+    owner = torch.searchsorted(size.cumsum(0), chosen, right=True)  # sub-layer of each
+    inside = chosen - (size.cumsum(0) - size)[owner]
+    c = torch.cat([sub.coefficient[b].flatten() for sub in subs])[chosen]
+    return Chosen(b, owner, inside // width[owner], inside % width[owner], c, before.cpu(), base)
+
+
+def _increases(reading: Reading, subs: list[Sublayer], chosen: list[Chosen]) -> list[Tensor]:
+    """What each chosen neuron adds, [k] float64 per prompt. A neuron's direction is computed once
+    for all prompts and source positions at which it was chosen."""
+    starts = np.cumsum([0, *(len(sub.vectors) for sub in subs)])
+    firsts = torch.tensor(starts[:-1], device=reading.answer.device)
+    numbers = torch.cat([firsts[one.owner] + one.neuron for one in chosen])  # among all neurons
+    unique, which = numbers.unique(return_inverse=True)
+    owner = torch.searchsorted(firsts, unique, right=True) - 1
+    vectors = torch.cat(
+        [sub.vectors[(unique - starts[i])[owner == i]] for i, sub in enumerate(subs)]
+    )
+    increases = [torch.empty(len(one.owner), dtype=torch.float64) for one in chosen]
+    uses = which.split([len(one.owner) for one in chosen])
+    for first in range(0, len(unique), CHUNK):
+        directions = reading.lens.directions(vectors[first : first + CHUNK])  # [chunk, V]
+        for one, mine, increase in zip(chosen, uses, increases, strict=True):
+            rows = ((mine >= first) & (mine < first + CHUNK)).nonzero()[:, 0]
+            for some in rows.split(SOFTMAXES) if len(rows) else ():
+                added = vectors[mine[some]], directions[mine[some] - first]
+                increase[some.cpu()] = _increase(reading, subs, one, some, *added)
+    return increases
+
+
+def _increase(
+    reading: Reading, subs: list[Sublayer], one: Chosen, rows: Tensor, vectors, directions
+) -> Tensor:
+    """Equation 3 for some of the chosen neurons of a prompt; their directions are overwritten."""
+    lens, b, owner, c = reading.lens, one.b, one.owner[rows], one.c[rows]
+    states, answer = torch.stack([subs[i].base[b] for i in owner.tolist()]), reading.answer[b]
+    before = one.before[owner.cpu()]
+    if not reading.fast:
+        p, q = _factors(lens, states, vectors, c, reading.scale(b))
+        return _after(lens, p * one.base[owner], q, directions, answer) - before
+    directions *= (c * reading.scale(b))[:, None]
+    gain = directions[:, answer].double()
+    change = torch.stack(
+        [torch.dot(d, one.base[i]) for d, i in zip(directions.expm1_(), owner, strict=True)]
+    )
+    gain, sure = (gain - change.double().log1p()).cpu(), (change > -0.9) & (change < 1e4)
+    if not sure.all():  # digits are lost
+        states = states[~sure] + c[~sure, None] * vectors[~sure]
+        sure = sure.cpu()
+        gain[~sure] = reading.log_prob(states, b).cpu() - before[~sure]
+    return gain
 
 
 def _part(reading: Reading, sub: Sublayer, b: int, place, neuron, before, increase) -> dict:

@@ -181,8 +181,9 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
     try:
         if detail:
             model.set_attn_implementation("eager")  # the only kind that returns its weights
-        with hooks(*taps):
-            logits = model(**batch.inputs, use_cache=False).logits
+        # The unembedding is the largest matrix of small models, and only the last states are read.
+        with hooks(*taps, (arch.unembedding_module, "input", lambda x: batch.at_last(x)[:, None])):
+            logits = model(**batch.inputs, use_cache=False).logits[:, 0]
     finally:
         if detail:
             model.set_attn_implementation(loaded)
@@ -200,4 +201,4 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
     if first is not None:
         eager = parts["hidden"][-1, :1, batch.start[0] :][:, : first.shape[1]]
         prove(arch, f"eager attention in place of {loaded!r}", eager - first, first, slack=4)
-    return Stream(arch, batch, batch.at_last(logits).float(), **parts)
+    return Stream(arch, batch, logits.float(), **parts)

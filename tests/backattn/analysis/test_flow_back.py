@@ -7,6 +7,7 @@ import torch
 from conftest import PROMPTS
 
 from backattn import flow_back, load_model, logit_flow
+from backattn.analysis.flow_back import flow_backs
 from backattn.models.activations import capture
 from backattn.models.lens import Lens
 from backattn.models.tokens import encode
@@ -144,6 +145,28 @@ def test_kept_streams_give_what_a_second_pass_gives(tiny, route, monkeypatch):
     pd.testing.assert_frame_equal(back.conservation, again.conservation, check_exact=True)
     with pytest.raises(TypeError):
         flow_back(*tiny, dropped, route=route)
+
+
+def test_flows_of_the_same_prompts_are_traced_together(tiny, monkeypatch):
+    """One forward pass a batch; each flow gives what it gives alone."""
+    flow = logit_flow(*tiny, PROMPTS, top_k=40)
+    other = logit_flow(*tiny, PROMPTS, [5, 6, 7], level="layer")
+    traced = [(flow, "parts"), (flow, "linear"), (other, "linear")]
+    flow.streams, passes = [], []
+    alone = [flow_back(*tiny, *each, batch_size=2) for each in traced]
+    monkeypatch.setattr(
+        "backattn.analysis.flow_back.capture", lambda *x: passes.append(1) or capture(*x)
+    )
+    together = flow_backs(*tiny, traced, batch_size=2)
+    assert len(passes) == 2 and [back.route for back in together] == ["parts", "linear", "linear"]
+    for back, single in zip(together, alone, strict=True):
+        values = (x.frame[["flow", "direct"]].to_numpy() for x in (back, single))
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+        assert back.check() < 1e-3
+    assert (together[1].frame["flow"] - together[2].frame["flow"]).abs().max() > 1e-3
+    reverse = logit_flow(*tiny, PROMPTS[::-1], level="layer")
+    with pytest.raises(ValueError, match="different prompts"):
+        flow_backs(*tiny, [(flow, "parts"), (reverse, "linear")])
 
 
 class Backwards:

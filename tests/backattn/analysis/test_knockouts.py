@@ -13,6 +13,7 @@ from backattn.analysis.knockouts import (
     group_means,
 )
 from backattn.models.activations import capture
+from backattn.models.hooks import hooks
 from backattn.models.next_token import next_log_probs
 from backattn.models.tokens import encode
 
@@ -81,6 +82,30 @@ def test_what_stands_before_a_knockout_is_computed_once(wide, monkeypatch):
     assert (whole - probe.log_probs()).abs().max() > 1e-3
 
 
+def test_layers_below_a_knockout_run_once(wide, monkeypatch):
+    """Beginning at the lowest layer that is knocked out gives what all layers give, of this model
+    and these prompts."""
+    probe, ran = probed(*wide), []
+    some = [Knockout(kind, (3, 2), ("relation",)) for kind in ("ffn", "attention")]
+    blocks = probe.arch.blocks
+    taps = (
+        (block.get("ffn"), "input", lambda x, k=k: ran.append(k)) for k, block in enumerate(blocks)
+    )
+    with hooks(*taps):
+        quick = probe.log_probs(some)
+        assert ran == [2, 3]
+        ran.clear()
+        probe.log_probs()
+        assert ran == [3]
+    turned = PROMPTS[::-1]
+    assert torch.allclose(
+        quick.flip(0), probed(*wide, turned, probe.means).log_probs(some), atol=1e-4
+    )
+    monkeypatch.setattr("backattn.analysis.knockouts.in_window", lambda *_: False)
+    assert torch.allclose(quick, probed(*wide, PROMPTS, probe.means).log_probs(some), atol=1e-4)
+    assert (quick - probe.log_probs()).abs().max() > 1e-3
+
+
 def test_padding_does_not_leak_into_knockouts(llama):
     together = probed(*llama)
     some = [Knockout(kind, (1, 2), ("last",)) for kind in ("ffn", "attention")]
@@ -104,7 +129,7 @@ def test_hiding_a_position_from_the_last_one(wide, monkeypatch):
     assert hidden.isfinite().all()
     alone = [blocked(wide, [prompt], [[1]])[0] for prompt in PROMPTS]
     assert torch.allclose(hidden, torch.stack(alone), atol=1e-4)
-    assert all(cache is not None for *_, cache in CachedPrompts(*wide, PROMPTS).batches)
+    assert all(cache is not None for _, _, cache, _ in CachedPrompts(*wide, PROMPTS).batches)
     monkeypatch.setattr("backattn.analysis.knockouts.in_window", lambda *_: False)
     assert torch.allclose(hidden, blocked(wide, PROMPTS, [[1]] * 3), atol=1e-4)
 
