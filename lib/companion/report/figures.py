@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from backattn.files import atomic_file
 
@@ -108,8 +109,10 @@ def intervals(
     hue=None,
     looks: Looks = None,
     ax: Axes | None = None,
+    zone: float = 0.0,
 ) -> Axes:
-    """One value with its interval a row, the first on top, against zero; label names the rows."""
+    """One value with its interval a row, the first on top, against zero; label names the rows;
+    zone: within which differences count as none, in grey."""
     ax, rows = axes(ax, height=0.6 + 0.2 * len(table)), range(len(table))[::-1]
     chosen = looks_of(table[hue], looks) if hue else {}
     for y, row in zip(rows, table.to_dict("records"), strict=True):
@@ -117,6 +120,7 @@ def intervals(
         ax.plot([row["low"], row["high"]], [y, y], color=look.colour, lw=2, solid_capstyle="butt")
         ax.plot(row[value], y, marker=look.marker, color=look.colour, ms=5)
     ax.axvline(0, color=GREY, lw=0.6)
+    ax.axvspan(-zone, zone, color="0.9", zorder=0)
     ax.set(yticks=rows, yticklabels=table[label].tolist(), ylabel="")
     return ax
 
@@ -173,6 +177,13 @@ def heatmap(
     if upwards:
         ax.invert_yaxis()
     return ax
+
+
+def box(ax: Axes, grid: pd.DataFrame, column, rows: Iterable) -> None:
+    """A frame around some cells of a `heatmap`: a column, and rows that lie together."""
+    where = sorted(grid.index.get_loc(row) for row in rows)
+    corner = (grid.columns.get_loc(column), where[0])
+    ax.add_patch(Rectangle(corner, 1, len(where), fill=False, ec=ORANGE, lw=1.5, zorder=5))
 
 
 def flow_heatmap(
