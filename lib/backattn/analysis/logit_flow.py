@@ -166,7 +166,7 @@ class LogitFlow:
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
             batch = padded(self.input_ids[part], device=self.model.device)
-            log_probs = next_log_probs(self.model, batch).cpu().numpy()
+            log_probs = next_log_probs(self.model, batch, share=True).cpu().numpy()
             plain = log_probs[range(len(log_probs)), self.answer_ids[part]]
             miss = np.abs(plain - self.log_prob[part]).max()
             if not miss <= 10 * self.tolerance:
