@@ -38,7 +38,7 @@ KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "roundin
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 BATCH = 16
 HEADS_BATCH = 64  # heads of all prompts of a batch share what costs most
-KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
+KEEP_BYTES = 2**29  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
 def _layers(reading: Reading) -> Iterator[dict]:
