@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from companion import paths
-from companion.measures.memory import memory_probes
+from companion.measures.memory import MemoryProbes
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def answers_of():
 @pytest.fixture
 def probe(kept):
     """The questions of the run `kept`, to be asked."""
-    probes = memory_probes(kept[:1], kept[1])  # at its end the adapter comes off
+    probes = iter(MemoryProbes(kept[:1], kept[1]))  # at its end the adapter comes off
     yield next(probes)
 
 

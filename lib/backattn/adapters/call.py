@@ -6,6 +6,7 @@ the final norm would begin.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -202,6 +203,15 @@ class UpperCache:
 
     def __getattr__(self, name: str):
         return getattr(self._cache, name)
+
+
+def without_updates(cache: Cache, model) -> Cache:
+    """The cache of a call in two passes as it would be had no query read anything, so that layers
+    that ran again left what they left in the first pass; the cache itself stays as it is."""
+    other, again = copy.copy(cache), slice(model.layers, 2 * model.layers - model.sources[0])
+    other.layers = [*cache.layers]
+    other.layers[again] = cache.layers[model.sources[0] : model.layers]
+    return other
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from backattn.models.hooks import analysis, evaluating, hooks, in_place_of
 from backattn.models.next_token import cache_prefix, in_window, next_log_probs
 from backattn.models.tokens import Batch, check_indices, encode
 
-BATCH = 16
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,15 @@ class CachedPrompts:
     `states` what lies below, is kept.
 
     batches: (rows, the batch padded on the left, its keys and values, or None where a sliding
-    window is shorter, the states [B, T, D] that enter each layer, none without a cache); similar
-    lengths together. SmolLM2 takes 46 kB a token for a cache, 70 kB for states.
+    window is shorter, the states [B, T, D] that enter each layer, none without a cache). own: how
+    many last tokens of each prompt may change, all where it is None; similar ones together. SmolLM2
+    takes 46 kB a token for a cache, 70 kB for states.
     """
 
-    def __init__(self, model, tokenizer, prompts: Sequence[str], states: bool = False):
+    def __init__(self, model, tokenizer, prompts: Sequence[str], states: bool = False, own=None):
         self.arch, self.batches = describe(model), []
         self.lengths = encode(tokenizer, prompts).lengths.tolist()
-        order = np.argsort(self.lengths, kind="stable").tolist()
+        order = np.argsort(self.lengths if own is None else own, kind="stable").tolist()
         for start in range(0, len(order), BATCH):
             rows, cache, kept = order[start : start + BATCH], None, []
             batch = encode(tokenizer, [prompts[i] for i in rows], "left", model.device)
@@ -147,7 +148,9 @@ class KnockoutProbe(CachedPrompts):
     """
 
     def __init__(self, model, tokenizer, prompts, answer_ids, groups, means):
-        super().__init__(model, tokenizer, prompts, states=True)
+        # What stands before the first other group, as worked examples do, is seldom knocked out.
+        own = [sum(label != labels[0] for label in labels) for labels in groups]
+        super().__init__(model, tokenizer, prompts, states=True, own=own)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
         _check_labels(groups, self.lengths)
         vocabulary = [self.arch.model.config.vocab_size] * len(prompts)

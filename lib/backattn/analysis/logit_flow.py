@@ -38,7 +38,7 @@ KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "roundin
 LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
 BATCH = 16
 HEADS_BATCH = 64  # heads of all prompts of a batch share what costs most
-KEEP_BYTES = 2**30  # a flow keeps its forward passes for `flow_back` where they take no more
+KEEP_BYTES = 2**29  # a flow keeps its forward passes for `flow_back` where they take no more
 
 
 def _layers(reading: Reading) -> Iterator[dict]:
@@ -166,7 +166,7 @@ class LogitFlow:
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
             batch = padded(self.input_ids[part], device=self.model.device)
-            log_probs = next_log_probs(self.model, batch).cpu().numpy()
+            log_probs = next_log_probs(self.model, batch, share=True).cpu().numpy()
             plain = log_probs[range(len(log_probs)), self.answer_ids[part]]
             miss = np.abs(plain - self.log_prob[part]).max()
             if not miss <= 10 * self.tolerance:

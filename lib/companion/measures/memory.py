@@ -6,7 +6,7 @@ puts something there), after e1 and after r1 ("'s"), and the last token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from backattn.adapters.back_attention import BackAttentionModel
+from backattn.adapters.call import without_updates
 from backattn.models.devices import input_device
 from backattn.models.next_token import in_window
 from backattn.runtime import progress
@@ -66,20 +67,38 @@ def last_logits(
     return logits
 
 
+@dataclass
+class Passes:
+    """What a `MemoryProbe` computes once: states of first passes by question, caches of whole
+    questions, nothing hidden, by a batch's first one, and what `read` gives and its logits."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    caches: dict[int, Cache] = field(default_factory=dict)
+    read: tuple[list[np.ndarray], Tensor] | None = None
+
+
 class MemoryProbe:
     """Questions asked as they are, with cells hidden or with another memory. The first pass is
-    kept, and after `read` hidden cells cost only positions from the first one they change. frame:
-    see `memory_places`, with seed, question, e2; labels: the place of each token."""
+    kept, and after `read` hidden cells cost only positions from the first one they change, or from
+    the first one that reads something. frame: see `memory_places`, with seed, question, e2; labels:
+    the place of each token; passes: of the same questions and weights, to go on from."""
 
-    def __init__(self, wrapped: BackAttentionModel, tokenizer, items: Items, frame: pd.DataFrame):
+    def __init__(
+        self,
+        wrapped: BackAttentionModel,
+        tokenizer,
+        items: Items,
+        frame: pd.DataFrame,
+        passes: Passes | None = None,
+    ):
         if items.memories is not None:
             raise ValueError("These questions have memories: a probe would read their own.")
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
         self.about = frame[["seed", "question", "e2"]]  # what rows of results are named by
         self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
-        self._passes = FirstPasses(wrapped, items, group=BATCH)
-        self._caches: dict[int, Cache] = {}  # whole questions, nothing hidden, by a first row
+        self._first, self._kept = FirstPasses(wrapped, items, group=BATCH), passes or Passes()
+        self._first.kept = self._kept.states
 
     def block(self, source: Sequence[str], layers: Sequence[int] | None = None) -> list[np.ndarray]:
         """The cells at some places in some memory layers (None: all): [M, T] bool per question."""
@@ -90,11 +109,17 @@ class MemoryProbe:
         """What can be read: the memory layers' states of the first pass, [M, T, D] per question."""
         among = [self.wrapped.needed.index(layer) for layer in self.memory_layers]
         for rows in by_length(self.items, BATCH):
-            self._passes(rows, collate(self.items, rows, input_device(self.wrapped)))
-        return [self._passes.kept[row][among] for row in range(len(self.items))]
+            self._first(rows, collate(self.items, rows, input_device(self.wrapped)))
+        return [self._first.kept[row][among] for row in range(len(self.items))]
 
     def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """What queries read (mean over heads), [T, M, T] per question; and what `ask` returns."""
+        if self._kept.read is None:
+            self._kept.read = self._read()
+        weights, logits = self._kept.read
+        return weights, *self._outcomes(logits)
+
+    def _read(self) -> tuple[list[np.ndarray], Tensor]:
         weights = [np.empty(0)] * len(self.items)
         source = self.wrapped.back_attention_config.sources[0]
 
@@ -105,14 +130,14 @@ class MemoryProbe:
             with self.wrapped.attention_maps() as recorded:
                 out = self.wrapped(ids, batch.attention_mask, **options, use_cache=True)
             if in_window(self.wrapped, batch):
-                self._caches[rows[0]] = out.past_key_values
+                self._kept.caches[rows[0]] = out.past_key_values
             maps = recorded[source].mean(1).float().cpu().numpy()  # [B, T, M, T]
             for read, row in zip(maps, rows, strict=True):
                 length = len(self.labels[row])
                 weights[row] = read[-length:, :, -length:]
             return out.logits.float()
 
-        return weights, *self._outcomes(last_logits(self.wrapped, self.items, whole))
+        return weights, last_logits(self.wrapped, self.items, whole)
 
     def ask(self, *args, **edit) -> tuple[np.ndarray, np.ndarray]:
         """(log-probability of the answer's first token, whether an accepted one is likeliest): [n];
@@ -133,9 +158,11 @@ class MemoryProbe:
         others stay what they are, instead of taking theirs. memory: per question [M, T, D], read
         instead of its.
         """
+        if hidden is None and memory is None and self._kept.read is not None:
+            return self._kept.read[1]
 
         def edited(rows: list[int], batch: Questions) -> Tensor:
-            first, cells, cache, other = self._passes(rows, batch), None, None, None
+            first, cells, cache, other = self._first(rows, batch), None, None, None
             count, (size, width) = len(self.memory_layers), batch.input_ids.shape
             if hidden is not None:
                 cells = torch.ones(size, width, count, width, dtype=torch.bool)
@@ -144,10 +171,9 @@ class MemoryProbe:
                     affected = np.isin(self.labels[row], queries)[:, None, None]  # [T, 1, 1]
                     visible[-length:, :, -length:] = torch.from_numpy(~(affected & hidden[row]))
                 cells = cells.to(first.device, torch.float32 if silent else torch.bool)
-                cache = self._caches.get(rows[0]) if memory is None else None
+                if memory is None and rows[0] in self._kept.caches:
+                    same, cache = self._before(self._kept.caches[rows[0]], cells.cpu(), batch)
             if cache is not None:
-                same = int(cells.flatten(2).bool().all(-1).all(0).long().cumprod(0).sum())
-                same = min(same, width - 1)  # positions before the first one that changes
                 cells, first = cells[:, same:], first[:, :, same:]
             if memory is not None:
                 other = first.new_zeros(count, *first.shape[1:])
@@ -158,6 +184,24 @@ class MemoryProbe:
 
         return last_logits(self.wrapped, self.items, edited)
 
+    def _before(self, cache: Cache, cells: Tensor, batch: Questions) -> tuple[int, Cache]:
+        """How many positions need not run again, and a cache that holds them: those before the
+        first that sees a hidden cell or, where that is more, before the first that reads one."""
+        real = batch.attention_mask.bool().cpu()  # [B, T]
+        visible = (real[:, None] & torch.ones(real.shape[1], real.shape[1]).tril().bool())[
+            :, :, None
+        ]
+
+        def first(changes: Tensor) -> int:
+            return int(
+                (~(changes & visible).flatten(2).any(-1) | ~real).all(0).long().cumprod(0).sum()
+            )
+
+        same, unread = first(cells != 1), first(cells != 0) if self.wrapped.two_passes else 0
+        if unread > same:
+            same, cache = unread, without_updates(cache, self.wrapped)
+        return min(same, real.shape[1] - 1), cache
+
     def _outcomes(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         batch = collate(self.items, range(len(self.items)))
         log_probs = logits.log_softmax(-1).gather(-1, batch.labels[:, -1:])[:, 0]
@@ -165,16 +209,25 @@ class MemoryProbe:
         return log_probs.numpy().astype(float), right.numpy()
 
 
-def memory_probes(
-    runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
-) -> Iterator[MemoryProbe]:
-    """A `MemoryProbe` of each run's first `count` test questions, its weights on it."""
-    for run in progress(list(runs), "reading", unit="run"):
-        frame = asked(run, "test").head(count)
-        spans = [two_hop_spans(row.prompt, row.e1, row.r1, row.r2) for row in frame.itertuples()]
-        frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
-        frame["question"] = range(len(frame))
-        frame["seen"] = frame["answer"].isin(asked(run, "train")["answer"])
-        with load_trained(run, store, device) as (wrapped, tokenizer):
-            items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
-            yield MemoryProbe(wrapped, tokenizer, items, frame)
+class MemoryProbes:
+    """A `MemoryProbe` of each run's first `count` test questions, its weights on the model while it
+    is asked. What they compute is kept: gone through again, they go on from there."""
+
+    def __init__(
+        self, runs: Sequence[Run], store: Store, count: int | None = None, device: str = "cpu"
+    ):
+        self.runs, self.store, self.count, self.device = list(runs), store, count, device
+        self._passes = [Passes() for _ in self.runs]
+
+    def __iter__(self) -> Iterator[MemoryProbe]:
+        for run, passes in zip(
+            progress(self.runs, "reading", unit="run"), self._passes, strict=True
+        ):
+            frame = asked(run, "test").head(self.count)
+            spans = [two_hop_spans(x.prompt, x.e1, x.r1, x.r2) for x in frame.itertuples()]
+            frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
+            frame["question"] = range(len(frame))
+            frame["seen"] = frame["answer"].isin(asked(run, "train")["answer"])
+            with load_trained(run, self.store, self.device) as (wrapped, tokenizer):
+                items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
+                yield MemoryProbe(wrapped, tokenizer, items, frame, passes)

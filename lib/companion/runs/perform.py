@@ -1,7 +1,6 @@
 """Training and testing one run."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
@@ -25,16 +24,17 @@ from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run, source_of
 from companion.runs.scratch import scratch_model
 from companion.runs.store import Store
 
-
-@functools.lru_cache(maxsize=2)
-def _base(name: str, source: str | None, dtype: str, device: str):
-    with quiet_transformers() if name in OWN else contextlib.nullcontext():
-        return load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
+_base: dict[tuple, tuple] = {}
 
 
 def base_model(name: str, dtype: str = "float32", device: str = "cpu"):
-    """(model, tokenizer) that adapters of runs are put on, kept for the next who asks."""
-    return _base(name, source_of(name), dtype, device)
+    """(model, tokenizer) that adapters of runs are put on, kept until another is asked for."""
+    key = name, source_of(name), dtype, device
+    if key not in _base:
+        _base.clear()  # before the other needs its memory
+        with quiet_transformers() if name in OWN else contextlib.nullcontext():
+            _base[key] = load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
+    return _base[key]
 
 
 @contextlib.contextmanager

@@ -99,6 +99,7 @@ def memory_tests(probes: Iterable[MemoryProbe], facts: pd.DataFrame) -> pd.DataF
         alike = (relations == relations[donors(probe.frame)]).all(1)
         about = probe.about.assign(r2=probe.frame["r2"], seen=probe.frame["seen"], alike=alike)
         of = answer_sets(probe.tokenizer, facts, probe.frame, probe.items)
+        probe.read()  # what edits leave as it was need not run again
         for key, label, edit in progress(memory_edits(probe), "another memory", unit="test"):
             values = in_parts(probe.logits(**edit), *of)
             rows.append(about.assign(key=key, test=label).join(values))

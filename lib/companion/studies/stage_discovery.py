@@ -73,9 +73,14 @@ def contest(model, tokenizer, asked: pd.DataFrame, groups: Sequence) -> pd.DataF
     """
     if asked.empty:
         raise ValueError("There is no prompt with a conflicting answer: ask more facts.")
-    where, pairs = last_token_positions(groups, CONTESTED), asked[["answer_id", "answer_id_other"]]
-    logits, _ = read_states(model, tokenizer, asked["prompt"].tolist(), where, pairs.to_numpy())
-    less = logits[..., 0] - logits[..., 1]  # [n, positions, L+1]
+    where, by_prompt = last_token_positions(groups, CONTESTED), asked.groupby("prompt", sort=False)
+    row, pair = by_prompt.ngroup().to_numpy(), 2 * by_prompt.cumcount().to_numpy()
+    tokens = np.zeros((by_prompt.ngroups, pair.max() + 2), dtype=int)  # all that one is asked for
+    tokens[row, pair], tokens[row, pair + 1] = asked["answer_id"], asked["answer_id_other"]
+    once = np.flatnonzero(pair == 0)
+    prompts, where = asked["prompt"].iloc[once].tolist(), [where[i] for i in once]
+    logits, _ = read_states(model, tokenizer, prompts, where, tokens.tolist())
+    less = logits[row, ..., pair] - logits[row, ..., pair + 1]  # [n, positions, L+1]
     table = mean_by_layer(less, asked["subject"], CONTESTED, column="position")
     return table.assign(clusters=asked["subject"].nunique())
 

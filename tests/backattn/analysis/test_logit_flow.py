@@ -91,6 +91,16 @@ def test_exact_equals_the_naive_loop_and_screen_exact(tiny, norm):
         assert len(whole.frame) == len(flow.frame)
 
 
+@pytest.mark.parametrize("norm", ["final", "own"])
+def test_screened_neurons_are_the_same_however_many_run_together(tiny, norm, monkeypatch):
+    options = {"norm": norm, "top_k": 60}
+    together = neurons_of(logit_flow(*tiny, PROMPTS, **options))
+    for name, few in (("CHUNK", 8), ("SOFTMAXES", 3), ("KEPT_BYTES", 1)):
+        monkeypatch.setattr(f"backattn.analysis.neuron_scores.{name}", few)
+    assert disagreement(together, neurons_of(logit_flow(*tiny, PROMPTS, **options))) <= 1e-5
+    assert together["prompt"].value_counts().tolist() == [60] * len(PROMPTS)
+
+
 def test_a_neuron_that_dominates_is_still_exact():
     """Large coefficients leave the range of the expansion: the bound sends them to the softmax."""
     model, tokenizer = load_model("tiny-llama")

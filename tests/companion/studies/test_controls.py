@@ -10,7 +10,7 @@ from ledger_rows import held
 
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from companion.measures.memory import high_layers, memory_probes
+from companion.measures.memory import MemoryProbes, high_layers
 from companion.questions.asking import OUTCOMES
 from companion.questions.datasets import TWO_HOP_KEYS, load
 from companion.runs.as_asked import asked
@@ -97,7 +97,7 @@ def test_other_ways_are_asked_the_same_questions(kept):
     zero = dataclasses.replace(run, arm="zero-shot", learning_rate=0.0, steps=0)
     ways = study.other_ways([zero, run], store, load("facts"), count=5)
     assert set(ways["key"]) == {"zero-shot", "hop by hop", "back attention"}
-    made = study.memory_tests(memory_probes([run], store, 5), load("facts"))
+    made = study.memory_tests(MemoryProbes([run], store, 5), load("facts"))
     for key, same in (("zero-shot", "off"), ("back attention", "trained")):
         pair = [x[x["key"] == k] for x, k in ((ways, key), (made, same))]
         for value in ("log_prob", "type", "choice", "right", "closed"):
@@ -133,7 +133,7 @@ def test_one_memory_layer_has_no_layers_to_choose_from(kept):
         for p in model.updates.parameters():
             torch.nn.init.normal_(p, std=0.3)
         store.keep(own, {"run": {}}, trained_weights(model))
-    assert study.memory_tests(memory_probes([own], store), load("facts"))["test"].nunique() == 8
+    assert study.memory_tests(MemoryProbes([own], store), load("facts"))["test"].nunique() == 8
 
 
 def of_tests(log_probs: dict[str, list[float]]) -> pd.DataFrame:

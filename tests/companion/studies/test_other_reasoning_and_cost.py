@@ -51,6 +51,8 @@ def test_operations_are_those_of_the_model(by, llama):
     plain = forward_flops(model, ids)
     wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))
     twice = forward_flops(wrapped, ids)
+    wrapped.one_pass = True  # a prompt has two passes all the same
+    assert forward_flops(wrapped, ids) == twice
     wrapped.unload()
     first = by.xs((1, 12), level=["source_layer", "context"])["first_flops"]
     assert first[[PLAIN, TWO_PASSES, ONE_PASS]].tolist() == [plain, twice, twice]

@@ -2,11 +2,13 @@
 
 import pandas as pd
 import pytest
+import torch
 from conftest import PROMPTS
 from ledger_rows import held
 
 from backattn import logit_flow
 from backattn.models.activations import capture
+from backattn.models.lens import read_states
 from backattn.models.tokens import encode
 from companion.questions.facts import facts
 from companion.questions.prompts import position_groups, single_hop
@@ -36,6 +38,21 @@ def test_contest_reads_the_models_own_logits_at_the_end(llama):
     assert final.loc["last", "mean"] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match="ask more facts"):
         study.contest(*llama, prompts.head(0), [])
+
+
+def test_contest_reads_a_prompt_once_for_all_its_pairs(llama, monkeypatch):
+    prompts = single_hop(facts(), shots=1, per_relation=2).reset_index(drop=True)
+    pairs = pd.DataFrame({"answer_id": [5, 7, 5], "answer_id_other": [9, 8, 6]})
+    asked = prompts.merge(pairs, how="cross").sample(frac=1, random_state=0).iloc[1:]
+    table = study.contest(*llama, asked, position_groups(llama[1], asked))
+    logits = capture(llama[0], encode(llama[1], asked["prompt"].tolist())).logits
+    less = [x[a] - x[b] for x, a, b in zip(logits, *map(asked.get, pairs), strict=True)]
+    final = table[table["layer"] == llama[0].config.num_hidden_layers].set_index("position")
+    assert final.loc["last", "mean"] == pytest.approx(torch.stack(less).mean().item(), abs=1e-4)
+    read = []
+    monkeypatch.setattr(study, "read_states", lambda *x: read.extend(x[2]) or read_states(*x))
+    again = study.contest(*llama, asked, position_groups(llama[1], asked))
+    assert again.equals(table) and sorted(read) == sorted(set(asked["prompt"])) != []
 
 
 @pytest.mark.parametrize(

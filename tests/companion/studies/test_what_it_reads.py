@@ -1,5 +1,7 @@
 """What trained back attention reads, and needs: on a tiny model whose module matters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +9,10 @@ import torch
 from ledger_rows import held
 
 from backattn import load_model
-from backattn.training.evaluation import answer_logits
-from companion.measures.memory import PLACES, high_layers, memory_places
+from backattn.training.evaluation import FirstPasses, answer_logits
+from companion.measures.memory import PLACES, MemoryProbes, high_layers, memory_places
 from companion.questions.prompts import two_hop_spans
+from companion.runs.perform import trained_weights, with_adapter
 from companion.studies import what_it_reads as study
 
 
@@ -82,6 +85,52 @@ def test_what_is_not_changed_is_not_asked_again(probe, monkeypatch):
     for (a, right), (b, same) in zip(quick, slow, strict=True):
         assert np.allclose(a, b, atol=1e-5) and np.array_equal(right, same)
     assert abs(quick[0][0] - quick[1][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_positions_that_read_nothing_are_not_asked_again(probe, monkeypatch, silent):
+    """After `read`, what runs again begins where something is read, or is hidden from sight."""
+    widths = []
+
+    def watched(model, batch, first, cache):
+        widths.append(first.shape[2])
+        return answer_logits(model, batch, first, cache)
+
+    monkeypatch.setattr("companion.measures.memory.answer_logits", watched)
+    everything, r1 = probe.block(PLACES), probe.block(["r1"])
+    only_r1 = [~cells for cells in r1]
+    plans = [(everything, PLACES), (everything, PLACES[:-1]), (only_r1, PLACES), (r1, PLACES)]
+    slow = [probe.ask(cells, queries, silent=silent) for cells, queries in plans]
+    trained = probe.ask()
+    probe.read()
+    widths.clear()
+    quick = [probe.ask(cells, queries, silent=silent) for cells, queries in plans]
+    whole = max(map(len, probe.items.prompts))
+    assert widths[:2] == [1, 1] and 1 < widths[2] < whole and 1 < widths[3] < whole
+    for (a, right), (b, same) in zip(quick, slow, strict=True):
+        assert np.allclose(a, b, atol=1e-5) and np.array_equal(right, same)
+        assert abs(a - trained[0]).max() > 1e-3
+    assert np.allclose(probe.ask()[0], trained[0], atol=1e-5) and len(widths) == 4
+
+
+def test_probes_asked_again_go_on_from_what_they_computed(kept, monkeypatch):
+    """The same numbers and no pass made twice; another run's weights have their own."""
+    run, store = kept
+    other, asked = replace(run, seed=run.seed + 1), []
+    with with_adapter(other, "float32") as (model, _):
+        for p in model.updates.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        store.keep(other, {"run": {}}, trained_weights(model))
+    probes = MemoryProbes([run, other], store, 4)
+    once = [(probe.read()[1], probe.ask(probe.block(["r1"]))[0]) for probe in probes]
+    with monkeypatch.context() as patch:
+        patch.setattr(FirstPasses, "_compute", lambda *_: asked.append(1))
+        again = [(probe.read()[1], probe.ask(probe.block(["r1"]))[0]) for probe in probes]
+    fresh = [probe.read()[1] for one in (run, other) for probe in MemoryProbes([one], store, 4)]
+    assert not asked and abs(once[0][0] - once[1][0]).max() > 1e-3
+    for (read, hidden), (read_again, hidden_again), alone in zip(once, again, fresh, strict=True):
+        assert np.array_equal(read, read_again) and np.array_equal(hidden, hidden_again)
+        assert np.allclose(read, alone, atol=1e-5)
 
 
 def test_cells_are_chosen_by_weight_and_by_count():
