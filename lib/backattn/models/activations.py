@@ -172,6 +172,7 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
             ("raw_ffn", block.get("ffn"), "output"),
         ]
         taps += [(module, side, record(name, layer, *part)) for name, module, side, *part in wanted]
+    ends, place = batch.last.unique(return_inverse=True)  # logits of no other positions are made
     loaded = model.config._attn_implementation
     if detail and compare and loaded != "eager":
         beginning = padded([batch.rows[0][:FIRST]], device=batch.input_ids.device)
@@ -182,7 +183,7 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
         if detail:
             model.set_attn_implementation("eager")  # the only kind that returns its weights
         with hooks(*taps):
-            logits = model(**batch.inputs, use_cache=False).logits
+            logits = model(**batch.inputs, use_cache=False, logits_to_keep=ends).logits
     finally:
         if detail:
             model.set_attn_implementation(loaded)
@@ -200,4 +201,4 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
     if first is not None:
         eager = parts["hidden"][-1, :1, batch.start[0] :][:, : first.shape[1]]
         prove(arch, f"eager attention in place of {loaded!r}", eager - first, first, slack=4)
-    return Stream(arch, batch, batch.at_last(logits).float(), **parts)
+    return Stream(arch, batch, logits[torch.arange(len(place)), place].float(), **parts)
