@@ -27,7 +27,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from backattn.analysis.neuron_scores import Reading, Sublayer, exact, heads, screened, sublayers
+from backattn.analysis.neuron_scores import (
+    Reading,
+    Sublayer,
+    every,
+    exact,
+    heads,
+    linear,
+    screened,
+    sublayers,
+)
 from backattn.models.activations import Stream, capture
 from backattn.models.hooks import analysis
 from backattn.models.next_token import next_log_probs
@@ -35,7 +44,11 @@ from backattn.models.tokens import Batch, answer_ids, encode, padded
 from backattn.runtime import progress
 
 KINDS = ("embedding", "attention", "attention_bias", "ffn", "ffn_bias", "rounding")
-LEVELS, NORMS, METHODS = ("layer", "head", "neuron"), ("final", "own"), ("exact", "screen")
+LEVELS, NORMS, METHODS = (
+    ("layer", "head", "neuron"),
+    ("final", "own"),
+    ("exact", "screen", "linear"),
+)
 BATCH = 16
 HEADS_BATCH = 64  # heads of all prompts of a batch share what costs most
 KEEP_BYTES = 2**29  # a flow keeps its forward passes for `flow_back` where they take no more
@@ -62,18 +75,53 @@ def _layers(reading: Reading) -> Iterator[dict]:
         before = after  # (4) the sum so far is the next term's base
 
 
-def _heads(reading: Reading) -> Iterator[dict]:
+def _heads(reading: Reading, layers: list[dict]) -> Iterator[dict]:
     """Equation 3 for each head × source position, and for each FFN as one part."""
-    stream = reading.stream
-    for sub in sublayers(stream):
-        if sub.kind == "ffn":
-            yield _part(reading, sub, "ffn", stream.batch.at_last(stream.ffn[sub.layer]))
-            continue
-        before, increases = reading.log_prob(sub.base), heads(reading, sub)
-        for b, increase in enumerate(increases):  # [H, sources]
-            head, position = (np.arange(n) for n in increase.shape)
-            where = {"prompt": b, "layer": sub.layer, "head": head[:, None], "position": position}
-            yield {**where, "kind": "attention", "before": before[b], "increase": increase}
+    yield from (part for part in layers if part["kind"] == "ffn")
+    for sub in sublayers(reading.stream):
+        if sub.kind == "attention":
+            before, increase = heads(reading, sub)
+            yield from _at_sources(reading, sub, before, increase)
+
+
+def _at_sources(reading: Reading, sub: Sublayer, before, increase: Tensor) -> Iterator[dict]:
+    """Heads of an attention, prompt by prompt. before: [B], increase: [B, H, T]."""
+    for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
+        mine = increase[b][:, real]  # [H, sources]
+        head, position = (np.arange(n) for n in mine.shape)
+        where = {"prompt": b, "layer": sub.layer, "head": head[:, None], "position": position}
+        yield {**where, "kind": "attention", "before": before[b], "increase": mine}
+
+
+def _linear_layers(reading: Reading) -> Iterator[dict]:
+    """Shares of whole sub-layers in the answer's logit: linear, so that they need no base."""
+    stream, at_last = reading.stream, reading.stream.batch.at_last
+    nan = torch.full(reading.answer.shape, torch.nan)
+    terms = [(0, "embedding", stream.hidden[0])]
+    for layer, pair in enumerate(zip(stream.attention, stream.ffn, strict=True)):
+        terms += zip((layer, layer), ("attention", "ffn"), pair, strict=True)
+        if stream.arch.model.dtype != torch.float32:
+            rounding = stream.hidden[layer + 1] - stream.hidden[layer] - sum(pair)
+            terms.append((layer, "rounding", rounding))
+    for layer, kind, x in terms:
+        yield {"layer": layer, "kind": kind, "before": nan, "increase": reading.logit(at_last(x))}
+
+
+def _linear_parts(reading: Reading, level: str, layers: list[dict]) -> Iterator[dict]:
+    """Shares of heads or neurons in the answer's logit."""
+    nan = torch.full(reading.answer.shape, torch.nan)
+    if level == "head":
+        yield from (part for part in layers if part["kind"] == "ffn")
+    for sub in sublayers(reading.stream):
+        if level == "neuron":
+            yield from every(reading, sub, nan, linear(reading, sub).double())
+            if sub.bias is not None:
+                share = reading.logit(sub.bias.expand_as(sub.base))
+                kind = f"{sub.kind}_bias"
+                yield {"layer": sub.layer, "kind": kind, "before": nan, "increase": share}
+        elif sub.kind == "attention":
+            share = linear(reading, sub).unflatten(-1, (-1, sub.head_dim)).sum(-1)  # [B, T, H]
+            yield from _at_sources(reading, sub, nan, share.transpose(1, 2).double())
 
 
 def _neurons(reading: Reading, method: str, top_k: int) -> Iterator[dict]:
@@ -134,6 +182,8 @@ class LogitFlow:
         they do not apply.
     layers: the layer-level rows, whatever the level.
     log_prob: the model's own log-probability of each answer, [prompts].
+    total: what the layer scores add up to, [prompts]: log_prob or, for method="linear", the
+        answer's uncapped logit without the lens's offset.
     streams: forward passes kept for `flow_back`, without what it makes again from the states; none
         where they would take more than KEEP_BYTES, or at level "layer".
     """
@@ -146,6 +196,7 @@ class LogitFlow:
     answers: list[str] = field(default_factory=list)
     answer_ids: list[int] = field(default_factory=list)
     log_prob: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    total: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     streams: list[Stream] = field(default_factory=list, repr=False)
@@ -155,13 +206,14 @@ class LogitFlow:
         ValueError where it exceeds the tolerance of the dtype, and where the model as it is,
         without hooks, gives an answer another log-probability."""
         grouped = self.layers.groupby("prompt", sort=True)
-        total = grouped["log_prob_before"].first() + grouped["increase"].sum()
-        errors = np.abs(total.to_numpy() - self.log_prob)
+        total = grouped["log_prob_before"].first().fillna(0) + grouped["increase"].sum()
+        errors = np.abs(total.to_numpy() - self.total)
         worst = int(np.nanargmax(np.where(np.isnan(errors), np.inf, errors)))
         if not errors[worst] <= self.tolerance:
             raise ValueError(
                 f"The layer scores of prompt {worst} ({self.prompts[worst]!r}) miss the model's "
-                f"log-probability by {errors[worst]:.2e} nats (allowed {self.tolerance:.0e})."
+                f"log-probability (linear: its logit) by {errors[worst]:.2e} nats "
+                f"(allowed {self.tolerance:.0e})."
             )
         for start in range(0, len(self.prompts), BATCH):
             part = slice(start, start + BATCH)
@@ -199,7 +251,10 @@ def logit_flow(
         norm: "final" freezes the final norm's scale of the full pass (logit flow); "own" recomputes
             it (logit lens).
         method: for neurons, "exact" scores all; "screen" scores all to first order and exactly the
-            `top_k` with the largest first-order increase, and returns those.
+            `top_k` with the largest first-order increase, and returns those. "linear", at every
+            level, is direct logit attribution: `increase` is the component's share of the answer's
+            raw (uncapped) logit at the frozen final scale. It needs no base and no softmax, so
+            log_prob_before and log_prob_after are NaN; needs norm="final".
         batch_size: prompts at once; None: 16, or 64 for heads.
 
     Returns a `LogitFlow`; call `.check()` to see that the layer scores telescope.
@@ -218,6 +273,8 @@ def logit_flow(
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
+    if method == "linear" and norm != "final":
+        raise ValueError('method="linear" adds up only at a frozen scale: use norm="final".')
     if batch_size is None:
         batch_size = HEADS_BATCH if level == "head" else BATCH
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
@@ -232,12 +289,23 @@ def logit_flow(
         part = slice(start, start + batch_size)
         batch = encode(tokenizer, prompts[part], device=model.device)
         reading = Reading(capture(model, batch, level != "layer"), norm, ids and ids[part])
-        layers.append(_frame(_layers(reading), batch, start, tokenizer))
+        whole = list(_linear_layers(reading) if method == "linear" else _layers(reading))
+        layers.append(_frame(whole, batch, start, tokenizer))
         if level != "layer":
-            found = _heads(reading) if level == "head" else _neurons(reading, method, top_k)
+            if method == "linear":
+                found = _linear_parts(reading, level, whole)
+            elif level == "head":
+                found = _heads(reading, whole)
+            else:
+                found = _neurons(reading, method, top_k)
             parts.append(_frame(found, batch, start, tokenizer))
         logs = reading.stream.logits.log_softmax(-1).gather(1, reading.answer[:, None])[:, 0]
         flow.log_prob = np.append(flow.log_prob, logs.cpu().numpy())
+        total = logs
+        if method == "linear":
+            lens, end = reading.lens, batch.at_last(reading.stream.hidden[-1])
+            total = (lens.raw_logits(end) - lens.offset).gather(1, reading.answer[:, None])[:, 0]
+        flow.total = np.append(flow.total, total.cpu().numpy())
         flow.input_ids += batch.rows
         flow.answer_ids += reading.answer.tolist()
         slim = replace(reading.stream, values=(), neurons=())

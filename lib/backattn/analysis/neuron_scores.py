@@ -34,6 +34,7 @@ from backattn.runtime import progress
 CHUNK = 256  # neurons whose directions over the vocabulary are in memory at once
 SOFTMAXES = 16  # taken at once: what stays in a processor's cache
 KEPT_BYTES = 2**28  # of the base distributions of prompts that are screened together
+BLOCK = 1024  # tokens of the vocabulary over which heads are summed at once
 CERTIFIED = 1e-6  # largest certified error (nats) of `_by_moments`; above it the softmax is taken
 
 
@@ -69,6 +70,11 @@ class Reading:
         [B, D] or in several [n, B, D], or in some states of prompt b [n, D]."""
         log_probs, answer = self.lens.log_probs(states, self.scale(b)), self.answer[b]
         return log_probs.gather(-1, answer.expand(states.shape[:-1])[..., None])[..., 0].double()
+
+    def logit(self, parts: Tensor) -> Tensor:
+        """Share of a part of each prompt's state [..., B, D] in the answer's uncapped logit."""
+        read = self.lens.norm.linear(parts, self.frozen)
+        return (read * self.lens.weight[self.answer]).sum(-1).double()
 
 
 @dataclass
@@ -132,37 +138,54 @@ def exact(reading: Reading) -> Iterator[dict]:
                 for i in torch.arange(len(unit)).split(SOFTMAXES):
                     after = _after(lens, p[i] * raw[b], q[i], directions[unit[i]], answer[b])
                     increase[b, place[i], which[unit[i]]] = after - before[b]
-        for b, mask in enumerate(sources):
-            place, neuron = mask.nonzero(), torch.arange(len(sub.vectors))  # [sources, 1], [n]
-            yield _part(reading, sub, b, place, neuron, before[b], increase[b, mask])
+        yield from every(reading, sub, before, increase)
 
 
-def heads(reading: Reading, sub: Sublayer) -> list[Tensor]:
-    """Every head of an attention × each source position of a prompt: [H, sources] per prompt."""
+def every(reading: Reading, sub: Sublayer, before: Tensor, increase: Tensor) -> Iterator[dict]:
+    """All neurons of a sub-layer, prompt by prompt. before: [B], increase: [B, P, n]."""
+    for b, real in enumerate(reading.stream.batch.attention_mask.bool()):
+        mask = real if sub.kind == "attention" else real.new_ones(1)
+        place = mask.nonzero().cpu()  # [sources, 1]
+        neuron = torch.arange(len(sub.vectors))
+        yield _part(reading, sub, b, place, neuron, before[b], increase[b].cpu()[mask.cpu()])
+
+
+def heads(reading: Reading, sub: Sublayer) -> tuple[Tensor, Tensor]:
+    """Every head of an attention × each source position: log p before [B] and increases [B, H, T].
+
+    The vocabulary is taken in blocks, so that what is summed over it stays in the processor.
+    """
     lens, answer, frozen = reading.lens, reading.answer, reading.frozen
-    fast = reading.fast
-    before, real = reading.log_prob(sub.base), reading.stream.batch.attention_mask.bool()
-    base = lens.log_probs(sub.base, frozen).exp() if fast else None  # [B, V]
-    count = len(sub.vectors) // sub.head_dim
-    found = [torch.zeros(count, int(row.sum()), dtype=torch.float64) for row in real]
-    for head in range(count):
-        channels = slice(head * sub.head_dim, (head + 1) * sub.head_dim)
-        vectors = sub.vectors[channels]  # [d, D]
-        directions = lens.directions(vectors) if fast else None  # [d, V]
-        for b, row in enumerate(real):
-            c = sub.coefficient[b, row, channels]  # [sources, d]
-            gain, sure = torch.zeros(len(c), dtype=torch.float64), torch.zeros(len(c)).bool()
-            if fast:
-                d = (c * frozen[b]) @ directions  # [sources, V]
-                at_answer = d[:, answer[b]].double()
-                change = d.expm1_() @ base[b]
-                sure = ((change > -0.9) & (change < 1e4)).cpu()  # else digits are lost
-                gain = (at_answer - change.double().log1p()).cpu()
-            if not sure.all():
-                states = sub.base[b] + c[~sure] @ vectors
-                gain[~sure] = (reading.log_prob(states, b) - before[b]).cpu()
-            found[b][head] = gain
-    return found
+    log_probs = lens.log_probs(sub.base, frozen)  # [B, V]
+    before = log_probs.gather(1, answer[:, None])[:, 0].double()
+    c = sub.coefficient.unflatten(-1, (-1, sub.head_dim)).permute(2, 0, 1, 3)  # [H, B, T, d]
+    gain = torch.zeros(c.shape[:3], dtype=torch.float64, device=c.device)
+    rest = reading.stream.batch.attention_mask.bool().expand(gain.shape).clone()
+    if frozen is not None and lens.softcap is None:
+        base, scaled = log_probs.exp(), c * frozen[:, None]
+        vectors = lens.norm.linear(sub.vectors, frozen.new_ones(()))  # [n, D]
+        for rows in map(slice, range(0, len(lens.weight), BLOCK), range(BLOCK, 2**62, BLOCK)):
+            directions = (vectors @ lens.weight[rows].T).unflatten(0, (len(c), -1))  # [H, d, block]
+            for head, unit in enumerate(directions):
+                change = (scaled[head].flatten(0, 1) @ unit).expm1_().unflatten(0, c.shape[1:3])
+                gain[head] += (change @ base[:, rows, None])[..., 0]
+        rest &= ~((gain > -0.9) & (gain < 1e4))  # digits are lost there
+        at_answer = (vectors @ lens.weight[answer].T).unflatten(0, (len(c), -1))  # [H, d, B]
+        gain = torch.einsum("hbtd,hdb->hbt", scaled, at_answer).double() - gain.log1p()
+    vectors = sub.vectors.unflatten(0, (len(c), -1))  # [H, d, D]
+    for b in range(len(answer)):
+        for one in rest[:, b].nonzero().split(SOFTMAXES):
+            head, place = one.T
+            states = sub.base[b] + torch.einsum("kd,kdw->kw", c[head, b, place], vectors[head])
+            gain[head, b, place] = reading.log_prob(states, b) - before[b]
+    return before, gain.transpose(0, 1)
+
+
+def linear(reading: Reading, sub: Sublayer) -> Tensor:
+    """Share of each neuron in the answer's uncapped logit at the frozen scale: [B, P, n]."""
+    lens, one = reading.lens, reading.frozen.new_ones(())
+    at_answer = lens.norm.linear(sub.vectors, one) @ lens.weight[reading.answer].T  # [n, B]
+    return sub.coefficient * (at_answer.T * reading.frozen)[:, None]
 
 
 def screened(reading: Reading, top_k: int) -> Iterator[dict]:

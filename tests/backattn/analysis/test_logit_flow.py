@@ -233,3 +233,67 @@ def test_a_broken_lens_or_decomposition_is_caught(llama, monkeypatch):
     monkeypatch.setattr(Lens, "scale", lambda self, state: 1.05 * self.norm.scale(state))
     with pytest.raises(ValueError, match="final norm and unembedding"):
         logit_flow(*llama, PROMPTS, level="layer")
+
+
+def test_heads_summed_in_blocks_are_what_a_softmax_in_float64_says(tiny):
+    """For every head at every source position of every prompt of a padded batch."""
+    model, tokenizer = tiny
+    frame = logit_flow(model, tokenizer, PROMPTS, level="head").frame
+    found = frame[frame["kind"] == "attention"].set_index(["prompt", "layer", "head", "position"])
+    for prompt, text in enumerate(PROMPTS):
+        stream = capture(model, encode(tokenizer, [text]))
+        lens, answer = Lens(stream.arch), stream.logits[0].argmax()
+        scale = lens.scale(stream.hidden[-1, 0, -1])
+        weight, offset = lens.weight.double(), lens.offset.double()
+        for layer, block in enumerate(stream.arch.blocks):
+            w_o = block.attention_out.weight.unflatten(-1, (block.heads, -1))  # [D, H, d]
+            values = block.per_head(stream.values[layer])[0]  # [T, H, d]
+            alpha = stream.weights[layer][0, :, -1]  # [H, T]
+            parts = torch.einsum("ht,thd,whd->htw", alpha, values, w_o)
+            post = block.norm("attention_post")
+            parts = post.linear(parts, stream.scales["attention"][layer][0, -1])
+            base = stream.hidden[layer, 0, -1]
+            states = torch.cat([base[None], (base + parts).flatten(0, 1)])
+            logits = lens.norm.linear(states, scale).double() @ weight.T + offset
+            read = lens.cap(logits).log_softmax(-1)[:, answer]
+            mine = found.loc[(prompt, layer), "increase"].to_numpy()
+            assert np.abs(mine - (read[1:] - read[0]).numpy()).max() <= 1e-5
+
+
+def test_linear_scores_of_layers_are_what_the_logit_loses_without_them(tiny):
+    model, tokenizer = tiny
+    flow = logit_flow(model, tokenizer, PROMPTS, level="layer", method="linear")
+    assert flow.check() <= 1e-4
+    assert flow.frame[["log_prob_before", "log_prob_after"]].isna().all(axis=None)
+    rows = flow.frame.astype({"kind": str}).set_index(["prompt", "layer", "kind"])["increase"]
+    for prompt, text in enumerate(PROMPTS):
+        stream = capture(model, encode(tokenizer, [text]))
+        lens, end = Lens(stream.arch), stream.hidden[-1, 0, -1]
+        for layer in range(stream.layers):
+            for kind in ("attention", "ffn"):
+                states = torch.stack([end, end - getattr(stream, kind)[layer, 0, -1]])
+                logits = lens.raw_logits(states, lens.scale(end))[:, flow.answer_ids[prompt]]
+                expected = (logits[0] - logits[1]).item()
+                assert rows[prompt, layer, kind] == pytest.approx(expected, abs=1e-4)
+
+
+def test_linear_scores_of_neurons_add_up_to_heads_and_layers(tiny):
+    layers, heads, neurons = (
+        logit_flow(*tiny, PROMPTS, level=level, method="linear").frame.astype({"kind": str})
+        for level in ("layer", "head", "neuron")
+    )
+    keys = ["prompt", "layer", "head", "position"]
+    one, sums = (
+        x[x["kind"] == "attention"].groupby(keys)["increase"].sum() for x in (heads, neurons)
+    )
+    assert one.index.equals(sums.index) and np.allclose(one, sums, atol=1e-5)
+    parts = neurons.assign(kind=neurons["kind"].str.removesuffix("_bias"))
+    sums = parts.groupby(["prompt", "layer", "kind"])["increase"].sum()
+    whole = layers[layers["kind"].isin(["attention", "ffn"])]
+    whole = whole.set_index(["prompt", "layer", "kind"])["increase"].sort_index()
+    assert whole.index.equals(sums.index) and np.allclose(whole, sums, atol=1e-4)
+
+
+def test_linear_scores_need_a_frozen_scale(llama):
+    with pytest.raises(ValueError, match="norm="):
+        logit_flow(*llama, PROMPTS, level="layer", method="linear", norm="own")
