@@ -12,7 +12,8 @@ from companion import paths
 
 PACKAGES = {"backattn", "companion"}  # our own
 PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers and ipykernel
-AUTHORS_ONLY = {"reasoning_gym"}  # data/build_legs.py says how to get it
+# data/build_legs.py and benchmarks/peers.py say how to get them.
+AUTHORS_ONLY = {"reasoning_gym", "transformer_lens"}
 IMPORTED_AS = {"pyyaml": "yaml"}
 
 

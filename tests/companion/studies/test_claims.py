@@ -159,7 +159,7 @@ def test_the_picture_shows_every_claim_that_has_a_size(ledger):
 def test_the_report_has_every_row_and_no_gap(ledger):
     page = (paths.FIGURES / "REPORT.md").read_text(encoding="utf-8")
     assert all(row.says in page and row.claim in page for row in ledger.itertuples())
-    assert "{" not in page and "nan" not in page and f"| {len(ledger)}: " in page
+    assert "{" not in page and " nan" not in page and f"| {len(ledger)}: " in page
 
 
 def test_preconditions_name_how_they_were_measured():
