@@ -112,6 +112,7 @@ def test_every_saved_figure_and_table_is_committed(notebook):
 def test_the_index_of_figures_is_whole():
     assert [path.stem for path in NOTEBOOKS] == list(LEAST_IMAGES)
     index = (paths.FIGURES / "README.md").read_text(encoding="utf-8")
+    assert index.startswith("# Figures and tables\n")
     assert index == committed.figure_index()
     listed = re.findall(r"^- \*\*(\w+)\*\*", index, re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in paths.FIGURES.glob("*.png"))
