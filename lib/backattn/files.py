@@ -4,13 +4,14 @@ import contextlib
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from threading import get_ident
 
 from filelock import FileLock, Timeout
+
+from backattn.runtime import say
 
 _FULL = "the disk is full or your quota is used up: free some space"
 _CLOSED = "the folder is not writable: change its permissions"
@@ -71,7 +72,7 @@ def one_process(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            print(f"Another process writes {path}; waiting for it.", file=sys.stderr)
+            say(f"Another process writes {path}; waiting for it.")
             lock.acquire()
     try:
         yield

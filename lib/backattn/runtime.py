@@ -93,6 +93,15 @@ def progress(items: Iterable | None = None, description: str = "", **options) ->
     return tqdm(items, disable=not watched, leave=False, **options)
 
 
+def say(text: str) -> None:
+    """A line on stderr or, under the runner, where it shows progress: none of it is for the record
+    of a notebook."""
+    if target := os.environ.get(PROGRESS_FILE):
+        Path(target).write_text(f"{text}\n", encoding="utf-8")
+    else:
+        print(text, file=sys.stderr)
+
+
 def hardware() -> str:
     """One line on this machine, for the MANIFEST."""
     name = platform.processor() or platform.machine()

@@ -18,8 +18,7 @@ captum's integrated gradients move one layer's values at a time, so that each la
 passes of its own; NAP-IG moves the embeddings, and reads all nodes in the same passes.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from backattn.analysis.circuits import Circuit, Pairs, Part, Values, exchange
 from backattn.analysis.flow_back import at_the_end, sweep
 from backattn.models.activations import Stream, capture
 from backattn.models.families import UnsupportedModelError
-from backattn.models.hooks import evaluating, hooks, in_place_of
+from backattn.models.hooks import begin_at, evaluating, hooks
 from backattn.models.lens import Lens
 from backattn.models.tokens import Batch
 
@@ -75,8 +74,8 @@ def attribute(
 @torch.no_grad()
 def _exact(circuit: Circuit, part: Part, *_) -> Tensor:
     """Layers below the node's are not run again."""
-    blocks, states = [block.module for block in circuit.arch.blocks], []
-    with hooks(*((block, "input", states.append) for block in blocks)):
+    blocks, states = circuit.arch.blocks, []
+    with hooks(*((block.module, "input", states.append) for block in blocks)):
         whole = circuit.metric(part)
     found, per_layer = [], len(circuit.places) // len(blocks)
     for place, (_, _, channels, count) in enumerate(circuit.places):
@@ -84,21 +83,10 @@ def _exact(circuit: Circuit, part: Part, *_) -> Tensor:
         before: list = [lambda x: None] * place
         for node in range(count):
             keep = (torch.arange(count) != node).repeat_interleave(channels)
-            with _from_layer(blocks, layer, states[layer]):
+            with begin_at(blocks, layer, states[layer]):
                 m = circuit.metric(part, [*before, exchange(keep, part.values[place])])
             found.append(whole - m)
     return torch.stack(found, dim=1)
-
-
-@contextlib.contextmanager
-def _from_layer(blocks: list, layer: int, state: Tensor) -> Iterator[None]:
-    """A forward pass that begins with a layer, in a state [B, T, D]."""
-    with contextlib.ExitStack() as stack:
-        for block in blocks[:layer]:
-            skip: Callable = lambda hidden_states, *_, **__: hidden_states  # noqa: E731
-            stack.enter_context(in_place_of(block, skip))
-        stack.enter_context(hooks((blocks[layer], "input", lambda _: state)))
-        yield
 
 
 def _gradients(circuit: Circuit, part: Part, towards: Tensor | None, share: float = 1.0) -> Values:

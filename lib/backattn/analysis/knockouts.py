@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backattn.models.activations import capture
 from backattn.models.decoder import describe
-from backattn.models.hooks import analysis, evaluating, hooks, in_place_of
+from backattn.models.hooks import analysis, begin_at, evaluating, hooks
 from backattn.models.next_token import cache_prefix, in_window, next_log_probs
 from backattn.models.tokens import Batch, check_indices, encode
 
@@ -113,22 +113,10 @@ class CachedPrompts:
             cache = None if cache is None else cache_prefix(cache, start)
             with evaluating(self.arch.model), contextlib.ExitStack() as stack:
                 if kept:
-                    stack.enter_context(self._from(layer, kept[layer][:, start:]))
+                    stack.enter_context(begin_at(self.arch.blocks, layer, kept[layer][:, start:]))
                 stack.enter_context(hooks(*edited))
                 log_probs = next_log_probs(self.arch.model, batch, cache=cache)
             yield rows, log_probs
-
-    @contextlib.contextmanager
-    def _from(self, first: int, states: Tensor) -> Iterator[None]:
-        """The model begins at a layer, with the states that enter it."""
-        modules = [block.module for block in self.arch.blocks[: first + 1]]
-        with contextlib.ExitStack() as stack:
-            for module in modules[:-1]:
-                stack.enter_context(
-                    in_place_of(module, lambda hidden_states, *_, **__: hidden_states)
-                )
-            stack.enter_context(hooks((modules[-1], "input", lambda _: states)))
-            yield
 
 
 class KnockoutProbe(CachedPrompts):
@@ -149,7 +137,7 @@ class KnockoutProbe(CachedPrompts):
 
     def __init__(self, model, tokenizer, prompts, answer_ids, groups, means):
         # What stands before the first other group, as worked examples do, is seldom knocked out.
-        own = [sum(label != labels[0] for label in labels) for labels in groups]
+        own = [sum(label not in labels[:1] for label in labels) for labels in groups]
         super().__init__(model, tokenizer, prompts, states=True, own=own)
         self.answer_ids, self.groups, self.means = list(answer_ids), groups, means
         _check_labels(groups, self.lengths)
@@ -171,16 +159,13 @@ class KnockoutProbe(CachedPrompts):
             labels = [self.groups[row] for row in rows]
             reached = _where(labels, batch, touched).any(0).int()
             start = int(reached.argmax()) if reached.any() else batch.input_ids.shape[1] - 1
-            return (
-                start,
-                first,
-                [
-                    self._edit(knockout.kind, layer, group, _where(labels, batch, [group]))
-                    for knockout in knockouts
-                    for group in knockout.groups
-                    for layer in knockout.layers
-                ],
-            )
+            edited = [
+                self._edit(knockout.kind, layer, group, _where(labels, batch, [group]))
+                for knockout in knockouts
+                for group in knockout.groups
+                for layer in knockout.layers
+            ]
+            return start, first, edited
 
         result = torch.empty(len(self.answer_ids), dtype=torch.float32)
         for rows, log_probs in self.changed(edits):

@@ -183,7 +183,9 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
             model.set_attn_implementation("eager")  # the only kind that returns its weights
         # The unembedding is the largest matrix of small models, and only the last states are read.
         with hooks(*taps, (arch.unembedding_module, "input", lambda x: batch.at_last(x)[:, None])):
-            logits = model(**batch.inputs, use_cache=False).logits[:, 0]
+            logits = model(**batch.inputs, use_cache=False).logits
+        if logits.shape[1] > 1:  # a head that is not called as a module makes all of them
+            logits = batch.at_last(logits)[:, None]
     finally:
         if detail:
             model.set_attn_implementation(loaded)
@@ -201,4 +203,4 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
     if first is not None:
         eager = parts["hidden"][-1, :1, batch.start[0] :][:, : first.shape[1]]
         prove(arch, f"eager attention in place of {loaded!r}", eager - first, first, slack=4)
-    return Stream(arch, batch, logits.float(), **parts)
+    return Stream(arch, batch, logits[:, 0].float(), **parts)

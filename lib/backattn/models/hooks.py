@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -127,3 +127,23 @@ def in_place_of(module: nn.Module, forward: Callable) -> Iterator[None]:
     finally:
         own.pop("forward", None)
         own.update(before)
+
+
+@contextlib.contextmanager
+def begin_at(blocks: Sequence, layer: int, states: torch.Tensor) -> Iterator[None]:
+    """A forward pass that begins with a layer (of `describe(model).blocks`), in the states
+    [B, T, D] that enter it; layers below are not run.
+
+    Example:
+        >>> ids, blocks = tokenizer("Spain", return_tensors="pt").input_ids, describe(model).blocks
+        >>> before = model(ids, output_hidden_states=True)
+        >>> with begin_at(blocks, 2, before.hidden_states[2]):
+        ...     bool(torch.allclose(model(ids).logits, before.logits, atol=1e-5))
+        True
+    """
+    with contextlib.ExitStack() as stack:
+        for block in blocks[:layer]:
+            skip: Callable = lambda hidden_states, *_, **__: hidden_states  # noqa: E731
+            stack.enter_context(in_place_of(block.module, skip))
+        stack.enter_context(hooks((blocks[layer].module, "input", lambda _: states)))
+        yield

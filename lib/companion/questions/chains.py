@@ -50,13 +50,3 @@ def chains() -> pd.DataFrame:
             about = {"prompt": prompt, "answer": f" {e3[0]}", "group": "|".join(e2), "kind": kind}
             rows.append({**names, "other": e3[1], **about, "split": split})
     return pd.DataFrame(rows).assign(e2_aliases="", e3_aliases="", shortcut="", tested=True)
-
-
-def exchanged() -> pd.DataFrame:
-    """The questions of `chains`, each with another one of its split and kind in column `memory`:
-    back attention reads the first pass of that, where none of the question's own names stands but
-    by chance."""
-    frame = chains()
-    order = frame.assign(place=frame["prompt"].map(place_of)).sort_values("place")
-    following = order.groupby(["split", "kind"])["prompt"].transform(lambda x: np.roll(x, -1))
-    return frame.assign(memory=following)

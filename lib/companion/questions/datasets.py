@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from companion.paths import DATA
 from companion.questions import premise
-from companion.questions.chains import NAMES, chains, exchanged
+from companion.questions.chains import NAMES, chains
 from companion.questions.compositions import WORDS, compositions
 from companion.questions.facts import Published, published, read_table, two_hop_facts
 from companion.questions.prompts import TEMPLATES
@@ -140,6 +140,27 @@ def in_context() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def with_anothers_memory(
+    load: Callable[[], pd.DataFrame], alike: Sequence[str], answers: bool = False
+) -> pd.DataFrame:
+    """A dataset's questions, each with another one in column `memory`: the next, by a hash, of
+    those that have the same in some columns ("fold": of its group; "length": of prompt and answer)
+    and another answer; itself where there is none. answers: the memory holds the answer, too, which
+    numbers need, since what is read at each of its tokens is counted from the end."""
+    frame = load()
+    told = frame["prompt"] + frame["answer"]
+    about = frame.assign(fold=frame["group"].map(fold_of), length=told.str.len())
+    order = about.assign(place=frame["prompt"].map(place_of)).sort_values("place")
+    chosen = pd.Series(frame.index, index=frame.index)
+    for _, part in order.groupby(list(alike), sort=False):
+        for k, row in enumerate(part.index):
+            following = np.roll(part["answer"].to_numpy(), -k)
+            other = np.flatnonzero(following != following[0])
+            chosen[row] = part.index[(k + other[0]) % len(part)] if len(other) else row
+    said = told if answers else frame["prompt"]
+    return frame.assign(memory=said.loc[chosen].to_numpy())
+
+
 def legs(kinds: int) -> pd.DataFrame:
     """Word problems about one or two kinds of animal (reasoning-gym), the offline stand-in for
     SVAMP and MultiArith; a group is a kind of animal, or two."""
@@ -188,6 +209,7 @@ class _Named(dict):
 
 _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
+AGAIN = ("in context, again", "1DC, again")
 PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 _told = partial(_first, columns=(*Dataset.columns, "e3_aliases", "memory"))
 _question = partial(two_hop, say=TEMPLATES["question"].say)
@@ -216,12 +238,32 @@ _RECORDS = (
     _two_hop("question", _question, tuned_on="question"),
     _two_hop("code", _code, tuned_on="code"),
     _two_hop("in context", in_context, tuned_on="in context"),
+    # Trained again, to be asked with another's memory: see E4.
+    _two_hop(
+        AGAIN[0], in_context, tuned_on="in context", exchanged=f"{AGAIN[0]}, another's memory"
+    ),
+    Dataset(AGAIN[1], one_digit_composite, longer=3, exchanged=f"{AGAIN[1]}, another's memory"),
+    _told(
+        f"{AGAIN[0]}, another's memory",
+        partial(with_anothers_memory, in_context, ["r1", "r2", "fold"]),
+        tuned_on="in context",
+    ),
+    Dataset(
+        f"{AGAIN[1]}, another's memory",
+        partial(with_anothers_memory, one_digit_composite, ["length"], answers=True),
+        columns=(*Dataset.columns, "memory"),
+    ),
     # What back attention reads holds e2, or another's.
     _told(PLANTED[0], partial(planted, False), tuned_on=PLANTED[0], exchanged=PLANTED[1]),
     _told(PLANTED[1], partial(planted, True), tuned_on=PLANTED[1]),
     # Both hops invented and told: flow is needed, knowledge is not.
     _first("chains", chains, tuned_on="chains", columns=_CHAINED, exchanged=CHAINS_EXCHANGED),
-    _first(CHAINS_EXCHANGED, exchanged, tuned_on=CHAINS_EXCHANGED, columns=(*_CHAINED, "memory")),
+    _first(
+        CHAINS_EXCHANGED,
+        partial(with_anothers_memory, chains, ["split", "kind"]),
+        tuned_on=CHAINS_EXCHANGED,
+        columns=(*_CHAINED, "memory"),
+    ),
     # Of invented words.
     _first("compositions", compositions, tuned_on="compositions", words=WORDS, columns=_own_split),
     _first("premise", premise.premise, tuned_on="premise", words=premise.WORDS, columns=_own_split),

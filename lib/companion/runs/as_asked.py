@@ -32,6 +32,12 @@ def test_groups(run: Run, result: dict) -> np.ndarray:
     return np.array(result["groups"] if "groups" in result else asked(run, "test")["group"])
 
 
+def _with_memories(run: Run, tokenizer, items: Items, part: pd.DataFrame) -> Items:
+    if "memory" in part and run.arm in BACK_ATTENTION:
+        items.memories = [prompt_ids(tokenizer, text) for text in part["memory"]]
+    return items
+
+
 def questions(run: Run, tokenizer, split: str) -> Items:
     """A split of the run's dataset, tokenized: after worked examples for "few-shot"; sums from
     scratch in fixed width, "07+83=" and "0090" or "-021"."""
@@ -46,11 +52,9 @@ def questions(run: Run, tokenizer, split: str) -> Items:
     if by_first_token:
         accepted, kinds = (part[n].tolist() if n in part else None for n in ("e3_ids", "kind"))
         items = replace(first_tokens(tokenizer, part, accepted), kinds=kinds)
-        if "memory" in part and run.arm in BACK_ATTENTION:
-            items.memories = [prompt_ids(tokenizer, text) for text in part["memory"]]
-        return items
+        return _with_memories(run, tokenizer, items, part)
     if run.model != SCRATCH:
-        return numbers(tokenizer, part, end=".")
+        return _with_memories(run, tokenizer, numbers(tokenizer, part, end="."), part)
     part["prompt"] = part["prompt"].str.replace(r"\d+", lambda n: n[0].zfill(2), regex=True)
     part["answer"] = [f"{int(answer):04d}" for answer in part["answer"]]
     return numbers(tokenizer, part, end=";")

@@ -97,10 +97,10 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
     Under `accelerate launch` all processes train it together and the first one stores it. A result
     holds: run, trained (weights), trained_in (its dtype, where that is not the run's), seconds,
     curve (rows of `train`), hardware; without test validation (share right) and validation_loss;
-    else right (a 0 or 1 per question), right_exchanged (with other memories, where the dataset has
-    such), groups (of published datasets), perplexity (of held-out
-    text, language models only), flops (of a forward pass). One whose loss is not a number, at too
-    high a learning rate, holds run and diverged.
+    else right (a 0 or 1 per question), right_exchanged (token by token, with another memory, where
+    the dataset has such) and right_own (so with its memory, of numbers), groups (of published
+    datasets), perplexity (of held-out text, language models only), flops (of a forward pass). One
+    whose loss is not a number, at too high a learning rate, holds run and diverged.
     """
     result, world = store.result(run), runtime.process_state()
     world.wait_for_everyone()  # all have looked before one writes
@@ -149,8 +149,12 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
     other = DATASETS[run.dataset].exchanged
     if other and run.arm in BACK_ATTENTION:
         exchanged = questions(replace(run, dataset=other), tokenizer, "test")
-        right = answer_test(run, model, tokenizer, exchanged)
-        result["right_exchanged"] = "".join(map(str, right.astype(int)))
+        asked_for = {"right_exchanged": exchanged}
+        if test.accepted is None:  # else `right` is asked in the same way
+            asked_for["right_own"] = test
+        for name, items in asked_for.items():
+            right = evaluate(model, items)[0]
+            result[name] = "".join(map(str, right.astype(int)))
     if DATASETS[run.dataset].published:
         result["groups"] = asked(run, "test")["group"].tolist()
     if DATASETS[run.dataset].words is None and run.model != SCRATCH:

@@ -10,7 +10,7 @@ from unittest.mock import patch  # puts the environment back as it was
 from backattn import runtime
 from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
-from companion.questions.datasets import DATASETS, PLANTED
+from companion.questions.datasets import AGAIN, DATASETS, PLANTED
 from companion.runs.perform import train_and_test
 from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
@@ -111,6 +111,13 @@ def budget_runs(arms: Names = BUDGET_ARMS) -> list[Planned]:
     return adapter_runs(names=["chains"], arms=arms, **sizes)
 
 
+def lead_runs() -> list[Planned]:
+    """E4: back attention where it leads, trained again."""
+    plan = adapter_runs(names=[AGAIN[0]], arms=["back attention"], batch_size=16)
+    plan += adapter_runs(names=[AGAIN[1]], arms=["back attention"], source_layer=1)
+    return [one for one in plan if one.trials]
+
+
 def varied_runs(
     field: str, values: Sequence, arms: Names = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> list[Planned]:
@@ -194,7 +201,7 @@ def ship(
 
 
 def _keeps_weights(run: Run) -> bool:
-    if run.dataset in PLANTED or run.arm == "shuffled memory":
+    if run.dataset in (*PLANTED, *AGAIN) or run.arm == "shuffled memory":
         return False  # their results say all that is asked of them
     if run.arm in BACK_ATTENTION:
         return run.seed == 0 or run.model != SCRATCH

@@ -24,12 +24,3 @@ def test_the_test_has_other_countries_and_partly_other_cities():
     for kind, part in by["test"].groupby("kind"):
         assert len(part) == 300
         assert (part["e3"].isin(seen) == (kind == "seen")).all()
-
-
-def test_another_questions_memory_is_of_the_same_kind():
-    frame, other = load("chains"), load("chains, another's memory")
-    assert (other["prompt"] == frame["prompt"]).all()
-    asked = frame.set_index("prompt").loc[other["memory"]]
-    assert (other["memory"] != other["prompt"]).all() and other["memory"].is_unique
-    assert (asked["split"].to_numpy() == other["split"]).all()
-    assert (asked["kind"].to_numpy() == other["kind"]).all()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from companion.paths import DATA
 from companion.questions.compositions import ENTITIES, RELATIONS, compositions
 from companion.questions.datasets import (
+    AGAIN,
     DATASETS,
     OTHER_PROMPTS,
     PLANTED,
@@ -236,3 +237,21 @@ def test_planted_memories_tell_e2_or_anothers():
     same_r1 = set(zip(own["r1"], own["e2"], strict=True))
     pairs = zip(other["r1"], other["memory"].str.split(" is ").str[-1], strict=True)
     assert all(pair in same_r1 for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [("chains", ["split", "kind"]), (AGAIN[0], ["r1", "r2"]), (AGAIN[1], [])],
+)
+def test_another_questions_memory_is_of_the_same_kind_and_has_another_answer(name, alike):
+    frame, other = load(name), load(DATASETS[name].exchanged)
+    assert (other["prompt"] == frame["prompt"]).all()
+    texts = frame["prompt"] + (frame["answer"] if name == AGAIN[1] else "")
+    donors = frame.set_index(texts).loc[other["memory"]]
+    itself = (texts == other["memory"]).to_numpy()  # where all that are alike have one answer
+    assert itself.mean() < 0.01
+    assert ((donors["answer"].to_numpy() != frame["answer"]) | itself).all()
+    for column in alike:
+        assert (donors[column].to_numpy() == frame[column]).all()
+    if name == AGAIN[1]:  # what is read at a token of the answer counts from the end
+        assert (other["memory"].str.len() == texts.str.len()).all()
