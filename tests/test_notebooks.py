@@ -11,10 +11,11 @@ import tomllib
 
 import nbformat
 import pytest
+import yaml
 
 from companion import paths
 from companion.runner import committed
-from companion.studies.claims import in_short, whole_ledger
+from companion.studies.claims import conditions, in_short, whole_ledger
 
 NOTEBOOKS = committed.notebooks()
 TAGS = {"setup", "parameters", "nbval-check-output", "nbval-skip", "hide-input", "remove-cell"}
@@ -50,7 +51,7 @@ def test_it_is_valid_small_clean_and_was_run_in_order(path, notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     assert set(notebook.metadata.language_info) == {"name"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags", "mystnb"} for cell in notebook.cells)
     machine = r"/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\|0x[0-9a-f]{8}"
     assert not re.search(machine, path.read_text(encoding="utf-8"))
     cells = code(notebook)
@@ -86,6 +87,8 @@ def test_it_shows_its_figures_each_with_a_finding(path, notebook):
         if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
             after = notebook.cells[index + 1 : index + 3]
             assert any(c.source.startswith("**Finding.**") for c in after), cell.source
+            # in words, for who does not see it
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20, cell.source
             shown += 1
     assert shown >= LEAST_IMAGES[path.stem]
 
@@ -116,6 +119,10 @@ def test_the_index_of_figures_is_whole():
     assert index == committed.figure_index()
     listed = re.findall(r"^- \*\*(\w+)\*\*", index, re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in paths.FIGURES.glob("*.png"))
+    checked = (paths.ROOT / "codecheck.yml").read_text(encoding="utf-8")
+    assert checked == committed.codecheck()
+    files = [one["file"] for one in yaml.safe_load(checked)["manifest"]]
+    assert len(files) == len(listed) and all((paths.ROOT / file).exists() for file in files)
 
 
 def test_no_algorithm_and_no_test_branch_in_a_notebook(notebook):
@@ -149,7 +156,7 @@ def test_set_up_cells_and_badges_are_alike_and_agree_with_pyproject():
         colab = f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
         binder = f"mybinder.org/v2/gh/{slug}/main?labpath=notebooks%2F{path.name}"
         assert colab in title and binder in title
-        assert f" {address}\n" in setup and "pip" not in setup
+        assert f" -b main {address}\n" in setup and "pip" not in setup
         assert setup.endswith(f'out = notebook.setup("{path.stem}")')
         sources.add(setup.replace(path.stem, "NAME"))
     assert len(sources) == 1 and len([line for line in setup.splitlines() if line]) <= 6
@@ -166,7 +173,7 @@ def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
         folder.mkdir()
         shutil.copytree(paths.ROOT / "lib", tmp_path / "repository/lib")
         git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=n", "-c", "user.email=e"]
-        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "All"]):
+        for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-qm", "All"]):
             subprocess.run([*git, *command], check=True)
         address = re.search(r"https://\S+", source)[0]
         instead = f"url.file://{tmp_path}/repository.insteadOf"
@@ -194,7 +201,8 @@ def test_readme_is_short_and_says_what_the_tables_say():
     readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"notebooks/{path.name}" in readme for path in NOTEBOOKS)
     assert len(readme.split()) <= 1100
-    assert in_short(whole_ledger([paths.FIGURES / "tables"])) in readme
+    ledger = whole_ledger([paths.FIGURES / "tables"])
+    assert in_short(ledger) in readme and conditions(ledger) in readme
 
 
 def test_every_link_of_a_page_leads_somewhere():

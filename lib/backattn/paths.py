@@ -1,9 +1,12 @@
-"""Where the library writes: below `OUTPUT`, which is BACKATTN_OUTPUT (seen from the repository,
-wherever one stands) or the repository."""
+"""Where the library writes: below `OUTPUT`. That is BACKATTN_OUTPUT (seen from the repository,
+wherever one stands), else the repository or, where the package is installed without it, the user's
+cache folder."""
 
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTPUT = (ROOT / Path(os.environ.get("BACKATTN_OUTPUT") or ROOT).expanduser()).resolve()
+_CACHES = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+_HOME = ROOT if (ROOT / "pyproject.toml").exists() else _CACHES / "backattn"
+OUTPUT = (ROOT / Path(os.environ.get("BACKATTN_OUTPUT") or _HOME).expanduser()).resolve()
 CACHE = OUTPUT / ".cache"

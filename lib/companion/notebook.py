@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from backattn import runtime
@@ -34,6 +36,7 @@ class Notebook:
         if title:
             figure.suptitle(title, fontsize="medium", fontweight="bold")
         figures.save(figure, self.folder / "figures", name, data)
+        _describe_pictures()
 
     def table(self, frame: pd.DataFrame, name: str) -> pd.DataFrame:
         """Save a table as CSV, Markdown and LaTeX; return it for display."""
@@ -56,3 +59,21 @@ def setup(name: str) -> Notebook:
     warnings.filterwarnings("ignore", category=FutureWarning)
     profile = os.environ.get(runtime.PROFILE, "interactive")
     return Notebook(name, profile, paths.run_folder(profile))
+
+
+def _describe_pictures() -> None:
+    """Every figure that a notebook shows gets its description, as the picture's `alt`."""
+    shell = get_ipython()
+    png = shell and shell.display_formatter.formatters["image/png"]
+    draw = png and png.type_printers.get(Figure)  # matplotlib's own, where figures show inline
+    if draw and not isinstance(draw, _Described):
+        png.for_type(Figure, _Described(draw))
+
+
+@dataclass(frozen=True)
+class _Described:
+    draw: Callable[[Figure], str | None]
+
+    def __call__(self, figure: Figure) -> tuple[str | None, dict[str, str]] | None:
+        picture = self.draw(figure)
+        return picture and (picture, {"alt": figures.described(figure)})

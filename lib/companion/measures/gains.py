@@ -13,7 +13,7 @@ def gain_claim(key: str, table: pd.DataFrame, controls: Sequence[str], note: str
     One check per dataset: ahead of zero-shot. One for few-shot and one per control, over all
     datasets: ahead of worked examples, and of an arm trained on the same questions. Each with its
     whole interval. The paper's comparison is zero-shot over all datasets; the strictest control is
-    the trained arm that comes closest there. A control that was not tried on all datasets is
+    the trained arm that does best there. A control that was not tried on all datasets is
     reported and not checked. Raises ValueError when the table has no row for one of them.
     """
     missing = sorted({"zero-shot", "few-shot", *controls} - set(table["other"]))

@@ -1,4 +1,5 @@
-"""What the memory said in training: its own first pass, another's, or a text that tells e2."""
+"""What the memory said in training, or says in the test: the question's own first pass, another's,
+or that of a text that tells e2."""
 
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ TOLD = {
     (PLANTED[1], "back attention"): "another's e2 told",
 }
 EXCHANGED = "e2 told, exchanged in the test"
+OWN, ANOTHERS = "its own", "another's"  # memory in the test
 
 
 def by_training_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store) -> pd.DataFrame:
@@ -39,4 +41,33 @@ def training_memories(frame: pd.DataFrame) -> pd.DataFrame:
         whole, inner = (paired(frame, one, other, "memory", level=x) for x in (0.95, 0.9))
         ends = {f"{name}_90": inner[name] for name in ("low", "high")}
         rows.append({"memory": one, "less": other, **whole, **ends})
+    return pd.DataFrame(rows)
+
+
+def by_test_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    """`results.answers` of runs of a dataset with other memories for the test (E4, E0), once with
+    each memory (column memory: OWN, ANOTHERS), judged alike."""
+    parts = []
+    for run, (_, part) in zip(runs, answered.groupby(["dataset", "seed"], sort=False), strict=True):
+        result = store.result(run)
+        right = {OWN: result.get("right_own", result["right"]), ANOTHERS: result["right_exchanged"]}
+        parts += [part.assign(memory=m, right=[float(x) for x in r]) for m, r in right.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def exchanged_in_test(frame: pd.DataFrame, zone: float = 0.02) -> pd.DataFrame:
+    """What another question's memory costs, by dataset: own, anothers (accuracies), difference,
+    low, high, p, n, low_90, high_90, and reads: "flow" where the cost is above the zone with its
+    whole interval, "no flow" where its 90 % interval lies within it, else "undecided"."""
+    rows = []
+    for dataset, part in frame.groupby("dataset", sort=False):
+        whole, inner = (paired(part, OWN, ANOTHERS, "memory", level=x) for x in (0.95, 0.9))
+        shares = part.groupby("memory")["right"].mean()
+        row = {"dataset": dataset, "own": shares[OWN], "anothers": shares[ANOTHERS], **whole}
+        row |= {"low_90": inner["low"], "high_90": inner["high"], "reads": "undecided"}
+        if row["low"] > zone:
+            row["reads"] = "flow"
+        elif -zone < row["low_90"] and row["high_90"] < zone:
+            row["reads"] = "no flow"
+        rows.append(row)
     return pd.DataFrame(rows)

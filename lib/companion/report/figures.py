@@ -58,6 +58,25 @@ def save(figure: Figure, folder: Path, name: str, data: pd.DataFrame) -> list[Pa
     return paths
 
 
+def described(figure: Figure) -> str:
+    """A figure in words, for those who do not see it: its title, and of each panel title, axes and
+    what the legend names.
+
+    Example:
+        >>> figure, ax = plt.subplots()
+        >>> _ = ax.set(xlabel="layer", ylabel="share", title="Late")
+        >>> described(figure)
+        'Late: share by layer.'
+    """
+    parts = [figure.get_suptitle()]
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        named = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        sides = " by ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        parts.append(": ".join(filter(None, (ax.get_title(), sides, named))))
+    return " ".join(f"{' '.join(part.split())}." for part in parts if part)
+
+
 def axes(ax: Axes | None = None, width: float = WIDTH, height: float = 2.8) -> Axes:
     """`ax`, or the axes of a new figure of this size in inches."""
     return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax

@@ -16,7 +16,8 @@ CONTROLS = ("ahead", "equal", "undecided", "behind", "none")
 ZONE = 2.0  # points of accuracy within which two arms count as equal
 POWER = (1.96 + 0.84) / 1.96  # of half an interval: what is seen in four of five repetitions
 COLUMNS = ["id", "short", "claim", "paper", "ours", "kind", "verdict", "control", "checks", "says"]
-COLUMNS += ["comparison", "effect", "low", "high", "unit", "paper_low", "paper_high", "strictest"]
+COLUMNS += ["comparison", "effect", "low", "high", "unit"]
+COLUMNS += ["highest_effect", "highest_low", "highest_high", "paper_low", "paper_high", "strictest"]
 COLUMNS += ["control_effect", "control_low", "control_high", "control_unit", "seen"]
 COLUMNS += ["notebook", "figure"]
 
@@ -63,7 +64,7 @@ class Effect:
         return POWER * (self.high - self.low) / 2
 
     def __str__(self) -> str:
-        digits = 1 if self.unit in ("points", "layers", "%") else 2
+        digits = 1 if self.unit in ("points", "layers") or self.unit.startswith("%") else 2
         number, low, high = (f"{x:+.{digits}f}" for x in (self.value, self.low, self.high))
         ends = f" [{low}, {high}]" if self.low < self.high else ""
         return f"{self.what}: {number}{ends} {self.unit}"
@@ -79,12 +80,12 @@ def claim(
 ) -> dict[str, object]:
     """A row of the ledger. key: in data/claims.yml; ours: what was measured, with n, interval;
     checks: name -> passed, all that was tried; repeats: the paper's own comparison, one for each
-    model; control: the strictest.
+    model, of which the lowest (`effect`) and the highest are kept; control: the strictest.
 
     verdict: *verified* if the comparison repeats in all models (*toy*: in models trained from
     nothing), *falsified* if in none, by whole intervals, else *inconclusive*. control: how the
     claim stands against its strictest control: ahead, equal (within the zone), behind, undecided;
-    none where the claim compares nothing.
+    none where there is none. says: the plain sentence, with the row's numbers in its braces.
     """
     effects = [repeats] if isinstance(repeats, Effect) else list(repeats)
     about, answers = CLAIMS[key], [effect.holds for effect in effects]
@@ -93,20 +94,24 @@ def claim(
         verdict = "toy" if about.get("toy") else "verified"
     elif testable and all(answer is False for answer in answers):
         verdict = "falsified"
-    weakest = min(effects, key=lambda effect: effect.value)
+    lowest, *_, highest = sorted([*effects, *effects], key=lambda effect: effect.value)
     counted = f"{len(passed)} of {len(checks)}"
     row = {"id": key, **about, "ours": ours, "verdict": verdict}
     row["paper_low"], row["paper_high"] = about.get("effect", (None, None))
     row |= {"checks": f"{counted}: {', '.join(passed)}" if passed else counted}
-    row |= {"comparison": "; ".join(map(str, effects)), "effect": weakest.value}
-    row |= {name: getattr(weakest, name) for name in ("low", "high", "unit")}
+    row |= {"comparison": "; ".join(map(str, effects)), "effect": lowest.value}
+    row |= {name: getattr(lowest, name) for name in ("low", "high", "unit")}
+    if len(effects) > 1:
+        row |= {f"highest_{name}": getattr(highest, name) for name in ("low", "high")}
+        row["highest_effect"] = highest.value
     row["control"] = control.reading if control else "none"
     seen = f"; would have seen {control.seen:.2g}" if control and control.seen else ""
     row["strictest"] = f"{control}{seen}" if control else "none"
     if control:
         row |= {f"control_{name}": getattr(control, name) for name in ("low", "high", "unit")}
         row |= {"control_effect": control.value, "seen": control.seen}
-    row["says"] = about["says"].get(f"{verdict}, {row['control']}", f"{row['comparison']}.")
+    words = about["says"].get(f"{verdict}, {row['control']}", "{comparison}.")
+    row["says"] = words.format(**row)
     return {name: row.get(name) for name in COLUMNS}
 
 

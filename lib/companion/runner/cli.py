@@ -23,6 +23,7 @@ from companion.questions.facts import TWO_HOP, place_of
 from companion.runner import committed, site
 from companion.runner.check import check
 from companion.runner.execute import NotebookError
+from companion.runner.fork import fork
 from companion.runner.schedule import Job, cores, side_by_side
 
 VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "seaborn")
@@ -204,6 +205,8 @@ def parser() -> argparse.ArgumentParser:
     )
     workers = "train on a dask scheduler's workers, of one thread each, that see this folder"
     p.add_argument("--cluster", metavar="ADDRESS", help=workers)
+    p.add_argument("--data", metavar="FILE", help="notebook 03's arms on questions of your own")
+    p.add_argument("--fork", metavar="OWNER/NAME[@TAG]", help="badges and links for your fork")
     return p
 
 
@@ -237,6 +240,24 @@ def prepare(arguments: argparse.Namespace) -> list[Path]:
     return chosen
 
 
+def own_data(arguments: argparse.Namespace) -> int:
+    """--data: the arms compared on a CSV of questions; raises ValueError for what is not one."""
+    from companion.measures.compare import compare  # slow to import
+
+    if arguments.only not in (None, "3", "03"):
+        raise ValueError("--data is asked of notebook 03's arms: leave --only out, or give 03.")
+    file = (started_in() / Path(arguments.data).expanduser()).resolve()
+    if not file.is_file():
+        raise ValueError(f"--data: there is no file {file}.")
+    prepare(arguments)
+    model, device = arguments.model or "smollm2", arguments.device or "cpu"
+    found = compare(file, model=model, device=device)
+    for path in found.save(paths.BUILD / "own" / file.stem):
+        table = getattr(found, path.stem)
+        print(f"\n{path}\n{table.round(3).to_string(index=False) if len(table) else 'nothing'}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; returns the exit status."""
     runtime.use_terminal()
@@ -256,6 +277,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0
     try:
+        if arguments.fork is not None:
+            changed = fork(arguments.fork)
+            print(f"{len(changed)} files now say {arguments.fork}. Look at git diff, and commit.")
+            return 0
+        if arguments.data is not None:
+            return own_data(arguments)
         chosen = prepare(arguments)
     except (ValueError, RuntimeError, AssertionError) as error:  # torch's, for a device
         p.error(str(error).splitlines()[0])

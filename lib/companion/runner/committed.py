@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -51,17 +52,41 @@ def figure_index() -> str:
         named, data = ", ".join(dict.fromkeys(claims)) or "none", reads[1] if reads else "nothing"
         lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
         lines.append(f"Claims: {named}. Reads: {data}.\n")
-        for place, cell in enumerate(cells):
-            code = cell.source if cell.cell_type == "code" else ""
-            for name in re.findall(r'out\.figure\([^"]*"(\w+)"', code):
-                later = (c.source for c in cells[place:] if c.source.startswith("**Finding.**"))
-                finding = " ".join(next(later, "–.").removeprefix("**Finding.** ").split())
-                sentence = re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", finding)[1]
-                whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
-                files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
-                lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
+        for name, sentence in _figures(cells):
+            whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
+            files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
+            lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _figures(cells: list) -> Iterator[tuple[str, str]]:
+    """Of the cells of a notebook, each figure's name and the first sentence of its finding."""
+    for place, cell in enumerate(cells):
+        code = cell.source if cell.cell_type == "code" else ""
+        for name in re.findall(r'out\.figure\([^"]*"(\w+)"', code):
+            later = (c.source for c in cells[place:] if c.source.startswith("**Finding.**"))
+            finding = " ".join(next(later, "–.").removeprefix("**Finding.** ").split())
+            yield name, re.match(r"(?:\(.*?\) )?(.+?(?<!et al)[.?!](?= |$)|.+)", finding)[1]
+
+
+def codecheck() -> str:
+    """codecheck.yml: every committed figure and what it shows, for who checks that the code makes
+    them (https://codecheck.org.uk)."""
+    citation = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = citation["preferred-citation"]
+    manifest = [
+        {"file": f"figures/{name}.pdf", "comment": f"{path.stem}: {sentence}"}
+        for path in notebooks()
+        for name, sentence in _figures(nbformat.read(path, as_version=4).cells)
+    ]
+    about = {"version": "https://codecheck.org.uk/spec/config/1.0/"}
+    about |= {"source": citation["repository-code"]}
+    names = [{"name": f"{x['given-names']} {x['family-names']}"} for x in paper["authors"]]
+    about["paper"] = {"title": paper["title"], "authors": names}
+    about["paper"]["reference"] = f"https://doi.org/{paper['doi']}"
+    about["manifest"] = manifest
+    return yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def update(path: Path, profile: str, stamp: dict) -> None:
@@ -88,6 +113,7 @@ def update(path: Path, profile: str, stamp: dict) -> None:
     if profile == "paper":
         _copy(folder / "notebooks" / path.name, path)
         _write(paths.FIGURES / "README.md", figure_index())
+        _write(paths.FIGURES.parent / "codecheck.yml", codecheck())
 
 
 def _copy(source: Path, goal: Path) -> None:

@@ -118,8 +118,12 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             tags.append("remove-cell" if "setup" in tags else "hide-input")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         for output in cell.get("outputs", []):
+            picture = output.get("metadata", {}).get("image/png", {})
             if "metadata" in output:
-                output["metadata"] = nbformat.from_dict({})
+                alt = {"alt": picture["alt"]} if "alt" in picture else {}
+                output["metadata"] = nbformat.from_dict({"image/png": alt} if alt else {})
+                if alt:  # where Jupyter Book looks for it
+                    cell.metadata["mystnb"] = nbformat.from_dict({"image": alt})
 
 
 def _report(path: Path, partial: Path, error: Exception, megabytes: int) -> str:

@@ -41,5 +41,5 @@ def is_small(sizes: pd.DataFrame) -> dict:
     nearest = sizes.loc[(sizes["share"] - 2e-5).abs().idxmin()]
     off = 100 * (nearest["share"] / 2e-5 - 1)
     what = f"share of the weights at d′ = {nearest['dim']:.0f}, against 0.002 %"
-    exact = Effect(what, off, off, off, unit="%", zone=25, expects="none")
+    exact = Effect(what, off, off, off, "% off the paper's", 25, "none")
     return claim("C11-size", words, {"some d′ gives 0.002 %": "0.002 %" in shares.values()}, exact)

@@ -31,7 +31,7 @@ def small_keeps_its_gain(share: pd.Series, kept: pd.DataFrame, gain: pd.DataFram
 
     Four checks, each with the whole interval: back attention keeps more than half (our choice) of
     the best width's gain; and it is ahead of each arm of as few weights or fewer. The paper's
-    comparison is the gain over zero-shot; the strictest control, the arm that is closest.
+    comparison is the gain over zero-shot; the strictest control, the other arm that does best.
     """
     less, kept = gain.set_index("other"), kept.set_index("arm")
     small, rivals = kept.loc["back attention"], less.loc[["same layer", "residual LoRA", "bias"]]

@@ -1,7 +1,7 @@
 """11: the ledger of all claims, its picture, and the one-page report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,12 +14,14 @@ from companion.report.figures import BLUE, GREY, ORANGE, WIDTH
 from companion.report.verdicts import CLAIMS, VERDICTS, ZONE
 
 IDS = tuple(dict.fromkeys(about.get("id", key) for key, about in CLAIMS.items()))
-PAPER, HERE, CONTROL = "the paper", "here", "here less the strictest control"
+PAPER, HERE, CONTROL = "the paper", "here", "the strictest control"
 SHOWN = ("zero-shot", "few-shot", "residual LoRA", "bias", "same layer", "back attention")
 READ = "the lens reads e2 at r1"
 RECALLED = "e3 is said with e2's state at r1"
 NUMBERS = ("effect", "low", "high", "paper_low", "paper_high", "seen")
 NUMBERS += ("control_effect", "control_low", "control_high")
+NUMBERS += ("highest_effect", "highest_low", "highest_high")
+MET = {"verified": "met", "toy": "met in toys", "inconclusive": "open", "falsified": "not met"}
 
 
 def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
@@ -64,40 +66,71 @@ def commands(ledger: pd.DataFrame, figures: Path) -> pd.DataFrame:
 
 
 def in_short(ledger: pd.DataFrame) -> str:
-    """The ledger as README has it, a Markdown table: the paper's number beside ours, and what is
-    left of ours against the strictest control; in points where no unit stands."""
-    lines = ["| | claim | paper | here | repeats? | less its control |", "|---" * 6 + "|"]
-    for row in ledger.to_dict("records"):
-        ends = dict.fromkeys(row[name] for name in ("paper_low", "paper_high"))
-        paper = " to ".join(f"{x:+g}" for x in ends if pd.notna(x)) or "–"
-        control = row["control"] if row["control"] != "none" else "–"
-        if pd.notna(row["control_effect"]):
-            control += f" {_number(row['control_effect'], row['control_unit'])}"
-        link = f"[{row['id']}](notebooks/{row['notebook'].split(', ')[0]}.ipynb)"
-        cells = [link, row["short"], paper, _number(row["effect"], row["unit"]), row["verdict"]]
-        lines.append(f"| {' | '.join([*cells, control])} |")
+    """The claims as README has them, a Markdown table: the paper's number beside ours, and how they
+    stand against the strictest control; in points where no unit stands."""
+    lines = ["| | claim | paper | here | repeats? | strictest control |", "|---" * 6 + "|"]
+    for row in ledger[~_breaks(ledger)].to_dict("records"):
+        paper = _numbers(row["paper_low"], row["paper_high"])
+        cells = [_link(row), row["short"], paper, _here(row), row["verdict"], _control(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float, unit: str) -> str:
-    return f"{value:+.2g}" if unit == "points" else f"{value:+.2g} {unit}"
+def conditions(ledger: pd.DataFrame) -> str:
+    """The conditions that would break the paper's reading, as README has them, a Markdown table."""
+    lines = ["| | condition | here | met? |", "|---" * 4 + "|"]
+    for row in ledger[_breaks(ledger)].to_dict("records"):
+        cells = [_link(row), row["short"], _here(row), MET[row["verdict"]]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _breaks(ledger: pd.DataFrame) -> pd.Series:
+    return ledger["id"].str.startswith("B")
+
+
+def _link(row: dict) -> str:
+    return f"[{row['id']}](notebooks/{row['notebook'].split(', ')[0]}.ipynb)"
+
+
+def _here(row: dict) -> str:
+    return _numbers(row["effect"], row["highest_effect"], unit=row["unit"])
+
+
+def _control(row: dict) -> str:
+    if pd.isna(row["control_effect"]):
+        return "–"
+    return f"{row['control']}, {_numbers(row['control_effect'], unit=row['control_unit'])}"
+
+
+def _numbers(*values: float, unit: str = "points") -> str:
+    numbers = dict.fromkeys(f"{x:+.2g}" for x in values if pd.notna(x))
+    return " to ".join(numbers) + (f" {unit}" if unit != "points" else "") if numbers else "–"
 
 
 def report(ledger: pd.DataFrame) -> str:
     """The one-page report: data/report.md with the ledger's numbers, Markdown."""
     noted = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))["runs"]
     took, trained = noted["paper"].values(), noted["full"].values()
-    counts = ledger["verdict"].value_counts()
-    shown = ledger[["id", "claim", "comparison", "strictest", "says"]]
+    claims, breaks = ledger[~_breaks(ledger)], ledger[_breaks(ledger)]
+    shown = ["id", "claim", "comparison", "strictest", "says"]
     words = {
-        "rows": len(ledger),
-        "verdicts": ", ".join(f"{counts[name]} {name}" for name in VERDICTS if name in counts),
+        "rows": len(claims),
+        "verdicts": _counted(claims["verdict"], VERDICTS),
+        "breaks": len(breaks),
+        "met": _counted(breaks["verdict"].map(MET), MET.values()),
         "hardware": "; ".join(sorted({run["hardware"] for run in took})),
         "minutes": f"{sum(run['seconds'] for run in took) / 60:.0f}",
         "hours": f"{sum(run.get('training_seconds', 0) for run in trained) / 3600:.0f}",
-        "table": shown.to_markdown(index=False),
+        "table": claims[shown].to_markdown(index=False),
+        "conditions": breaks[shown].to_markdown(index=False),
     }
     return (DATA / "report.md").read_text(encoding="utf-8").format(**words)
+
+
+def _counted(words: pd.Series, order: Iterable[str]) -> str:
+    counts = words.value_counts()
+    return ", ".join(f"{counts[name]} {name}" for name in order if name in counts)
 
 
 def preconditions(folders: Sequence[Path]) -> pd.DataFrame:
@@ -131,19 +164,21 @@ def preconditions(folders: Sequence[Path]) -> pd.DataFrame:
 
 def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """The ledger as a picture, and its rows: above the claims in points, the zone in grey; below
-    the others, each scaled to its own largest number, which stands beside its name."""
-    rows = ledger[~ledger["unit"].isin(["of its size", "%"])]
+    the others, each scaled to its own largest number, which stands beside its name. What is no
+    comparison of two things is left out: sizes and costs against a formula."""
+    rows = ledger[~ledger["unit"].str.startswith(("%", "of "))]
     parts = [rows[rows["unit"] == "points"], rows[rows["unit"] != "points"]]
     size = (WIDTH, 1.6 + 0.27 * len(rows))
     shape = {"layout": "constrained", "height_ratios": [len(part) for part in parts]}
     figure, axes = plt.subplots(2, 1, figsize=size, **shape)
     for ax, part in zip(axes, parts, strict=True):
         for y, row in zip(range(len(part))[::-1], part.to_dict("records"), strict=True):
-            ends = [abs(row[name]) for name in NUMBERS if name != "seen" and pd.notna(row[name])]
+            ends = [row[f"{which}{end}"] for which in ("", "highest_") for end in ("low", "high")]
             scaled = ax is axes[1]
-            _row(ax, row, y, max(ends[:3]) if scaled else 1.0)
+            _row(ax, row, y, max(abs(x) for x in ends if pd.notna(x)) if scaled else 1.0)
+            said = MET[row["verdict"]] if row["id"].startswith("B") else row["verdict"]
             ax.annotate(
-                row["verdict"] + {"none": ""}.get(row["control"], f"; {row['control']}"),
+                said + {"none": ""}.get(row["control"], f"; {row['control']}"),
                 (1.02, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
@@ -156,7 +191,7 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     axes[0].axvspan(-ZONE, ZONE, color="0.88", zorder=0)
     axes[0].set(xlabel="points of accuracy, or of a share")
     axes[1].set(xlabel="own unit, largest = 1", xlim=(-1.25, 1.25))
-    units = [f"{r.effect:+.2g} {r.unit}   {r.short}  {r.id}" for r in parts[1].itertuples()]
+    units = [f"{_here(r)}   {r['short']}  {r['id']}" for r in parts[1].to_dict("records")]
     axes[1].set_yticks(range(len(parts[1]))[::-1], units)
     axes[0].legend(
         *_one_of_each(axes[0]), fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3
@@ -204,10 +239,12 @@ def picture(folders: Sequence[Path]) -> tuple[Figure, pd.DataFrame]:
 
 
 def _row(ax: Axes, row: dict, y: float, scale: float) -> None:
-    ends, bar = [row["low"] / scale, row["high"] / scale], {"solid_capstyle": "butt"}
+    bar = {"solid_capstyle": "butt"}
     ax.axhline(y, color="0.93", lw=0.6, zorder=0)
-    ax.plot(ends, [y, y], color=BLUE, lw=1.6, **bar)
-    ax.plot(row["effect"] / scale, y, "o", color=BLUE, ms=5, label=HERE)
+    for which in ("", "highest_") if pd.notna(row["highest_effect"]) else ("",):
+        low, high, middle = (row[f"{which}{x}"] / scale for x in ("low", "high", "effect"))
+        ax.plot([low, high], [y, y], color=BLUE, lw=1.6, **bar)
+        ax.plot(middle, y, "o", color=BLUE, ms=5, label=HERE)
     if pd.notna(row["paper_low"]) and row["unit"] == "points":
         ends = [row["paper_low"], row["paper_high"]]
         look = {"color": "black", "mfc": "white", "ms": 5.5, "lw": 0.8, "zorder": 3}

@@ -85,8 +85,8 @@ def low_layers_are_best(two_hop: Tables, arithmetic: Tables) -> dict:
     over the same module on its own layer (without one the curve would be any trained map's); on
     arithmetic, the paper's task, with fewer layers, the first and the last (`_choice`). Which of
     the first four the control "same layer" passes too is reported. The paper's comparison is layer
-    6 on arithmetic less the best other layer; the strictest control, the other arm that comes
-    closest to back attention there.
+    6 on arithmetic less the best other layer; the strictest control, the other arm that does
+    best there.
     """
     checks, control = (_placement(two_hop, arm) for arm in ("back attention", "same layer"))
     (_, ahead), (choice, digits_ahead) = _choice(two_hop), _choice(arithmetic)

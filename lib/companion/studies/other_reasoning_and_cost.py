@@ -184,7 +184,7 @@ def costs_as_computed(costs: pd.DataFrame, answered: pd.DataFrame) -> dict:
     off = {part: 100 * (twice[f"{part}_layers"] / twice["bound"] - 1) for part in PARTS}
     checks = {f"operations, {part}": (x.abs() < 5).all() for part, x in off.items()}
     most = max((x.loc[x.abs().idxmax()] for x in off.values()), key=abs)
-    exact = Effect("largest difference from the formula", *[most] * 3, "%", 5, "none")
+    exact = Effect("largest difference", *[most] * 3, "% off the formula", 5, "none")
 
     def ranges(table: pd.DataFrame, column: str) -> str:
         rows = table.groupby("source_layer")[column].agg(["min", "max"])

@@ -123,8 +123,8 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
     A position tells the answers apart from where on its interval stays above zero. Three checks:
     the entity's stays below a tenth of what the last position reaches in the end; relation and last
     (else it is not testable) tell them apart; they begin to above stage B's layer. The paper's
-    comparison is the last position's interval in the end less the entity's, the strictest control
-    the first check: a tenth of the former less the latter's largest.
+    comparison is of two parts: the last position's interval in the end less the entity's, and a
+    tenth of the former less the latter's largest. There is no other control.
     """
     since, final = {}, {}
     for position in CONTESTED:
@@ -153,9 +153,9 @@ def entity_cannot_tell(contest: pd.DataFrame, stage_b: float, n: int) -> dict[st
     more = Effect("last position less entity", *ends, unit="logits", zone=0)
     ends = (limit - most[name] for name in ("mean", "high", "low"))
     what = "a tenth of the last position less entity"
-    control = Effect(what, *ends, unit="logits", zone=0)
+    blind = Effect(what, *ends, unit="logits", zone=0)
     testable = not np.isnan(since["last"])
-    return claim("C2", ours, checks, [more, control], control, testable=testable)
+    return claim("C2", ours, checks, [more, blind], testable=testable)
 
 
 def in_parallel(order: pd.DataFrame, n: int) -> dict[str, str]:

@@ -5,9 +5,13 @@ import pandas as pd
 import pytest
 
 from companion.measures.training_memory import (
+    ANOTHERS,
     EXCHANGED,
+    OWN,
     TOLD,
+    by_test_memory,
     by_training_memory,
+    exchanged_in_test,
     training_memories,
 )
 from companion.questions.datasets import PLANTED
@@ -49,3 +53,40 @@ def test_differences_have_both_intervals(frame):
     assert table.loc[("e2 told", EXCHANGED), "difference"] == pytest.approx(
         frame.loc[frame["memory"] == "e2 told", "right"].mean()
     )
+
+
+@pytest.mark.parametrize(
+    "own, anothers, reads",
+    [("1" * 40, "0" * 40, "flow"), ("10" * 20, "10" * 20, "no flow"), ("10" * 20, None, None)],
+)
+def test_what_an_exchange_in_the_test_costs_is_judged_by_its_interval(own, anothers, reads):
+    draw = np.random.default_rng(0)
+    runs = [Run("in context, again", "back attention", seed=seed) for seed in range(3)]
+    results = {}
+    for run in runs:
+        other = anothers or "".join(map(str, draw.integers(0, 2, 40)))
+        results[run] = {"right": "0" * 40, "right_own": own, "right_exchanged": other}
+
+    class Kept:
+        def result(self, run):
+            return results[run]
+
+    about = [
+        pd.DataFrame(
+            {
+                "dataset": run.dataset,
+                "arm": run.arm,
+                "seed": run.seed,
+                "question": [f"{run.seed} {k}" for k in range(40)],
+                "group": [f"e{k % 8} {run.seed}" for k in range(40)],
+                "right": 0.0,
+            }
+        )
+        for run in runs
+    ]
+    frame = by_test_memory(pd.concat(about, ignore_index=True), runs, Kept())
+    assert frame.groupby("memory").size().to_dict() == {OWN: 120, ANOTHERS: 120}
+    row = exchanged_in_test(frame).iloc[0]
+    assert row["difference"] == pytest.approx(row["own"] - row["anothers"])
+    assert row["low"] <= row["low_90"] <= row["high_90"] <= row["high"]
+    assert row["reads"] == (reads or "undecided")

@@ -99,3 +99,13 @@ def test_numbered_cells_are_named_every_fifth_and_may_stand_upwards():
     assert bottom < above and ax.collections[0].get_clim() == (-0.5, 0.5)
     named = figures.heatmap(grid.rename(columns=str, index=str), "share", diverging=False)
     assert labels(named.xaxis) == list("123456") and named.collections[0].get_clim() == (0, 0.1)
+
+
+def test_a_figure_is_described_by_what_is_written_in_it():
+    data = pd.DataFrame({"layer": [0, 1] * 2, "mean": [0.1, 0.2, 0.3, 0.4], "arm": list("aabb")})
+    figure, (left, right) = plt.subplots(1, 2)
+    figures.bands(data, "layer", hue="arm", ax=left)
+    right.set(title="a panel\nof two lines", xlabel="step")
+    figure.suptitle("It rises")
+    said = figures.described(figure)
+    assert said == "It rises. mean by layer: a, b. a panel of two lines: step."

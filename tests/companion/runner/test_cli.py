@@ -6,12 +6,15 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
 from companion import paths
+from companion.measures.compare import Comparison
 from companion.runner import committed
 from companion.runner.cli import key_of, main, parser, select
 from companion.runner.execute import KERNEL, clean, kernel_environment
@@ -169,6 +172,24 @@ def test_every_option_of_the_design_is_there(capsys):
     assert "01_stage_discovery" in capsys.readouterr().out
 
 
+def test_own_questions_are_compared_where_notebook_03_would_run(place, capsys, monkeypatch):
+    asked, tables = [], {f.name: pd.DataFrame({"arm": ["x"]}) for f in fields(Comparison)}
+
+    def compare(file, **options):
+        asked.append((file, options))
+        return Comparison(**tables)
+
+    monkeypatch.setattr("companion.measures.compare.compare", compare)
+    monkeypatch.setenv("BACKATTN_STARTED_IN", str(place.root))
+    place.write("03_good")
+    (place.root / "my.csv").write_text("prompt,answer\n")
+    assert run("--only", "03", "--data", "my.csv", "--model", "tiny-llama") == 0
+    assert asked == [(place.root / "my.csv", {"model": "tiny-llama", "device": "cpu"})]
+    shown = capsys.readouterr().out
+    assert all((paths.BUILD / "own/my" / f"{name}.csv").exists() for name in tables)
+    assert all(f"{name}.csv" in shown for name in tables)
+
+
 def test_update_after_a_finished_run_still_updates(place):
     path = place.write("01_good", profile="paper")
     (place.root / "figures/tables").mkdir(parents=True)
@@ -218,11 +239,16 @@ def test_runs_of_several_notebooks_are_joined(tmp_path):
         (["--device", "cuda:99"], "CUDA"),
         (["--cluster", ""], "--cluster is empty"),
         (["--dtype", "float8"], "invalid choice"),
+        (["--data", "my.csv"], "there is no file"),
+        (["--data", "my.csv", "--only", "05"], "--data is asked of notebook 03's arms"),
+        (["--data", "empty.csv"], "empty.csv lacks column 'prompt'"),
+        (["--fork", "me"], "give owner/name"),
     ],
 )
 def test_a_wrong_wish_is_a_usage_error_before_any_work(place, capsys, monkeypatch, options, said):
     place.write("01_good")
     (place.root / "empty").mkdir()
+    (place.root / "empty.csv").touch()
     monkeypatch.setenv("BACKATTN_STARTED_IN", str(place.root))
     with pytest.raises(SystemExit) as stopped:
         run(*options)

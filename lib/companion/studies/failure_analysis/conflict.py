@@ -136,5 +136,5 @@ def same_states(causality: pd.DataFrame, n: int) -> dict[str, str]:
         f"layer, at the last position {largest:.1f}; n = {n}"
     )
     beyond = max(0.0, float(causality["r1"].max()) - 1e-4)  # what is below is rounding
-    exact = Effect("difference at r1", beyond, beyond, beyond, "of its size", 0, "none")
+    exact = Effect("difference at r1", beyond, beyond, beyond, "of a state's length", 0, "none")
     return claim("C5", ours, {"equal at r1, not at last": equal and largest > 0.01}, exact)

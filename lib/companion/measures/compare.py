@@ -1,0 +1,179 @@
+"""One call: arms compared on questions of your own, as on the paper's datasets here."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from backattn.files import atomic_file
+from backattn.models.load import load_model
+from backattn.models.tokens import continuation_ids
+from companion.measures.training_memory import by_test_memory, exchanged_in_test
+from companion.questions.datasets import DATASETS, Dataset, with_anothers_memory
+from companion.questions.facts import read_table
+from companion.questions.splits import FOLDS, SPLITS, split
+from companion.runs.as_asked import asked
+from companion.runs.plans import CORE_ARMS, TRIED, Planned, adapter_runs, complete, rates_tried
+from companion.runs.results import accuracy_table, answers, difference_table
+from companion.runs.run import BACK_ATTENTION, UNTRAINED, Run
+from companion.runs.store import Store
+
+COLUMNS = ("prompt", "answer", "group")
+NUMBER = r"-?\d+(\.\d+)?"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. accuracies: a row per arm and kind of answer ("all", "seen" or "unseen"
+    in training); differences: of the first arm from each other; memory: what another question's
+    memory costs, or empty; dropped: why questions were left out, with counts; rates: what was
+    chosen for each arm, and whether it is the lowest or highest that was tried."""
+
+    accuracies: pd.DataFrame
+    differences: pd.DataFrame
+    memory: pd.DataFrame
+    dropped: pd.DataFrame
+    rates: pd.DataFrame
+
+    def save(self, folder: Path) -> list[Path]:
+        """A CSV of each table; returns their paths."""
+        paths = []
+        for field in dataclasses.fields(self):
+            paths.append(Path(folder) / f"{field.name}.csv")
+            with atomic_file(paths[-1]) as temporary:
+                getattr(self, field.name).to_csv(temporary, index=False)
+        return paths
+
+
+def compare(
+    questions: pd.DataFrame | str | Path,
+    arms: Sequence[str] = CORE_ARMS,
+    memory: bool = True,
+    store: Store | None = None,
+    device: str = "cpu",
+    **sizes,
+) -> Comparison:
+    """Train arms on questions of your own, three seeds each, and compare them.
+
+    Args:
+        questions: a frame, or a CSV in UTF-8, with the columns prompt, answer and, if you like,
+            group (what must not be in training and in the test, as a bridge entity; several with
+            "|" between; else every prompt by itself) and kind (memories are exchanged within it).
+            Answers that are all numbers are judged as written, others by their first token.
+        arms: of `backattn.adapters.arms.ARMS`; those that train nothing are always there.
+        memory: ask the test again with another question's memory, where back attention is an arm.
+        device: to train and test on.
+        sizes: fields of `Run` (model, source_layer, dim, steps, batch_size, …).
+
+    Each arm's learning rate is searched on validation questions at half of the steps, with three or
+    four rates. Finished runs are kept in the store and not trained again. Raises ValueError for
+    unknown arms, missing columns, answers that cannot be told apart, and too few groups.
+
+    Example:
+        >>> compare("my.csv", model="smollm2", steps=100).differences  # doctest: +SKIP
+    """
+    if unknown := [arm for arm in arms if arm not in TRIED]:
+        raise ValueError(f"There is no arm {unknown[0]!r}; choose of {', '.join(TRIED)}.")
+    store = Store() if store is None else store
+    model = sizes.setdefault("model", "smollm2")
+    frame, judge, dropped = prepared(questions, load_model(model)[1])
+    name = _register(frame, judge, memory)
+    plan = adapter_runs(names=[name], arms=list(arms), **sizes)
+    runs = complete(plan, store, device=device)
+    answered = pd.concat([_with_seen(run, answers([run], store)) for run in runs])
+    compared, exchanged = [arm for arm in arms if arm in set(answered["arm"])], pd.DataFrame()
+    if memory and (back := [run for run in runs if run.arm in BACK_ATTENTION]):
+        exchanged = exchanged_in_test(by_test_memory(answers(back, store), back, store))
+    return Comparison(
+        accuracies=_accuracies(answered),
+        differences=difference_table(answered, compared[0], [*compared[1:], *UNTRAINED]),
+        memory=exchanged,
+        dropped=dropped,
+        rates=_rates(plan, runs, store),
+    )
+
+
+def prepared(
+    questions: pd.DataFrame | str | Path, tokenizer
+) -> tuple[pd.DataFrame, str, pd.DataFrame]:
+    """Questions as datasets are here, how they are judged ("number" or "first token"), and what was
+    dropped: why, questions. Raises what `compare` says."""
+    if not isinstance(questions, pd.DataFrame):
+        questions = read_table(Path(questions), COLUMNS[:2], strip=True)
+    if missing := [name for name in COLUMNS[:2] if name not in questions]:
+        raise ValueError(f"The questions lack column {missing[0]!r}: give prompt and answer.")
+    if pd.api.types.is_float_dtype(questions["answer"]):
+        raise ValueError("Answers are floats: give them as text, so that 1.50 stays 1.50.")
+    given = [name for name in (*COLUMNS, "kind") if name in questions]
+    frame = questions[given].astype("string").apply(lambda column: column.str.strip())
+    own = frame["prompt"].str.replace("|", " ")  # a prompt is a group of its own
+    frame["group"] = frame["group"].fillna(own) if "group" in given else own
+    frame = frame.fillna("").reset_index(drop=True)
+    full, dropped = frame[["prompt", "answer"]].ne("").all(axis=1), {}
+    frame, dropped["no prompt or no answer"] = frame[full], int((~full).sum())
+    again = frame.duplicated(["prompt", "answer"])
+    frame, dropped["asked twice"] = frame[~again], int(again.sum())
+    torn = frame.duplicated("prompt", keep=False)
+    frame, dropped["one prompt, several answers"] = frame[~torn], int(torn.sum())
+    judge = "number" if frame["answer"].str.fullmatch(NUMBER).all() else "first token"
+    if judge == "first token":
+        token = {x: continuation_ids(tokenizer, x)[0] for x in frame["answer"].unique()}
+        alike = frame["answer"].groupby(frame["answer"].map(token)).transform("nunique") > 1
+        frame, dropped["answer begins like another"] = frame[~alike], int(alike.sum())
+    frame = frame.astype(object).assign(answer=" " + frame["answer"], tested=True)
+    frame = frame.reset_index(drop=True)
+    for fold in range(FOLDS):
+        counts = split(frame, fold)["split"].value_counts() if len(frame) else {}
+        if short := [part for part in SPLITS if not counts.get(part)]:
+            groups = frame["group"].nunique()
+            raise ValueError(
+                f"{len(frame)} questions in {groups} groups are too few: fold {fold} has none for "
+                f"{short[0]}. Give more groups, twenty at least."
+            )
+    table = pd.DataFrame(dropped.items(), columns=["why", "questions"])
+    return frame, judge, table
+
+
+def _register(frame: pd.DataFrame, judge: str, memory: bool) -> str:
+    """Puts the questions where runs look for them; returns their name, one for each content."""
+    digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:8]
+    name = f"own {digest}"
+    other = f"{name}, another's memory" if memory else None
+    columns = tuple(c for c in (*Dataset.columns, "kind") if c in frame)
+    load = partial(pd.DataFrame.copy, frame)
+    DATASETS[name] = Dataset(name, load, judge, name, exchanged=other, columns=columns)
+    if other:
+        alike = ["fold", *(["kind"] if "kind" in frame else [])]
+        alike += ["length"] if judge == "number" else []
+        told = partial(with_anothers_memory, load, alike, answers=judge == "number")
+        DATASETS[other] = Dataset(other, told, judge, other, columns=(*columns, "memory"))
+    return name
+
+
+def _with_seen(run: Run, answered: pd.DataFrame) -> pd.DataFrame:
+    """Whether each test question's answer was one of those in training."""
+    trained = set(asked(run, "train")["answer"])
+    seen = asked(run, "test")["answer"].isin(trained)
+    return answered.assign(answers=np.where(seen, "seen", "unseen"))
+
+
+def _accuracies(answered: pd.DataFrame) -> pd.DataFrame:
+    parts = {"all": answered, **dict(list(answered.groupby("answers")))}
+    columns = ["arm", "answers", "accuracy", "low", "high", "n", "groups", "seeds", "perplexity"]
+    tables = [accuracy_table(part).assign(answers=name) for name, part in parts.items()]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+def _rates(plan: Sequence[Planned], runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    rows = {}
+    for one, run in zip(plan, runs, strict=True):
+        for trial in one.trials:
+            tried = sorted(x.learning_rate for x in rates_tried(trial, store))
+            edge = run.learning_rate in (tried[0], tried[-1])
+            rows[run.arm] = {"learning_rate": run.learning_rate, "tried": tried, "at_edge": edge}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm").reset_index()

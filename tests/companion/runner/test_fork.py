@@ -1,0 +1,53 @@
+"""A fork has its own badges, set-up cells and citation after one command."""
+
+import json
+import shutil
+
+import pytest
+
+from companion import paths
+from companion.runner.fork import FILES, fork
+
+
+@pytest.fixture
+def copy(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    for name in FILES:
+        for path in paths.ROOT.glob(name):
+            shutil.copyfile(path, tmp_path / path.relative_to(paths.ROOT))
+    return tmp_path
+
+
+def texts(folder):
+    return {p.name: p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_badge_and_set_up_cell_leads_to_the_fork(copy):
+    before = texts(copy)
+    changed = fork("Ann-B/main.copy@v1.2", copy)
+    assert {path.name for path in changed} == set(before)
+    for name, text in texts(copy).items():
+        assert "back-attention-companion" not in text
+        if name.endswith(".ipynb"):
+            title, setup = ("".join(c["source"]) for c in json.loads(text)["cells"][:2])
+            assert f"/github/Ann-B/main.copy/blob/v1.2/notebooks/{name})" in title
+            assert f"/gh/Ann-B/main.copy/v1.2?labpath=notebooks%2F{name})" in title
+            assert "--depth=1 -b v1.2 https://github.com/Ann-B/main.copy\n" in setup
+            assert '"main.copy/lib"' in setup
+
+
+def test_there_and_back_changes_nothing(copy):
+    before = texts(copy)
+    fork("ann/companion@v2", copy)
+    fork("bob/other", copy)
+    assert "bob/other/blob/v2/" in texts(copy)["00_start_here.ipynb"]
+    fork("back-attention-companion/back-attention-companion@main", copy)
+    assert texts(copy) == before
+
+
+@pytest.mark.parametrize("home", ["", "ann", "ann/", "a/b/c", "a b/c", "a/b@", "https://x.org/a/b"])
+def test_what_is_no_home_changes_nothing(copy, home):
+    before = texts(copy)
+    with pytest.raises(ValueError, match="owner/name"):
+        fork(home, copy)
+    assert texts(copy) == before
