@@ -116,14 +116,14 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             cell.id = "injected-parameters"  # papermill draws one
         if cell.cell_type == "code" and not {"hide-input", "remove-cell"} & set(tags):
             tags.append("remove-cell" if "setup" in tags else "hide-input")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        kept: dict = {}
         for output in cell.get("outputs", []):
-            picture = output.get("metadata", {}).get("image/png", {})
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if "metadata" in output:
-                alt = {"alt": picture["alt"]} if "alt" in picture else {}
-                output["metadata"] = nbformat.from_dict({"image/png": alt} if alt else {})
-                if alt:  # where Jupyter Book looks for it
-                    cell.metadata["mystnb"] = nbformat.from_dict({"image": alt})
+                output["metadata"] = nbformat.from_dict({"image/png": {"alt": alt}} if alt else {})
+            if alt:
+                kept["mystnb"] = {"image": {"alt": alt}}  # where Jupyter Book looks for it
+        cell.metadata = nbformat.from_dict(kept | ({"tags": tags} if tags else {}))
 
 
 def _report(path: Path, partial: Path, error: Exception, megabytes: int) -> str:
