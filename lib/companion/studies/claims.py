@@ -21,6 +21,7 @@ RECALLED = "e3 is said with e2's state at r1"
 NUMBERS = ("effect", "low", "high", "paper_low", "paper_high", "seen")
 NUMBERS += ("control_effect", "control_low", "control_high")
 NUMBERS += ("highest_effect", "highest_low", "highest_high")
+SHARES = {key for key, about in CLAIMS.items() if about.get("share")}  # judged against half
 MET = {"verified": "met", "toy": "met in toys", "inconclusive": "open", "falsified": "not met"}
 
 
@@ -70,7 +71,7 @@ def in_short(ledger: pd.DataFrame) -> str:
     stand against the strictest control; in points where no unit stands."""
     lines = ["| | claim | paper | here | repeats? | strictest control |", "|---" * 6 + "|"]
     for row in ledger[~_breaks(ledger)].to_dict("records"):
-        paper = _numbers(row["paper_low"], row["paper_high"])
+        paper = _shown(row, "paper_low", "paper_high")
         cells = [_link(row), row["short"], paper, _here(row), row["verdict"], _control(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -80,7 +81,7 @@ def conditions(ledger: pd.DataFrame) -> str:
     """The conditions that would break the paper's reading, as README has them, a Markdown table."""
     lines = ["| | condition | here | met? |", "|---" * 4 + "|"]
     for row in ledger[_breaks(ledger)].to_dict("records"):
-        cells = [_link(row), row["short"], _here(row), MET[row["verdict"]]]
+        cells = [_link(row), row["short"], _here(row), f"{MET[row['verdict']]}; {row['control']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -94,7 +95,15 @@ def _link(row: dict) -> str:
 
 
 def _here(row: dict) -> str:
-    return _numbers(row["effect"], row["highest_effect"], unit=row["unit"])
+    return _shown(row, "effect", "highest_effect")
+
+
+def _shown(row: dict, *names: str) -> str:
+    """Some numbers of a row, in its unit; those of SHARES as the shares that they are."""
+    values = [row[name] for name in names if pd.notna(row[name])]
+    if row["id"] in SHARES and values:
+        return f"{' to '.join(dict.fromkeys(f'{50 + x:.0f}' for x in values))} %"
+    return _numbers(*values, unit=row["unit"])
 
 
 def _control(row: dict) -> str:
@@ -173,12 +182,14 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     figure, axes = plt.subplots(2, 1, figsize=size, **shape)
     for ax, part in zip(axes, parts, strict=True):
         for y, row in zip(range(len(part))[::-1], part.to_dict("records"), strict=True):
-            ends = [row[f"{which}{end}"] for which in ("", "highest_") for end in ("low", "high")]
+            elsewhere = row["control_unit"] != row["unit"]
+            shown = ("", "highest_", *([] if elsewhere else ["control_"]))
+            ends = [row[f"{which}{end}"] for which in shown for end in ("low", "high")]
             scaled = ax is axes[1]
             _row(ax, row, y, max(abs(x) for x in ends if pd.notna(x)) if scaled else 1.0)
             said = MET[row["verdict"]] if row["id"].startswith("B") else row["verdict"]
             ax.annotate(
-                said + {"none": ""}.get(row["control"], f"; {row['control']}"),
+                said + {"none": ""}.get(row["control"], f"; {row['control']}{'*' * elsewhere}"),
                 (1.02, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
@@ -189,8 +200,10 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.set(yticks=range(len(part))[::-1], yticklabels=names, ylim=(-0.8, len(part) - 0.4))
         ax.tick_params(axis="y", length=0, labelsize=8)
     axes[0].axvspan(-ZONE, ZONE, color="0.88", zorder=0)
-    axes[0].set(xlabel="points of accuracy, or of a share")
-    axes[1].set(xlabel="own unit, largest = 1", xlim=(-1.25, 1.25))
+    axes[0].set(xlabel="points of accuracy, or of a share above half")
+    axes[1].set(
+        xlabel="own unit, largest = 1; * control in another unit, not drawn", xlim=(-1.25, 1.25)
+    )
     units = [f"{_here(r)}   {r['short']}  {r['id']}" for r in parts[1].to_dict("records")]
     axes[1].set_yticks(range(len(parts[1]))[::-1], units)
     axes[0].legend(
@@ -198,6 +211,16 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     )
     shown = ["id", "short", *NUMBERS, "unit", "control_unit", "verdict", "control"]
     return figure, pd.concat(parts)[shown]
+
+
+def exchanges(folders: Sequence[Path]) -> pd.DataFrame:
+    """What another question's memory does to accuracy, by model of notebook 07: model, its own,
+    another's. folders: of tables, with figures beside."""
+    name = "07_exchange.csv"
+    shown = pd.read_csv(_tables([folder.parent for folder in folders], name)[name])
+    wide = shown.pivot(index="model", columns="memory", values="mean").loc[shown["model"].unique()]
+    names = {"own": "its own", "another's": "another's"}
+    return wide[list(names)].rename(columns=names).rename_axis(columns=None).reset_index()
 
 
 def picture(folders: Sequence[Path]) -> tuple[Figure, pd.DataFrame]:
@@ -227,7 +250,8 @@ def picture(folders: Sequence[Path]) -> tuple[Figure, pd.DataFrame]:
     left.set_title("A low layer reads high ones", fontsize=9)
     table = arms.query("dataset == 'two-hop' and arm in @SHOWN").set_index("arm").loc[list(SHOWN)]
     table = table.reset_index()[["arm", "accuracy", "low", "high", "n", "seeds"]]
-    looks = [ORANGE if arm == "back attention" else GREY for arm in table["arm"]]
+    colours = {"back attention": ORANGE, "zero-shot": "0.75", "few-shot": "0.75"}
+    looks = [colours.get(arm, GREY) for arm in table["arm"]]
     for y, (row, colour) in enumerate(zip(table.itertuples(), looks, strict=True)):
         right.plot([100 * row.low, 100 * row.high], [y, y], color=colour, lw=2)
         right.plot(100 * row.accuracy, y, "o", color=colour, ms=5)
