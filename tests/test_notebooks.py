@@ -10,6 +10,7 @@ import sys
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -153,10 +154,11 @@ def test_set_up_cells_and_badges_are_alike_and_agree_with_pyproject():
     slug, sources = address.removeprefix("https://github.com/"), set()
     for path in NOTEBOOKS:
         title, setup = (cell.source for cell in nbformat.read(path, as_version=4).cells[:2])
-        colab = f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
-        binder = f"mybinder.org/v2/gh/{slug}/main?labpath=notebooks%2F{path.name}"
+        tag = re.search(r" -b (\S+) ", setup)[1]
+        colab = f"colab.research.google.com/github/{slug}/blob/{tag}/notebooks/{path.name}"
+        binder = f"mybinder.org/v2/gh/{slug}/{tag}?labpath=notebooks%2F{path.name}"
         assert colab in title and binder in title
-        assert f" -b main {address}\n" in setup and "pip" not in setup
+        assert f" {address}\n" in setup and "pip" not in setup
         assert setup.endswith(f'out = notebook.setup("{path.stem}")')
         sources.add(setup.replace(path.stem, "NAME"))
     assert len(sources) == 1 and len([line for line in setup.splitlines() if line]) <= 6
@@ -166,14 +168,15 @@ def test_set_up_cells_and_badges_are_alike_and_agree_with_pyproject():
 def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
     """Where backattn is not installed: in a checkout, or hosted, with the notebook alone."""
     source = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
+    tag, home = re.search(r" -b (\S+) https://\S+/(\S+)", source).groups()
     checkout, folder, environment = paths.ROOT, tmp_path, {**os.environ, "BACKATTN_OUTPUT": ""}
     environment.pop("PYTHONPATH", None)
     if place == "hosted":
-        folder, checkout = tmp_path / "content", tmp_path / "content/back-attention-companion"
+        folder, checkout = tmp_path / "content", tmp_path / "content" / home
         folder.mkdir()
         shutil.copytree(paths.ROOT / "lib", tmp_path / "repository/lib")
         git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=n", "-c", "user.email=e"]
-        for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-qm", "All"]):
+        for command in (["init", "-q", "-b", tag], ["add", "."], ["commit", "-qm", "All"]):
             subprocess.run([*git, *command], check=True)
         address = re.search(r"https://\S+", source)[0]
         instead = f"url.file://{tmp_path}/repository.insteadOf"
@@ -203,6 +206,10 @@ def test_readme_is_short_and_says_what_the_tables_say():
     assert len(readme.split()) <= 1100
     ledger = whole_ledger([paths.FIGURES / "tables"])
     assert in_short(ledger) in readme and conditions(ledger) in readme
+    exchanged = pd.read_csv(paths.FIGURES / "tables/11_exchange.csv").set_index("model") * 100
+    for model in ("two layers, from scratch", "smollm2"):
+        own, other = exchanged.loc[model, ["its own", "another's"]]
+        assert f"from {own:.0f} % to {other:.0f} %" in readme
 
 
 def test_every_link_of_a_page_leads_somewhere():

@@ -21,18 +21,19 @@ print(backattn.__file__, OUTPUT, flow.check() < 1e-4, sep="\\n")
 """
 
 
-@pytest.mark.parametrize("wished", [None, "elsewhere"])
+@pytest.mark.parametrize("wished", [None, "elsewhere", "/elsewhere"])
 def test_it_works_outside_of_the_repository(tmp_path, wished):
     site = tmp_path / "env/lib/site-packages"
     shutil.copytree(paths.ROOT / "lib/backattn", site / "backattn")
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches"), "BACKATTN_OUTPUT": ""}
     environment.pop("PYTHONPATH", None)
+    home = expected = tmp_path / "caches/backattn"
     if wished:
-        environment["BACKATTN_OUTPUT"] = str(tmp_path / wished)
+        expected = tmp_path / wished[1:] if wished[0] == "/" else home / wished
+        environment["BACKATTN_OUTPUT"] = str(expected) if wished[0] == "/" else wished
     command = [sys.executable, "-c", PROGRAM, str(site), str(paths.ROOT / "lib")]
     how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run(command, **how)
-    expected = tmp_path / (wished or "caches/backattn")
     assert done.stdout.splitlines() == [
         *(str(site / "backattn/__init__.py"), str(expected), "True")
     ], done.stderr

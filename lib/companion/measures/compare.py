@@ -16,15 +16,15 @@ from backattn.models.tokens import continuation_ids
 from companion.measures.training_memory import by_test_memory, exchanged_in_test
 from companion.questions.datasets import DATASETS, Dataset, with_anothers_memory
 from companion.questions.facts import read_table
-from companion.questions.splits import FOLDS, SPLITS, split
+from companion.questions.splits import FOLDS, SPLITS, fold_of, split
 from companion.runs.as_asked import asked
 from companion.runs.plans import CORE_ARMS, TRIED, Planned, adapter_runs, complete, rates_tried
 from companion.runs.results import accuracy_table, answers, difference_table
-from companion.runs.run import BACK_ATTENTION, UNTRAINED, Run
+from companion.runs.run import UNTRAINED, Run
 from companion.runs.store import Store
 
 COLUMNS = ("prompt", "answer", "group")
-NUMBER = r"-?\d+(\.\d+)?"
+WHOLE, DECIMAL = r"-?\d+", r"-?\d*\.\d+"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compare(
         questions: a frame, or a CSV in UTF-8, with the columns prompt, answer and, if you like,
             group (what must not be in training and in the test, as a bridge entity; several with
             "|" between; else every prompt by itself) and kind (memories are exchanged within it).
-            Answers that are all numbers are judged as written, others by their first token.
+            Answers that are all whole numbers are judged as written, others by their first token.
         arms: of `backattn.adapters.arms.ARMS`; those that train nothing are always there.
         memory: ask the test again with another question's memory, where back attention is an arm.
         device: to train and test on.
@@ -77,21 +77,25 @@ def compare(
     Example:
         >>> compare("my.csv", model="smollm2", steps=100).differences  # doctest: +SKIP
     """
-    if unknown := [arm for arm in arms if arm not in TRIED]:
-        raise ValueError(f"There is no arm {unknown[0]!r}; choose of {', '.join(TRIED)}.")
-    store = Store() if store is None else store
-    model = sizes.setdefault("model", "smollm2")
-    frame, judge, dropped = prepared(questions, load_model(model)[1])
+    unknown = [arm for arm in arms if arm not in TRIED]
+    if unknown or not arms:
+        problem = f"There is no arm {unknown[0]!r}" if unknown else "No arm is given"
+        raise ValueError(f"{problem}; choose of {', '.join(TRIED)}.")
+    store, memory = Store() if store is None else store, memory and "back attention" in arms
+    every = dict.fromkeys(("train_items", "validation_items", "test_items"))  # None: all there are
+    sizes = {"model": "smollm2", **every, **sizes}
+    frame, judge, dropped = prepared(questions, load_model(sizes["model"])[1], memory)
     name = _register(frame, judge, memory)
     plan = adapter_runs(names=[name], arms=list(arms), **sizes)
     runs = complete(plan, store, device=device)
     answered = pd.concat([_with_seen(run, answers([run], store)) for run in runs])
-    compared, exchanged = [arm for arm in arms if arm in set(answered["arm"])], pd.DataFrame()
-    if memory and (back := [run for run in runs if run.arm in BACK_ATTENTION]):
+    exchanged = pd.DataFrame()
+    if memory:
+        back = [run for run in runs if run.arm == "back attention"]
         exchanged = exchanged_in_test(by_test_memory(answers(back, store), back, store))
     return Comparison(
         accuracies=_accuracies(answered),
-        differences=difference_table(answered, compared[0], [*compared[1:], *UNTRAINED]),
+        differences=difference_table(answered, arms[0], [*arms[1:], *UNTRAINED]),
         memory=exchanged,
         dropped=dropped,
         rates=_rates(plan, runs, store),
@@ -99,10 +103,11 @@ def compare(
 
 
 def prepared(
-    questions: pd.DataFrame | str | Path, tokenizer
+    questions: pd.DataFrame | str | Path, tokenizer, memory: bool = True
 ) -> tuple[pd.DataFrame, str, pd.DataFrame]:
     """Questions as datasets are here, how they are judged ("number" or "first token"), and what was
-    dropped: why, questions. Raises what `compare` says."""
+    dropped: why, questions. memory: leave out questions to which no other's memory can be given, as
+    their exchange would show no flow, whatever there is. Raises what `compare` says."""
     if not isinstance(questions, pd.DataFrame):
         questions = read_table(Path(questions), COLUMNS[:2], strip=True)
     if missing := [name for name in COLUMNS[:2] if name not in questions]:
@@ -120,12 +125,23 @@ def prepared(
     frame, dropped["asked twice"] = frame[~again], int(again.sum())
     torn = frame.duplicated("prompt", keep=False)
     frame, dropped["one prompt, several answers"] = frame[~torn], int(torn.sum())
-    judge = "number" if frame["answer"].str.fullmatch(NUMBER).all() else "first token"
+    judge = "number" if frame["answer"].str.fullmatch(WHOLE).all() else "first token"
+    if frame["answer"].str.fullmatch(f"{WHOLE}|{DECIMAL}").all() and judge != "number":
+        raise ValueError("Decimals cannot be judged: give whole numbers, as 150 cents for 1.50.")
+    if judge == "number":  # a test writes eight tokens, of which a digit may be one
+        longer = frame["answer"].str.len() > 7
+        frame, dropped["number of more than 7 characters"] = frame[~longer], int(longer.sum())
     if judge == "first token":
         token = {x: continuation_ids(tokenizer, x)[0] for x in frame["answer"].unique()}
         alike = frame["answer"].groupby(frame["answer"].map(token)).transform("nunique") > 1
         frame, dropped["answer begins like another"] = frame[~alike], int(alike.sum())
     frame = frame.astype(object).assign(answer=" " + frame["answer"], tested=True)
+    if memory:
+        told = frame.assign(
+            fold=frame["group"].map(fold_of), length=(frame["prompt"] + frame["answer"]).str.len()
+        )
+        alone = told.groupby(_alike(frame, judge))["answer"].transform("nunique") < 2
+        frame, dropped["no other memory to read"] = frame[~alone], int(alone.sum())
     frame = frame.reset_index(drop=True)
     for fold in range(FOLDS):
         counts = split(frame, fold)["split"].value_counts() if len(frame) else {}
@@ -135,8 +151,16 @@ def prepared(
                 f"{len(frame)} questions in {groups} groups are too few: fold {fold} has none for "
                 f"{short[0]}. Give more groups, twenty at least."
             )
+    apart = sum(len(frame) - len(split(frame, fold)) for fold in range(FOLDS))
+    dropped["names in several splits, all folds"] = apart
     table = pd.DataFrame(dropped.items(), columns=["why", "questions"])
     return frame, judge, table
+
+
+def _alike(frame: pd.DataFrame, judge: str) -> list[str]:
+    """What two questions have in common that may read each other's memory."""
+    kind = ["kind"] if "kind" in frame else []
+    return ["fold", *kind, *(["length"] if judge == "number" else [])]
 
 
 def _register(frame: pd.DataFrame, judge: str, memory: bool) -> str:
@@ -148,8 +172,7 @@ def _register(frame: pd.DataFrame, judge: str, memory: bool) -> str:
     load = partial(pd.DataFrame.copy, frame)
     DATASETS[name] = Dataset(name, load, judge, name, exchanged=other, columns=columns)
     if other:
-        alike = ["fold", *(["kind"] if "kind" in frame else [])]
-        alike += ["length"] if judge == "number" else []
+        alike = _alike(frame, judge)
         told = partial(with_anothers_memory, load, alike, answers=judge == "number")
         DATASETS[other] = Dataset(other, told, judge, other, columns=(*columns, "memory"))
     return name

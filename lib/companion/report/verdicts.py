@@ -94,7 +94,7 @@ def claim(
         verdict = "toy" if about.get("toy") else "verified"
     elif testable and all(answer is False for answer in answers):
         verdict = "falsified"
-    lowest, *_, highest = sorted([*effects, *effects], key=lambda effect: effect.value)
+    lowest, highest = (which(effects, key=lambda effect: effect.value) for which in (min, max))
     counted = f"{len(passed)} of {len(checks)}"
     row = {"id": key, **about, "ours": ours, "verdict": verdict}
     row["paper_low"], row["paper_high"] = about.get("effect", (None, None))

@@ -246,6 +246,10 @@ def own_data(arguments: argparse.Namespace) -> int:
 
     if arguments.only not in (None, "3", "03"):
         raise ValueError("--data is asked of notebook 03's arms: leave --only out, or give 03.")
+    if arguments.cluster or arguments.update:
+        raise ValueError(
+            "--data trains on this machine and replaces nothing: no --cluster, --update."
+        )
     file = (started_in() / Path(arguments.data).expanduser()).resolve()
     if not file.is_file():
         raise ValueError(f"--data: there is no file {file}.")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from backattn.models.load import load_model
-from companion.measures.compare import compare, prepared
+from companion.measures.compare import _register, compare, prepared
 from companion.questions.datasets import DATASETS
 from companion.questions.splits import FOLDS
 from companion.runs.store import Store
@@ -59,12 +59,12 @@ def test_one_call_gives_every_table(tmp_path, monkeypatch):
 
 
 def test_a_file_keeps_its_text_and_numbers_are_judged_as_written(tmp_path, tokenizer):
-    rows = [f"item {k} costs,{price}" for k, price in enumerate(["0.50", "1.50", "7", "007"] * 15)]
+    rows = [f"item {k} costs,{price}" for k, price in enumerate(["-50", "150", "7", "007"] * 15)]
     path = tmp_path / "my.csv"
     path.write_text("\n".join(["prompt,answer", *rows]) + "\n", encoding="utf-8")
-    questions, judge, dropped = prepared(path, tokenizer)
+    questions, judge, dropped = prepared(path, tokenizer, memory=False)
     assert judge == "number" and not why(dropped)
-    assert questions["answer"].unique().tolist() == [" 0.50", " 1.50", " 7", " 007"]
+    assert questions["answer"].unique().tolist() == [" -50", " 150", " 7", " 007"]
     assert (questions["group"] == questions["prompt"]).all()
 
 
@@ -95,6 +95,7 @@ def test_what_is_dropped_is_said(tokenizer):
         (frame(group="one"), "too few"),
         (frame().iloc[:0], "too few"),
         (frame(answer=1.5), "floats"),
+        (frame(answer=["1.50", "2"] * 30), "Decimals cannot be judged"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_work(questions, message, tmp_path):
@@ -104,6 +105,26 @@ def test_what_cannot_be_compared_is_refused_before_any_work(questions, message, 
     assert not store.folder.exists()
 
 
-def test_an_arm_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match="There is no arm 'magic'; choose of"):
-        compare(frame(), ["magic"], store=Store(tmp_path, shipped=None), **SMALL)
+@pytest.mark.parametrize(
+    "arms, message", [(["magic"], "There is no arm 'magic'; choose of"), ([], "No arm is given")]
+)
+def test_an_arm_must_be_known(tmp_path, arms, message):
+    with pytest.raises(ValueError, match=message):
+        compare(frame(), arms, store=Store(tmp_path, shipped=None), **SMALL)
+
+
+def test_no_question_reads_its_own_memory_as_another_s(tokenizer):
+    """Else an exchange would change nothing, and show no flow where there is some."""
+    kinds = ["alike" if k % 4 == 0 else "others" for k in range(60)]  # all alike answer red
+    questions, _, dropped = prepared(frame(kind=kinds), tokenizer)
+    assert why(dropped) == {"no other memory to read": 15} and set(questions["kind"]) == {"others"}
+    told = DATASETS[f"{_register(questions, 'first token', True)}, another's memory"].load()
+    assert (told["memory"] != told["prompt"]).all()
+    assert len(prepared(frame(kind=kinds), tokenizer, memory=False)[0]) == 60
+
+
+def test_numbers_that_a_test_would_cut_are_left_out(tokenizer):
+    long = frame(answer=["1234567", "-12345678"] * 30)
+    questions, judge, dropped = prepared(long, tokenizer, memory=False)
+    assert judge == "number" and set(questions["answer"]) == {" 1234567"}
+    assert why(dropped) == {"number of more than 7 characters": 30}

@@ -241,6 +241,7 @@ def test_runs_of_several_notebooks_are_joined(tmp_path):
         (["--dtype", "float8"], "invalid choice"),
         (["--data", "my.csv"], "there is no file"),
         (["--data", "my.csv", "--only", "05"], "--data is asked of notebook 03's arms"),
+        (["--data", "empty.csv", "--cluster", "tcp://x:1"], "no --cluster"),
         (["--data", "empty.csv"], "empty.csv lacks column 'prompt'"),
         (["--fork", "me"], "give owner/name"),
     ],
