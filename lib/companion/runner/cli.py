@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,8 +43,9 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
     names = [path.stem for path in found]
 
     def matching(word: str) -> list[str]:
-        beginning = word.strip().zfill(2) if word.strip().isdigit() else word.strip()
-        return [name for name in names if beginning and name.startswith(beginning)] or unfit(word)
+        word = re.sub(r"^\d(?=[a-z]?$)", r"0\g<0>", word.strip())  # 2 is 02, 2b is 02b
+        numbered = [name for name in names if name.split("_")[0] == word]
+        return numbered or [name for name in names if word and name.startswith(word)] or unfit(word)
 
     def unfit(word: str) -> list:
         raise ValueError(f"No notebook fits {word!r}. There are: {', '.join(names)}.")
@@ -85,7 +87,7 @@ def started_in() -> Path:
 def resume(arguments: argparse.Namespace, path: Path) -> str:
     """The command that goes on from a notebook."""
     words = ["./run_all.sh" if started_in() == paths.ROOT else str(paths.ROOT / "run_all.sh")]
-    for name, value in {**vars(arguments), "from": path.stem[:2]}.items():
+    for name, value in {**vars(arguments), "from": path.stem.split("_")[0]}.items():
         if value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)

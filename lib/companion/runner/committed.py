@@ -18,7 +18,7 @@ from companion import paths
 
 def notebooks() -> list[Path]:
     """The numbered notebooks, in order, then the demo."""
-    kinds = ("[0-9][0-9]_*.ipynb", "demo_*.ipynb")
+    kinds = ("[0-9][0-9]*_*.ipynb", "demo_*.ipynb")
     return [path for kind in kinds for path in sorted(paths.NOTEBOOKS.glob(kind))]
 
 

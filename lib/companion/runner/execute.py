@@ -94,7 +94,7 @@ def _watched(bar: Path, name: str) -> Iterator[list[int]]:
             line = text.strip().splitlines()[-1:]
             if line and line != shown and time.monotonic() - shown_at >= interval:
                 shown, shown_at = line, time.monotonic()
-                print(f"    {name[:2]}  {line[0]}", flush=True)
+                print(f"    {name.split('_')[0]}  {line[0]}", flush=True)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

@@ -32,7 +32,7 @@ class Job:
     @property
     def stage(self) -> int:
         """Those of a stage wait for all of earlier ones."""
-        return {FIRST: 0, LAST: 2}.get(self.path.stem[:2], 1)
+        return {FIRST: 0, LAST: 2}.get(self.path.stem.split("_")[0], 1)
 
 
 def cores() -> int:

@@ -30,7 +30,7 @@ def whole_ledger(folders: Sequence[Path]) -> pd.DataFrame:
 
     A table in an earlier folder counts. Raises ValueError when a row of the ledger is missing.
     """
-    found = _tables(folders, "[0-9][0-9]_claims.csv")
+    found = _tables(folders, "[0-9][0-9]*_claims.csv")
     as_text = {"dtype": str, "keep_default_na": False}
     parts = [pd.read_csv(found[name], **as_text) for name in sorted(found)]
     rows = pd.concat(parts, ignore_index=True)
@@ -56,7 +56,7 @@ def commands(ledger: pd.DataFrame, figures: Path) -> pd.DataFrame:
     rows = []
     for row in ledger.itertuples():
         names = row.notebook.split(", ")
-        numbers = [name[:2] for name in names]
+        numbers = [name.split("_")[0] for name in names]
         files = [file for n in numbers for file in figures.rglob(f"{n}_*") if file.is_file()]
         seconds = sum(took[name]["seconds"] for name in names)
         about = {"id": row.id, "short": row.short}
@@ -144,8 +144,8 @@ def _counted(words: pd.Series, order: Iterable[str]) -> str:
 
 def preconditions(folders: Sequence[Path]) -> pd.DataFrame:
     """What the paper's mechanism needs, in the models where it was measured: model, needs, measured
-    (how), share (of questions), holds (more than half). folders: tables of notebooks 02 and 08."""
-    names = [f"{name}.csv" for name in ("02_first_readable", "02_mending", "08_premise")]
+    (how), share (of questions), holds (more than half). folders: tables of notebooks 02b and 08."""
+    names = [f"{name}.csv" for name in ("02b_first_readable", "02b_repaired", "08_premise")]
     readable, repaired, facts = (pd.read_csv(_tables(folders, name)[name]) for name in names)
     drawn = _tables([folder.parent for folder in folders], names[-1])
     layers = pd.read_csv(drawn[names[-1]])

@@ -210,16 +210,16 @@ def repaired_differences(made: pd.DataFrame) -> pd.DataFrame:
     means, totals = sample_means(wide, "back attention", ["kind", "pair"])
     less = means["e2"][pairs] - means["other"][pairs]
     sizes = totals["e2"][pairs].where(less.notna())
-    mended = {"than other failures": (less * sizes).sum(axis=1) / sizes.sum(axis=1)}
+    repaired = {"than other failures": (less * sizes).sum(axis=1) / sizes.sum(axis=1)}
     for arm in made.loc[made["arm"] != "back attention", "arm"].unique():
         more = wide["back attention"] - wide[arm]
         if more.isna().any():
             raise ValueError(f"Back attention and {arm!r} were not asked the same questions.")
-        mended[f"than {arm}"] = sample_means(wide.assign(more=more), "more", ["kind"])[0]["e2"]
+        repaired[f"than {arm}"] = sample_means(wide.assign(more=more), "more", ["kind"])[0]["e2"]
     e2 = wide.loc[wide["kind"] == "e2", "pair"]
     rows = [
         {"more": name, "difference": draws[0], **interval(draws[1:]), "n": len(e2)}
-        for name, draws in mended.items()
+        for name, draws in repaired.items()
     ]
     rows[0]["n"] = int(e2.isin(pairs).sum())
     return pd.DataFrame(rows)
@@ -281,18 +281,18 @@ def several_layers_help(accuracy: pd.DataFrame, one: pd.DataFrame, lora: pd.Data
     return claim("Q1", ours, named(one.reset_index(), one["low"] > 0, "sources"), several, rival)
 
 
-def bridge_failures_mended(mended: pd.DataFrame, differences: pd.DataFrame) -> dict:
-    """N2. mended: arm, before, share (of such failures that become e3), low, high, n, names;
+def bridge_failures_repaired(repaired: pd.DataFrame, differences: pd.DataFrame) -> dict:
+    """N2. repaired: arm, before, share (of such failures that become e3), low, high, n, names;
     differences: `repaired_differences`. Two checks, with whole intervals: back attention mends more
     of the failures that say e2 than of others (the comparison), and than the same module on its own
     layer does (the strictest control)."""
-    by = mended[mended["arm"] == "back attention"].set_index("before")
+    by = repaired[repaired["arm"] == "back attention"].set_index("before")
     rows = differences.set_index("more")
     less = ", ".join(f"{name} {points(row)} points" for name, row in rows.iterrows())
     there = by.dropna(subset=["share"]).iterrows()
     shares = ", ".join(f"{kind} {percent(row)} of {int(row['n'])}" for kind, row in there)
     ours = (
-        f"two-hop, share of failures mended by whom they named: {shares}; of those that say e2, "
+        f"two-hop, share of failures repaired by whom they named: {shares}; of those that say e2, "
         f"more {less}; {int(by.loc['e2', 'names'])} bridge entities among them"
     )
     effects = [Effect.of(f"more {name}", rows.loc[name]) for name in NAMED_BY_N2]
@@ -360,14 +360,14 @@ def gain_is_training(
 
 
 def r1_is_irrelevant(against_donor: pd.DataFrame, models: Tables) -> dict:
-    """B4. against_donor: notebook 02's table; models: name -> `memory_table`. Checks, with whole
+    """B4. against_donor: notebook 02b's table; models: name -> `memory_table`. Checks, with whole
     intervals: per model, with r1 hidden more than MOST of the gain is kept (the comparison); r1's
     own high states repair fewer wrong cases than another prompt's (the strictest control)."""
     own = against_donor.set_index(["place", "how"]).loc[("r1", "oracle")]
     hidden = pd.DataFrame({name: table.loc["r1 hidden"] for name, table in models.items()}).T
     kept = ", ".join(f"{name} {percent(row, 'kept')}" for name, row in hidden.iterrows())
     ours = (
-        f"wrong cases mended by r1's own states less by a donor's: {points(own, 'mean')} points "
+        f"wrong cases repaired by r1's own states less by a donor's: {points(own, 'mean')} points "
         f"(oracle over all pairs of layers); with r1 hidden from back attention it keeps {kept} of "
         "its gain in log p(e3)"
     )

@@ -158,6 +158,11 @@ def test_selection(place):
     )
     assert select(found, "1", None, None) == found[1:2]
     assert select(found, " 1, 03 ", None, None) == found[1:]
+    parts = [*found[:2], place.write("01b_b", "n = 1"), found[2]]  # a notebook in two parts
+    assert committed.notebooks() == parts
+    assert select(parts, "1", None, None) == parts[1:2]
+    assert select(parts, "1b", None, None) == select(parts, "01b_b", None, None) == parts[2:3]
+    assert select(parts, None, "1b", None) == parts[2:]
     wrong = [(None, "07", None), (None, "03", "01"), (None, "", None), (None, None, " ")]
     for three in (*wrong, *((word, None, None) for word in ("01,07", "", " ", ",", "98,", "01,"))):
         with pytest.raises(ValueError, match="There are: 00_a, 01_b, 03_c"):

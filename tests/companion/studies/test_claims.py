@@ -89,7 +89,7 @@ def rules() -> list[dict]:
     stage_b = read("01_stages").set_index("stage").loc["B", "middle"]
     arms = ["same layer", "residual LoRA", "loop LoRA", "LoRA q,v", "bias"]
     sweep = {"chosen": "chosen", "against six": "against_six", "differences": "differences"}
-    hops = {**sweep, "instability": "unrest", "accuracy": "layers"}
+    hops = {**sweep, "instability": "instability", "accuracy": "layers"}
     composed = read("08_composing_differences")
     return [
         stage_discovery.stages_in_order(order, blocked, 9),
@@ -99,9 +99,11 @@ def rules() -> list[dict]:
             one_hop, read("02_leads"), three_way, read("02_failures_by_type"), 9
         ),
         census.ignorance_not_conflict(shares),
-        conflict.late_influence(read("02_flow_tests")),
-        conflict.same_states(read("02_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9),
-        patching_grid.back_patching_helps(read("02_mending"), read("02_against_donor")),
+        conflict.late_influence(read("02b_flow_tests")),
+        conflict.same_states(
+            read("02b_causality").assign(r1=lambda t: 1.0 - t["r1 below 1e-4"]), 9
+        ),
+        patching_grid.back_patching_helps(read("02b_repaired"), read("02b_against_donor")),
         training.one_layer_matches_two(read("03_scratch"), read("03_scratch_differences")),
         gain_claim("C8", read("03_differences"), arms),
         layer_ablation.low_layers_are_best(
@@ -125,7 +127,7 @@ def rules() -> list[dict]:
         ),
         reasoning.other_prompts_too(read("09_prompts_differences"), arms[:2]),
         reasoning.costs_as_computed(read("09_costs"), read("09_one_pass")),
-        controls.bridge_failures_mended(read("07_mended"), read("07_mended_differences")),
+        controls.bridge_failures_repaired(read("07_repaired"), read("07_repaired_differences")),
         controls.high_states_of_r1_matter(both),
         controls.gain_is_training(
             both,
@@ -133,7 +135,7 @@ def rules() -> list[dict]:
             read("07_over_datasets"),
             read("07_closed_set_test"),
         ),
-        controls.r1_is_irrelevant(read("02_against_donor"), both),
+        controls.r1_is_irrelevant(read("02b_against_donor"), both),
         controls.no_knowledge_no_gain(read("07_knowledge")),
         composition.composes(composed[composed["arm"] == "2 layers + back attention"]),
         attribution_benchmark.good_attribution(read("10_benchmark"), read("10_seconds")),
@@ -174,4 +176,4 @@ def test_each_row_has_a_command_that_makes_it(ledger):
     made = commands(ledger, paths.FIGURES)
     assert len(made) == len(ledger) and (made[["timed_minutes", "megabytes"]] > 0).all(axis=None)
     numbers = made["command"].str.removeprefix("./run_all.sh --only ").str.split(",").explode()
-    assert set(numbers) <= {path.name[:2] for path in paths.NOTEBOOKS.glob("*.ipynb")}
+    assert set(numbers) <= {path.stem.split("_")[0] for path in paths.NOTEBOOKS.glob("*.ipynb")}

@@ -184,7 +184,7 @@ def named(arm: str, before: str, after: str) -> pd.DataFrame:
     return table.assign(pair="one", e2="b" + (table.index % 5).astype(str))
 
 
-def test_mended_failures_are_compared():
+def test_repaired_failures_are_compared():
     before = "2222222222oooooooooo3"
     made = pd.concat(
         [
@@ -235,9 +235,9 @@ def test_q1_follows_its_rule(ends, verdict):
     ],
 )
 def test_n2_follows_its_rule(other, same, verdict):
-    mended = less(0, 1, arm="back attention", before="e2", share=0.5, names=4)
+    repaired = less(0, 1, arm="back attention", before="e2", share=0.5, names=4)
     rows = [less(*other, more="than other failures"), less(*same, more="than same layer")]
-    claim = study.bridge_failures_mended(pd.DataFrame([mended]), pd.DataFrame(rows))
+    claim = study.bridge_failures_repaired(pd.DataFrame([repaired]), pd.DataFrame(rows))
     assert held(claim) == verdict
 
 

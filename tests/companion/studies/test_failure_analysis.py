@@ -1,4 +1,4 @@
-"""Notebook 02: the census, the conflict inside, back-patching; verdicts on C3 to C6 and B2."""
+"""Notebooks 02 and 02b: the census, the conflict inside, back-patching; their claims."""
 
 import numpy as np
 import pandas as pd
@@ -67,6 +67,33 @@ def test_the_filter_asks_step_by_step(asked, monkeypatch):
     assert asked_of == [("first", 4), ("second", 3), ("shortcut_prompt", 2)]
     with pytest.raises(ValueError, match="No fact is left to ask for 'first'"):
         census.hops(None, None, frame.assign(collides=True))
+
+
+def test_a_list_of_known_facts_stands_for_asking(llama, tmp_path, monkeypatch):
+    """The same analysis set, from the list or from the model; nothing known is an error."""
+    known, listed = tmp_path / "known.csv", FACTS.assign(shortcut_right=["True", *["False"] * 5])
+    listed[["pair", "e1", "r1", "r2", "shortcut_right"]].iloc[:5].to_csv(known, index=False)
+
+    def collide(tokenizer, frame):
+        return candidates(tokenizer, frame).assign(collides=lambda t: t["e1"] == "Nice")
+
+    monkeypatch.setattr(census, "candidates", collide)
+    from_list = census.analysed(*llama, FACTS, per_pair=9, seed=0, known=known)
+    assert set(from_list["e1"]) == {"Lyon", "Bergen"}
+
+    def hops(model, tokenizer, frame):
+        return frame.assign(kept=frame["e1"].isin(from_list["e1"]) & ~frame["collides"])
+
+    monkeypatch.setattr(census, "hops", hops)
+    asked = census.analysed(*llama, FACTS, per_pair=9, seed=0)
+    assert asked[[*from_list]].equals(from_list)
+    plain = census.plain_cases(llama[1], from_list.assign(said="Par", outcome="e1", named="e3"))
+    assert plain.empty  # it writes e3 after all
+    plain = census.plain_cases(llama[1], from_list.assign(outcome="e1", named="other"))
+    assert len(plain) == 2
+    monkeypatch.setattr(census, "hops", lambda m, t, frame: frame.assign(kept=False))
+    with pytest.raises(ValueError, match="No fact is left"):
+        census.analysed(*llama, FACTS, per_pair=9, seed=0)
 
 
 def test_the_order_of_facts_stays_when_one_goes():

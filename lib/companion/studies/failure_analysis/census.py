@@ -6,14 +6,18 @@ shortcut is the answer to "e1's r2".
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from backattn.models.devices import input_device
-from backattn.models.tokens import encode
+from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress
-from companion.questions.asking import ENTITIES, ID_COLUMNS, OUTCOMES, ask, outcome
+from companion.questions.asking import ENTITIES, ID_COLUMNS, OUTCOMES, ask, candidates, outcome
+from companion.questions.datasets import TWO_HOP_KEYS
+from companion.questions.facts import read_table
+from companion.questions.prompts import two_hop_prompts
 from companion.questions.splits import place_of
 from companion.report.intervals import wilson
 from companion.report.verdicts import Effect, claim, percent, with_interval
@@ -96,6 +100,34 @@ def _named(text: str, row) -> str:
 
 def _words(text: str) -> str:
     return f" {' '.join(WORDS.findall(text.lower()))} "
+
+
+def analysed(
+    model, tokenizer, facts: pd.DataFrame, per_pair: int, seed: int, known: Path | None = None
+) -> pd.DataFrame:
+    """The facts of the analysis set, asked in the paper's wording behind one-hop examples: columns
+    of `candidates`, `two_hops` and `generated`. known: a list of what this model knows, as
+    data/two_hop_known.csv, which spares asking the hops. Raises ValueError when no fact is left."""
+    asked = candidates(tokenizer, two_hop_prompts(facts, per_pair=per_pair, seed=seed))
+    if known is None:
+        asked = hops(model, tokenizer, asked)
+        kept = asked[asked["kept"]]
+    else:
+        listed = read_table(known, [*TWO_HOP_KEYS, "shortcut_right"])
+        listed = listed.loc[listed["shortcut_right"] == "False", TWO_HOP_KEYS]
+        kept = asked[~asked["collides"]].merge(listed, on=TWO_HOP_KEYS)
+    if kept.empty:
+        raise ValueError("No fact is left: ask more facts, or a model that knows more of them.")
+    return generated(model, tokenizer, two_hops(model, tokenizer, shuffled(kept)))
+
+
+def plain_cases(tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `generated` that are plainly right (the next token begins e3) or wrong (it begins
+    no name of e3, and no name of e3 is written first)."""
+    first = {name: continuation_ids(tokenizer, name)[0] for name in frame["e3"].unique()}
+    right = frame["said"] == frame["e3"].map(first).map(tokenizer.decode)
+    wrong = (frame["outcome"] != "e3") & (frame["named"] != "e3")
+    return frame[right | wrong].reset_index(drop=True)
 
 
 def shares(frame: pd.DataFrame, by: Sequence[str] = (), column: str = "outcome") -> pd.DataFrame:

@@ -34,8 +34,8 @@ def by_case(values: np.ndarray, asked: pd.DataFrame, places: Sequence[str]) -> p
 
 def first_readable(reading: Reading, asked: pd.DataFrame) -> pd.DataFrame:
     """From which state on an entity can be told from another prompt's: place, entity, ever (share
-    of prompts in which it can be read in some state), ever_shuffled, told (the state from which on
-    the whole interval of `wins` is above a half), wins (in the last layer's input), n."""
+    of prompts in which it can be read in some state), ever_shuffled, ahead_from (the state from
+    which on the whole interval of `wins` is above a half), wins (in the last layer's input), n."""
     rows, weights = [], bootstrap(asked["e2"], 1000)
     for (k, place), entity in itertools.product(enumerate(reading.places), ("e2", "e3")):
         wins = reading.wins[entity][:, k, :-1]  # [n, L]
@@ -44,7 +44,7 @@ def first_readable(reading: Reading, asked: pd.DataFrame) -> pd.DataFrame:
         row = {"place": place, "entity": entity}
         for column, name in (("ever", entity), ("ever_shuffled", f"{entity} shuffled")):
             row[column] = reading.readable[name][:, k].any(1).mean()
-        row["told"] = float(since) if beaten[-1] else np.nan
+        row["ahead_from"] = float(since) if beaten[-1] else np.nan
         rows.append({**row, "wins": wins[:, -1].mean(), "n": len(wins)})
     return pd.DataFrame(rows)
 
