@@ -48,7 +48,8 @@ def by_test_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store) ->
     """`results.answers` of runs of a dataset with other memories for the test (E4, E0), once with
     each memory (column memory: OWN, ANOTHERS), judged alike."""
     parts = []
-    for run, (_, part) in zip(runs, answered.groupby(["dataset", "seed"], sort=False), strict=True):
+    by = answered.groupby(["dataset", "arm", "seed"], sort=False)
+    for run, (_, part) in zip(runs, by, strict=True):
         result = store.result(run)
         right = {OWN: result.get("right_own", result["right"]), ANOTHERS: result["right_exchanged"]}
         parts += [part.assign(memory=m, right=[float(x) for x in r]) for m, r in right.items()]
@@ -56,18 +57,37 @@ def by_test_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store) ->
 
 
 def exchanged_in_test(frame: pd.DataFrame, zone: float = 0.02) -> pd.DataFrame:
-    """What another question's memory costs, by dataset: own, anothers (accuracies), difference,
-    low, high, p, n, low_90, high_90, and reads: "flow" where the cost is above the zone with its
-    whole interval, "no flow" where its 90 % interval lies within it, else "undecided"."""
+    """What another question's memory costs, by dataset and arm: own, anothers (accuracies),
+    difference, low, high, p, n, low_90, high_90, and reads: "flow" where the cost is above the zone
+    with its whole interval, "no flow" where its 90 % interval lies within it, else "undecided"."""
     rows = []
-    for dataset, part in frame.groupby("dataset", sort=False):
+    for (dataset, arm), part in frame.groupby(["dataset", "arm"], sort=False):
         whole, inner = (paired(part, OWN, ANOTHERS, "memory", level=x) for x in (0.95, 0.9))
         shares = part.groupby("memory")["right"].mean()
-        row = {"dataset": dataset, "own": shares[OWN], "anothers": shares[ANOTHERS], **whole}
+        row = {
+            "dataset": dataset,
+            "arm": arm,
+            "own": shares[OWN],
+            "anothers": shares[ANOTHERS],
+            **whole,
+        }
         row |= {"low_90": inner["low"], "high_90": inner["high"], "reads": "undecided"}
         if row["low"] > zone:
             row["reads"] = "flow"
         elif -zone < row["low_90"] and row["high_90"] < zone:
             row["reads"] = "no flow"
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def costs_more(frame: pd.DataFrame, arm: str, other: str) -> pd.DataFrame:
+    """How much more another question's memory costs one arm than another, by dataset: difference
+    (of the costs in accuracy), low, high, p, n, low_90, high_90."""
+    keys, rows = ["dataset", "arm", "seed", "group", "question"], []
+    wide = frame.pivot(index=keys, columns="memory", values="right")
+    cost = (wide[OWN] - wide[ANOTHERS]).rename("right").reset_index()
+    for dataset, part in cost.groupby("dataset", sort=False):
+        whole, inner = (paired(part, arm, other, level=x) for x in (0.95, 0.9))
+        ends = {f"{name}_90": inner[name] for name in ("low", "high")}
+        rows.append({"dataset": dataset, "less": other, **whole, **ends})
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ from companion.questions import splits
 from companion.questions.asking import candidates
 from companion.questions.datasets import DATASETS, load
 from companion.questions.splits import draw
-from companion.runs.run import BACK_ATTENTION, SCRATCH, SHOTS, Run
+from companion.runs.run import READS_MEMORY, SCRATCH, SHOTS, Run
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def test_groups(run: Run, result: dict) -> np.ndarray:
 
 
 def _with_memories(run: Run, tokenizer, items: Items, part: pd.DataFrame) -> Items:
-    if "memory" in part and run.arm in BACK_ATTENTION:
+    if "memory" in part and run.arm in READS_MEMORY:
         items.memories = [prompt_ids(tokenizer, text) for text in part["memory"]]
     return items
 

@@ -20,7 +20,7 @@ from backattn.training.evaluation import evaluate, perplexity, written
 from backattn.training.loop import train
 from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
-from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run, source_of
+from companion.runs.run import OWN, READS_MEMORY, SCRATCH, Run, source_of
 from companion.runs.scratch import scratch_model
 from companion.runs.store import Store
 
@@ -147,7 +147,7 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}
     other = DATASETS[run.dataset].exchanged
-    if other and run.arm in BACK_ATTENTION:
+    if other and run.arm in READS_MEMORY:
         exchanged = questions(replace(run, dataset=other), tokenizer, "test")
         asked_for = {"right_exchanged": exchanged}
         if test.accepted is None:  # else `right` is asked in the same way

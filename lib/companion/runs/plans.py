@@ -112,9 +112,10 @@ def budget_runs(arms: Names = BUDGET_ARMS) -> list[Planned]:
 
 
 def lead_runs() -> list[Planned]:
-    """E4: back attention where it leads, trained again."""
-    plan = adapter_runs(names=[AGAIN[0]], arms=["back attention"], batch_size=16)
-    plan += adapter_runs(names=[AGAIN[1]], arms=["back attention"], source_layer=1)
+    """E4: back attention where it leads, and the same layer, trained again."""
+    arms = ["back attention", "same layer"]
+    plan = adapter_runs(names=[AGAIN[0]], arms=arms, batch_size=16)
+    plan += adapter_runs(names=[AGAIN[1]], arms=arms, source_layer=1)
     return [one for one in plan if one.trials]
 
 

@@ -19,6 +19,7 @@ VERSION = 1  # raised when the same configuration would give another result
 SHOTS = 4  # worked examples of "few-shot"
 SCRATCH = "scratch"  # the model of runs from scratch
 BACK_ATTENTION = ("back attention", "1 layer + back attention", "2 layers + back attention")
+READS_MEMORY = (*BACK_ATTENTION, "same layer")  # another question's can stand in its place
 # Small frozen models of this repository's own making, see `companion.runs.premise`.
 OWN = {name: DATA / "models" / name.replace(" ", "_") for name in ("premise", "premise low")}
 

@@ -214,13 +214,17 @@ def forest(ledger: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def exchanges(folders: Sequence[Path]) -> pd.DataFrame:
-    """What another question's memory does to accuracy, by model of notebook 07: model, its own,
-    another's. folders: of tables, with figures beside."""
-    name = "07_exchange.csv"
+    """What another question's memory does to accuracy, by model and questions of notebook 07:
+    model, its own, another's. folders: of tables, with figures beside."""
+    name, there = "07_exchange.csv", "07_leads.csv"
     shown = pd.read_csv(_tables([folder.parent for folder in folders], name)[name])
     wide = shown.pivot(index="model", columns="memory", values="mean").loc[shown["model"].unique()]
     names = {"own": "its own", "another's": "another's"}
-    return wide[list(names)].rename(columns=names).rename_axis(columns=None).reset_index()
+    wide = wide[list(names)].rename(columns=names).rename_axis(columns=None).reset_index()
+    lead = pd.read_csv(_tables(folders, there)[there]).query("arm == 'back attention'")
+    lead = lead[["own", "anothers"]]
+    lead = lead.set_axis(list(names.values()), axis=1).assign(model="smollm2, in context")
+    return pd.concat([wide, lead], ignore_index=True)
 
 
 def picture(folders: Sequence[Path]) -> tuple[Figure, pd.DataFrame]:

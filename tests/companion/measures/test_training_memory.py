@@ -1,5 +1,7 @@
 """Runs with other memories in training, compared on the same questions."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from companion.measures.training_memory import (
     TOLD,
     by_test_memory,
     by_training_memory,
+    costs_more,
     exchanged_in_test,
     training_memories,
 )
@@ -90,3 +93,18 @@ def test_what_an_exchange_in_the_test_costs_is_judged_by_its_interval(own, anoth
     assert row["difference"] == pytest.approx(row["own"] - row["anothers"])
     assert row["low"] <= row["low_90"] <= row["high_90"] <= row["high"]
     assert row["reads"] == (reads or "undecided")
+
+
+def test_costs_of_two_arms_are_compared_question_by_question():
+    """One arm loses every second answer with another's memory, the other every fourth."""
+    rows = []
+    for arm, step in (("back attention", 2), ("same layer", 4)):
+        for seed, k in itertools.product(range(3), range(40)):
+            about = {"dataset": "in context, again", "arm": arm, "seed": seed, "group": f"e{k % 8}"}
+            about["question"] = f"{seed} {k}"
+            rows.append({**about, "memory": OWN, "right": 1.0})
+            rows.append({**about, "memory": ANOTHERS, "right": float(k // 8 % step > 0)})
+    row = costs_more(pd.DataFrame(rows), "back attention", "same layer").iloc[0]
+    lost = [np.mean([k // 8 % step == 0 for k in range(40)]) for step in (2, 4)]
+    assert row["difference"] == pytest.approx(lost[0] - lost[1]) and row["n"] == 120
+    assert row["low"] <= row["low_90"] <= row["difference"] <= row["high_90"] <= row["high"]

@@ -8,7 +8,7 @@ from backattn import load_model
 from backattn.adapters.arms import make_arm
 from backattn.training.evaluation import evaluate
 from backattn.training.loop import train
-from companion.questions.datasets import PLANTED
+from companion.questions.datasets import AGAIN, DATASETS, PLANTED
 from companion.runs.as_asked import questions
 from companion.runs.perform import (
     answer_test,
@@ -128,3 +128,20 @@ def test_operations_are_counted_by_hand():
     states, dim = 4, 4
     update = 2 * time * width * dim * (2 + 2 * states) + 2 * 2 * time * time * states * dim
     assert forward_flops(wrapped, ids) == counted + 3 * layer + update
+
+
+def test_the_same_layer_reads_the_exchanged_memory(store):
+    """An arm whose memory can be exchanged is asked with it, not with its own a second time."""
+    sizes = dict(train_items=8, validation_items=4, test_items=20, batch_size=4, steps=1)
+    run = Run(AGAIN[0], "same layer", model="tiny-llama", source_layer=1, dim=4, **sizes)
+    run = replace(run, learning_rate=0.05, tested_in="float32")
+    assert "right_exchanged" in train_and_test(run, store)
+    with with_adapter(run, "float32") as (model, tokenizer):
+        put_weights(model, store.weights(run))
+        names = (AGAIN[0], DATASETS[AGAIN[0]].exchanged)
+        own, other = (questions(replace(run, dataset=name), tokenizer, "test") for name in names)
+        assert own.prompts == other.prompts and own.memories is None
+        assert len(other.memories) == len(other.prompts)
+        assert evaluate(model, own)[1] != evaluate(model, other)[1]  # mean losses
+        bias = questions(replace(run, arm="bias", dataset=names[1]), tokenizer, "test")
+    assert bias.memories is None
