@@ -32,9 +32,11 @@ def test_results_on_a_published_dataset_can_be_read_without_it(tiny_run, store, 
     assert test_groups(replace(run), store.result(run)).tolist() == ["text 7"] * 8
 
 
-def test_back_attention_alone_is_told_what_to_remember(tiny_run, llama):
+def test_only_arms_that_read_a_memory_are_given_one(tiny_run, llama):
     run = replace(tiny_run, dataset="two-hop, planted")
     told = questions(replace(run, arm="back attention"), llama[1], "test")
-    other = questions(replace(run, arm="same layer"), llama[1], "test")
+    same = questions(replace(run, arm="same layer"), llama[1], "test")
+    assert same.memories == told.memories
+    other = questions(replace(run, arm="residual LoRA"), llama[1], "test")
     assert other.memories is None and other.prompts == told.prompts
     assert len(told.memories) == len(told) and told.memories[0] != told.prompts[0]
