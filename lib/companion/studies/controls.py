@@ -283,9 +283,9 @@ def several_layers_help(accuracy: pd.DataFrame, one: pd.DataFrame, lora: pd.Data
 
 def bridge_failures_repaired(repaired: pd.DataFrame, differences: pd.DataFrame) -> dict:
     """N2. repaired: arm, before, share (of such failures that become e3), low, high, n, names;
-    differences: `repaired_differences`. Two checks, with whole intervals: back attention mends more
-    of the failures that say e2 than of others (the comparison), and than the same module on its own
-    layer does (the strictest control)."""
+    differences: `repaired_differences`. Two checks, with whole intervals: back attention repairs
+    more of the failures that say e2 than of others (the comparison), and than the same module on
+    its own layer does (the strictest control)."""
     by = repaired[repaired["arm"] == "back attention"].set_index("before")
     rows = differences.set_index("more")
     less = ", ".join(f"{name} {points(row)} points" for name, row in rows.iterrows())
