@@ -20,7 +20,7 @@ suitable() {
 import importlib.util as find, pathlib, sys
 spec = find.find_spec("backattn")
 here = spec and pathlib.Path(spec.origin).resolve().parents[2] == pathlib.Path.cwd().resolve()
-needed = all(find.find_spec(name) for name in ("torch", "transformers", "papermill", "nbval", "gguf", "accelerate", "pytest", "ruff", "tabulate", "psutil", "ipywidgets", "jupyter_book", "yaml"))
+needed = all(find.find_spec(name) for name in ("torch", "transformers", "papermill", "nbval", "gguf", "accelerate", "pytest", "ruff", "tabulate", "psutil", "ipywidgets", "jupyterlab", "bokeh", "jupyter_book", "yaml"))
 sys.exit(not (here and needed))
 PY
 }

@@ -25,7 +25,7 @@ LEAST_IMAGES |= {"02b_conflict_inside": 5}
 LEAST_IMAGES |= {"03_back_attention_training": 4, "04_layer_ablation": 5, "05_what_it_reads": 7}
 LEAST_IMAGES |= {"06_capacity": 3, "07_controls": 4, "08_composition": 1}
 LEAST_IMAGES |= {"09_other_reasoning_and_cost": 3, "10_attribution_benchmark": 4, "11_claims": 1}
-LEAST_IMAGES |= {"demo_logit_flow": 1}
+LEAST_IMAGES |= {"demo_logit_flow": 1, "demo_memory_switch": 1}
 MEGABYTES = 1.5
 
 

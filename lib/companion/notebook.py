@@ -43,9 +43,9 @@ class Notebook:
         tables.save(frame, self.folder / "figures" / "tables", name)
         return frame
 
-    def page(self, text: str, name: str) -> None:
-        """Save a page of Markdown beside the figures."""
-        with atomic_file(self.folder / "figures" / f"{name}.md") as temporary:
+    def page(self, text: str, name: str, suffix: str = ".md") -> None:
+        """Save a page of Markdown, or HTML, beside the figures."""
+        with atomic_file(self.folder / "figures" / f"{name}{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 

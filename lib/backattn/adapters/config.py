@@ -8,12 +8,15 @@ from dataclasses import dataclass, fields
 class BackAttentionConfig:
     """Where back attention sits and how large it is.
 
-    source_layer: layer whose input gets the update; several layers each get a module of their own.
-    dim: d′, the width of queries, keys and values over all heads; of 4 · width · dim weights.
-    memory_layers: states that are read (t: the state entering layer t, L: the one before the final
-        norm); None reads the lowest source layer's and all above it.
-    norm: RMS norm without weights in front of the projections.
-    softmax: "joint" over (layer, position), or "per-layer" over positions, their mean over layers.
+    Attributes:
+        source_layer: layer whose input gets the update; several layers each get a module of their
+            own.
+        dim: d′, the width of queries, keys and values over all heads; of 4 · width · dim weights.
+        memory_layers: states that are read (t: the state entering layer t, L: the one before the
+            final norm); None reads the lowest source layer's and all above it.
+        norm: RMS norm without weights in front of the projections.
+        softmax: "joint" over (layer, position), or "per-layer" over positions, their mean over
+            layers.
 
     Raises ValueError for a size or an option that makes no sense.
 

@@ -48,12 +48,13 @@ FLOOR = 1e-4  # neurons with a coefficient below this share of the sub-layer's l
 class FlowBack:
     """Result of `flow_back`.
 
-    frame: prompt, layer, kind (embedding, attention, ffn), with heads=True head (NA outside of
-        attention), position (attention's source), token, flow (all that passes through this node),
-        direct (what goes straight to the answer; the rest reaches it through later neurons). Flow
-        passes many nodes: sums over layers are no shares.
-    conservation: prompt, entering, leaving (of which in_biases), withheld,
-        error = |entering − leaving − withheld|, scale (Σ|what entered|, which errors refer to).
+    Attributes:
+        frame: prompt, layer, kind (embedding, attention, ffn), with heads=True head (NA outside of
+            attention), position (attention's source), token, flow (all that passes through this
+            node), direct (what goes straight to the answer; the rest reaches it through later
+            neurons). Flow passes many nodes: sums over layers are no shares.
+        conservation: prompt, entering, leaving (of which in_biases), withheld, error (entering −
+            leaving − withheld, absolute), scale (Σ|what entered|, which errors refer to).
     """
 
     frame: pd.DataFrame

@@ -176,16 +176,17 @@ def _frame(parts: Iterable[dict], batch: Batch, first: int, tokenizer) -> pd.Dat
 class LogitFlow:
     """Result of `logit_flow`.
 
-    frame: one row per component: prompt, layer, kind, head, neuron, position, token,
-        log_prob_before, log_prob_after, increase (nats). `position` is the source position of an
-        attention component and the last position of everything else; head and neuron are NA where
-        they do not apply.
-    layers: the layer-level rows, whatever the level.
-    log_prob: the model's own log-probability of each answer, [prompts].
-    total: what the layer scores add up to, [prompts]: log_prob or, for method="linear", the
-        answer's uncapped logit without the lens's offset.
-    streams: forward passes kept for `flow_back`, without what it makes again from the states; none
-        where they would take more than KEEP_BYTES, or at level "layer".
+    Attributes:
+        frame: one row per component: prompt, layer, kind, head, neuron, position, token,
+            log_prob_before, log_prob_after, increase (nats). `position` is the source position of
+            an attention component and the last position of everything else; head and neuron are NA
+            where they do not apply.
+        layers: the layer-level rows, whatever the level.
+        log_prob: the model's own log-probability of each answer, [prompts].
+        total: what the layer scores add up to, [prompts]: log_prob or, for method="linear", the
+            answer's uncapped logit without the lens's offset.
+        streams: forward passes kept for `flow_back`, without what it makes again from the states;
+            none where they would take more than KEEP_BYTES, or at level "layer".
     """
 
     model: nn.Module = field(repr=False)
@@ -202,9 +203,11 @@ class LogitFlow:
     streams: list[Stream] = field(default_factory=list, repr=False)
 
     def check(self) -> float:
-        """Largest |log p(w | 0) + Σ layer importances − the model's log-probability|. Raises
-        ValueError where it exceeds the tolerance of the dtype, and where the model as it is,
-        without hooks, gives an answer another log-probability."""
+        """How far log p(w | 0) + Σ layer importances is from the model's log-probability, at most.
+
+        Raises ValueError where that exceeds the tolerance of the dtype, and where the model as it
+        is, without hooks, gives an answer another log-probability.
+        """
         grouped = self.layers.groupby("prompt", sort=True)
         total = grouped["log_prob_before"].first().fillna(0) + grouped["increase"].sum()
         errors = np.abs(total.to_numpy() - self.total)

@@ -16,13 +16,20 @@ from transformers.cache_utils import Cache
 
 from backattn.adapters.back_attention import BackAttentionModel
 from backattn.adapters.call import without_updates
+from backattn.adapters.modules import normed
 from backattn.models.devices import input_device
 from backattn.models.next_token import in_window
 from backattn.runtime import progress
 from backattn.training.batches import Items, Questions, collate
-from backattn.training.evaluation import FirstPasses, answer_logits, by_length, right_answers
-from companion.measures.two_hop import place_labels
-from companion.questions.prompts import two_hop_spans
+from backattn.training.evaluation import (
+    FirstPasses,
+    align_to_length,
+    answer_logits,
+    by_length,
+    right_answers,
+)
+from companion.measures.two_hop import donors, place_labels
+from companion.questions.prompts import TEMPLATES, two_hop_spans
 from companion.runs.as_asked import asked, questions
 from companion.runs.perform import load_trained
 from companion.runs.run import Run
@@ -47,6 +54,22 @@ def memory_places(tokenizer, frame: pd.DataFrame) -> list[np.ndarray]:
             row[between & (order > np.flatnonzero(row == place)[0])] = name
         row[between & (order < np.flatnonzero(row == "e1")[0])] = "start"
     return labels
+
+
+def question_spans(prompt: str, e1: str, r1: str, r2: str) -> dict[str, tuple[int, int]]:
+    """`two_hop_spans` of the question that a prompt ends with; facts may stand before it. Raises
+    ValueError unless it is in the wording "possessive"."""
+    asks = TEMPLATES["possessive"].say(e1, r1, r2)
+    if not prompt.endswith(asks):
+        raise ValueError(f"{prompt!r} does not end with {asks!r}: its memory cannot be told apart.")
+    return two_hop_spans(prompt, e1, r1, r2, len(prompt) - len(asks))
+
+
+def mean_of_others(memory: Sequence[Tensor]) -> list[Tensor]:
+    """Per question the mean of all others' memory at its positions, aligned: [M, T, D] each."""
+    lengths = {states.shape[1] for states in memory}
+    sums = {k: torch.stack([align_to_length(x, k) for x in memory]).sum(0) for k in lengths}
+    return [(sums[states.shape[1]] - states) / (len(memory) - 1) for states in memory]
 
 
 @torch.no_grad()
@@ -111,6 +134,21 @@ class MemoryProbe:
         for rows in by_length(self.items, BATCH):
             self._first(rows, collate(self.items, rows, input_device(self.wrapped)))
         return [self._first.kept[row][among] for row in range(len(self.items))]
+
+    def exchanged(self, relations: str = "same") -> list[Tensor]:
+        """Another question's memory for each (see `donors`), aligned: [M, T, D] each."""
+        states = self.states()
+        pairs = zip(donors(self.frame, relations=relations), states, strict=True)
+        return [align_to_length(states[donor], own.shape[1]) for donor, own in pairs]
+
+    def averaged(self) -> list[Tensor]:
+        """The mean of all others' memory for each, at its positions: [M, T, D] each. Where the
+        module normalises what it reads, of what it reads, or a mean would be that of a few huge
+        states."""
+        states = self.states()
+        if self.wrapped.back_attention_config.norm:
+            states = [normed(x) for x in states]
+        return mean_of_others(states)
 
     def read(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """What queries read (mean over heads), [T, M, T] per question; and what `ask` returns."""
@@ -224,7 +262,7 @@ class MemoryProbes:
             progress(self.runs, "reading", unit="run"), self._passes, strict=True
         ):
             frame = asked(run, "test").head(self.count)
-            spans = [two_hop_spans(x.prompt, x.e1, x.r1, x.r2) for x in frame.itertuples()]
+            spans = [question_spans(x.prompt, x.e1, x.r1, x.r2) for x in frame.itertuples()]
             frame = frame.join(pd.DataFrame(spans)).assign(two_hop=frame["prompt"], seed=run.seed)
             frame["question"] = range(len(frame))
             frame["seen"] = frame["answer"].isin(asked(run, "train")["answer"])

@@ -31,6 +31,7 @@ VERSIONED = ("torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", 
 SWITCHES = {
     "--check": "run all tests and compare the committed results",
     "--html": "the committed notebooks as a static site, in build/html",
+    "--lab": "JupyterLab, opened on notebook 00",
     "--list": "list the notebooks and what each takes",
     "--force": "run again what is done already",
     "--keep-going": "go on after a failed notebook",
@@ -60,7 +61,8 @@ def select(found: list[Path], only: str | None, start: str | None, stop: str | N
 def key_of(path: Path, profile: str, parameters: dict) -> str:
     """Hash of all that decides an outcome: cells, library, data, model, dtype, versions …"""
     cells = [(c.cell_type, c.source) for c in nbformat.read(path, as_version=4).cells]
-    inputs = sorted([*(paths.ROOT / "lib").rglob("*.py"), *paths.DATA.rglob("*.csv")])
+    lib = [file for kind in ("*.py", "*.html") for file in (paths.ROOT / "lib").rglob(kind)]
+    inputs = sorted([*lib, *paths.DATA.rglob("*.csv")])
     inputs += [*sorted(paths.DATA.glob("*.yml")), paths.DATA / "held_out.txt", place_of(TWO_HOP)]
     if profile != "full":  # which makes these results itself
         inputs += sorted([*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")])
@@ -279,6 +281,9 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(f"{path.stem:28} paper profile: {note}")
         return 0
+    if arguments.lab:
+        command = [sys.executable, "-m", "jupyterlab", committed.notebooks()[0]]
+        return subprocess.call(command, cwd=paths.ROOT)
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0

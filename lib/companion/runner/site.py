@@ -26,4 +26,6 @@ def build(folder: Path) -> Path:
             words = found or [done.stderr[-2000:]]
             raise RuntimeError("The site could not be built:\n" + "\n".join(words))
         shutil.copytree(html, staging, dirs_exist_ok=True)
+        for page in paths.FIGURES.glob("*.html"):  # pages of their own, which Jupyter Book skips
+            shutil.copy(page, staging / "figures")
     return folder / "index.html"

@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import Tensor
 
 from backattn.adapters.arms import UNTRAINED
-from backattn.adapters.modules import normed
 from backattn.models.devices import input_device
 from backattn.runtime import progress
 from backattn.training.batches import collate, first_tokens
-from backattn.training.evaluation import align_to_length, answer_logits, by_length
+from backattn.training.evaluation import answer_logits, by_length
 from companion.measures.closed_set import answer_sets, asked_by_hops, in_parts
 from companion.measures.memory import BATCH, PLACES, MemoryProbe, high_layers, last_logits
 from companion.measures.two_hop import donors
@@ -43,18 +41,10 @@ NAMED_BY_N2 = ("than other failures", "than same layer")
 NO_MORE = 0.02  # accuracy: what is surely less is nothing that a second pass would be run for
 
 
-def mean_of_others(memory: Sequence[Tensor]) -> list[Tensor]:
-    """Per question the mean of all others' memory at its positions, aligned: [M, T, D] each."""
-    lengths = {states.shape[1] for states in memory}
-    sums = {k: torch.stack([align_to_length(x, k) for x in memory]).sum(0) for k in lengths}
-    return [(sums[states.shape[1]] - states) / (len(memory) - 1) for states in memory]
-
-
 def memory_edits(probe: MemoryProbe) -> Iterator[tuple[str, str, dict]]:
     """Every test of a memory: (key, label, what `MemoryProbe.ask` is given). Thirds are of memory
     layers; edits of layers are left out where only one is read."""
-    states, layers = probe.states(), np.array(probe.memory_layers)
-    everything = probe.block(PLACES)
+    layers, everything = np.array(probe.memory_layers), probe.block(PLACES)
 
     def hide(cells: Sequence[np.ndarray], queries: Sequence[str] = PLACES) -> dict:
         return {"hidden": cells, "queries": queries}
@@ -65,13 +55,9 @@ def memory_edits(probe: MemoryProbe) -> Iterator[tuple[str, str, dict]]:
     yield "trained", "as trained", {}
     yield "off", "without the adapter", hide(everything)
     for relations in ("same", "any"):
-        pairs = zip(donors(probe.frame, relations=relations), states, strict=True)
-        memory = [align_to_length(states[donor], own.shape[1]) for donor, own in pairs]
         label = f"another question's memory, {relations} relations"
-        yield f"{relations} relations", label, {"memory": memory}
-    # The module normalises what it reads; else a mean would be that of the few huge states.
-    read = [normed(x) for x in states] if probe.wrapped.back_attention_config.norm else states
-    yield "mean", "the mean memory", {"memory": mean_of_others(read)}
+        yield f"{relations} relations", label, {"memory": probe.exchanged(relations)}
+    yield "mean", "the mean memory", {"memory": probe.averaged()}
     for place in ("r1", "e1"):
         yield f"{place} hidden", f"{place} hidden", hide(probe.block([place]))
     yield "only r1", "only r1", only(["r1"])

@@ -23,6 +23,7 @@ from companion.runs.plans import (
     complete,
     composing_runs,
     found,
+    lead_runs,
     main_runs,
     scratch_runs,
     ship,
@@ -30,6 +31,7 @@ from companion.runs.plans import (
     tried,
     varied_runs,
 )
+from companion.runs.plans import _keeps_weights as keeps_weights
 from companion.runs.premise import premise_runs
 from companion.runs.run import OWN
 from companion.runs.scratch import COMPOSING_ARMS
@@ -111,6 +113,9 @@ def test_shipped_weights_are_those_of_the_results(tmp_path):
     for plan in plans("08")[1:]:
         of_premise = [one for one in found(plan, store) if one.arm == "back attention"]
         assert len(of_premise) == 3 and all(store.weights(one) for one in of_premise)
+    asked_again = [one for one in found(lead_runs(), store) if keeps_weights(one)]
+    assert [(one.arm, one.seed) for one in asked_again] == [("back attention", 0)]
+    assert store.weights(asked_again[0])  # the demo asks it again
     runs = found(plans("04")[0], store)
     assert all("losses" in row for run in runs for row in store.result(run)["curve"])
 

@@ -18,22 +18,6 @@ from companion.runs.perform import load_trained, trained_weights, with_adapter
 from companion.studies import controls as study
 
 
-def test_memory_is_counted_from_the_end():
-    memory = torch.arange(5.0)[None, :, None]
-    by_length = {3: [2, 3, 4], 5: [0, 1, 2, 3, 4], 7: [0, 0, 0, 1, 2, 3, 4]}
-    for length, expected in by_length.items():
-        assert study.align_to_length(memory, length).flatten().tolist() == expected
-
-
-def test_the_mean_leaves_a_question_itself_out():
-    draw = torch.Generator().manual_seed(0)
-    memory = [torch.randn(2, length, 3, generator=draw) for length in (4, 4, 6)]
-    means = study.mean_of_others(memory)
-    assert torch.allclose(means[0], (memory[1] + memory[2][:, 2:]) / 2, atol=1e-6)
-    first, second = (torch.cat([x[:, :1].expand(-1, 2, -1), x], dim=1) for x in memory[:2])
-    assert torch.allclose(means[2], (first + second) / 2, atol=1e-6)
-
-
 def test_memory_of_another_text_is_read(llama):
     model, _ = llama
     wrapped = get_back_attention_model(model, BackAttentionConfig(1, 4))

@@ -1,0 +1,183 @@
+"""demo_memory_switch: questions, their flow, and what trained back attention answers when its
+second pass reads another memory. `report.moving` makes a page of them that needs no kernel."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from backattn.analysis.flow_back import flow_back
+from backattn.analysis.logit_flow import logit_flow
+from backattn.models.tokens import continuation_ids
+from companion.measures.memory import MemoryProbe, MemoryProbes, last_logits
+from companion.questions.datasets import AGAIN
+from companion.questions.prompts import TEMPLATES
+from companion.report import figures
+from companion.runs.plans import adapter_runs, found, lead_runs
+from companion.runs.run import Run
+from companion.runs.store import Store
+
+MEMORIES = {  # what the second pass reads -> in a reader's words
+    "own": "its own memory",
+    "another": "another question's",
+    "mean": "the mean of all others",
+    "off": "nothing: adapter off",
+}
+SETS = {"two-hop": "facts known by heart", AGAIN[0]: "facts told in the prompt"}
+ENTITIES = ("e1", "e2", "e3")
+KINDS = ("attention", "ffn")
+LIKELIEST = 3  # answers that are shown, of each memory
+
+
+def switched_runs(model: str = "smollm2") -> list[Run]:
+    """Back attention on each of SETS, first seed: notebook 03's, and 07's *in context*."""
+    plan = adapter_runs(model, arms=["back attention"]) + lead_runs()
+    runs = found([one for one in plan if one.trials and one.run.dataset in SETS], Store())
+    return [run for run in runs if run.arm == "back attention" and run.seed == 0]
+
+
+def memory_switch(
+    runs: Sequence[Run], count: int = 25, asked: int = 60, device: str = "cpu"
+) -> list[dict]:
+    """What the page shows, a record per question: the first `count` of each run's first `asked`
+    test questions whose e2 and e3 are different single tokens, so that an answer is a whole word.
+
+    A record: set (of SETS), prompt, question (its end), second (the second hop alone), e1, e2, e3;
+    tokens, second_tokens; words, of which right are accepted, and probabilities, of each word one
+    with each of MEMORIES; flow and second_flow {kind: [T, L]}, nats, of the plain model to e3;
+    running {entity: log-probability of its first token after each sub-layer}; reads [T, M], what
+    the last position reads of memory_layers. Donors and means are of all `asked` questions.
+    Raises ValueError where no question is fit to be shown.
+    """
+    records = []
+    for probe, run in zip(MemoryProbes(runs, Store(), asked, device), runs, strict=True):
+        rows = _of_one_token(probe.tokenizer, probe.frame)[:count]
+        if not len(rows):
+            raise ValueError("No question has an e2 and an e3 of one token each: ask more.")
+        records += [{"set": SETS[run.dataset], **record} for record in _records(probe, rows)]
+    return records
+
+
+def _of_one_token(tokenizer, frame: pd.DataFrame) -> np.ndarray:
+    """The rows whose e2 and e3 are one token each, and not the same."""
+    words = [
+        frame[name].map(lambda word: continuation_ids(tokenizer, word)) for name in ("e2", "e3")
+    ]
+    return np.flatnonzero(
+        [len(one) == len(two) == 1 and one != two for one, two in zip(*words, strict=True)]
+    )
+
+
+def _records(probe: MemoryProbe, rows: np.ndarray) -> Iterator[dict]:
+    weights, *_ = probe.read()
+    memories = (None, probe.exchanged(), probe.averaged())
+    logits = [probe.logits(memory=memory) for memory in memories]
+    frame, tokenizer = probe.frame.loc[rows].reset_index(drop=True), probe.tokenizer
+    first = {
+        name: [continuation_ids(tokenizer, word)[0] for word in frame[name]] for name in ENTITIES
+    }
+    with probe.wrapped.disable_adapter():
+        logits.append(last_logits(probe.wrapped, probe.items))
+        model, prompts = probe.wrapped.base_model, frame["two_hop"].tolist()
+        say = TEMPLATES["possessive"].say
+        seconds = [say(x.e2, x.r2) for x in frame.itertuples()]
+        flows = {
+            name: logit_flow(model, tokenizer, prompts, ids, "layer") for name, ids in first.items()
+        }
+        flow = _grids(flow_back(model, tokenizer, flows["e3"], "linear").frame)
+        alone = logit_flow(model, tokenizer, seconds, first["e3"], "layer")
+        second = _grids(flow_back(model, tokenizer, alone, "linear").frame)
+    for place, row in enumerate(rows):
+        yield {
+            "prompt": prompts[place],
+            "question": say(frame["e1"][place], frame["r1"][place], frame["r2"][place]),
+            "second": seconds[place],
+            **{name: frame[name][place] for name in ENTITIES},
+            "tokens": flow[place]["tokens"],
+            "second_tokens": second[place]["tokens"],
+            **_answers(
+                tokenizer,
+                (first["e3"][place], first["e2"][place]),
+                probe.items.accepted[row],
+                [x[row] for x in logits],
+            ),
+            "flow": {kind: flow[place][kind] for kind in KINDS},
+            "second_flow": {kind: second[place][kind] for kind in KINDS},
+            "running": {
+                name: x.layers.loc[x.layers["prompt"] == place, "log_prob_after"].round(2).tolist()
+                for name, x in flows.items()
+            },
+            "memory_layers": list(probe.memory_layers),
+            "reads": weights[row][-1].T.round(3).tolist(),
+        }
+
+
+def _grids(frame: pd.DataFrame) -> list[dict]:
+    """Of each prompt of `FlowBack.frame` its tokens, and by kind the flow, [T, L]."""
+    found = []
+    for _, part in frame.groupby("prompt"):
+        tokens = part.drop_duplicates("position").sort_values("position")["token"].astype(str)
+        wide = part.pivot_table("flow", "position", ["kind", "layer"], observed=True).round(2)
+        grids = {kind: wide[kind].to_numpy().tolist() for kind in KINDS}
+        found.append({"tokens": tokens.tolist(), **grids})
+    return found
+
+
+def _answers(tokenizer, told: Sequence[int], accepted: frozenset, logits: list[Tensor]) -> dict:
+    """words, right and probabilities: of e3, e2, and the LIKELIEST with any memory."""
+    by_memory = [row.float().softmax(-1) for row in logits]
+    likeliest = [x for p in by_memory for x in p.topk(LIKELIEST).indices.tolist()]
+    tokens = list(dict.fromkeys([*told, *likeliest]))
+    return {
+        "words": [tokenizer.decode([token]) for token in tokens],
+        "right": [token in accepted for token in tokens],
+        "probabilities": [[round(p[token].item(), 4) for p in by_memory] for token in tokens],
+    }
+
+
+def switch_table(records: Sequence[dict]) -> pd.DataFrame:
+    """set, number, question, e3, memory (of MEMORIES), says, names (e3 for an accepted answer, e2,
+    e1 or other), probability (of what it says), changed (from what it says with its own memory)."""
+    rows = []
+    for number, record in enumerate(records, 1):
+        p = np.array(record["probabilities"])  # [words, memories]
+        own = p[:, 0].argmax()
+        for place, memory in enumerate(MEMORIES):
+            said = p[:, place].argmax()
+            about = {name: record[name] for name in ("set", "question", "e3")} | {"number": number}
+            about |= {"memory": memory, "says": record["words"][said].strip()}
+            about |= {"names": _named(record, said), "probability": p[said, place]}
+            rows.append(about | {"changed": said != own})
+    return pd.DataFrame(rows)
+
+
+def _named(record: dict, said: int) -> str:
+    """Whom a word names, by its place in `words`."""
+    if record["right"][said]:
+        return "e3"
+    word = record["words"][said].strip()
+    return next((name for name in ("e2", "e1") if word == record[name]), "other")
+
+
+def switch_figure(table: pd.DataFrame) -> Figure:
+    """Whom each question's answer names, by what the second pass reads; a panel for each set."""
+    sets = list(table.groupby("set", sort=False))
+    figure, axes = plt.subplots(
+        len(sets), 1, figsize=(figures.WIDTH, 1.7 * len(sets)), layout="constrained", squeeze=False
+    )
+    for ax, (name, part) in zip(axes[:, 0], sets, strict=True):
+        place = part["number"] - part["number"].min() + 1
+        for who, look in figures.OUTCOMES.items():
+            if who not in set(table["names"]):
+                continue
+            mine = part["names"] == who
+            row = part.loc[mine, "memory"].map(list(MEMORIES).index)
+            style = {"color": look.colour, "marker": "s", "ls": "", "ms": 9, "label": who}
+            ax.plot(place[mine], row, **style)
+        ax.set(title=name, xlabel="question", ylim=(3.6, -0.6))
+        ax.set_yticks(range(len(MEMORIES)), MEMORIES.values())
+    axes[0, 0].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.15))
+    return figure
