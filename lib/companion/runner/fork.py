@@ -8,7 +8,8 @@ from pathlib import Path
 from backattn.files import atomic_file
 from companion import paths
 
-FILES = ("pyproject.toml", "CITATION.cff", "codemeta.json", "codecheck.yml", "notebooks/*.ipynb")
+FILES = ("pyproject.toml", "CITATION.cff", "codemeta.json", "codecheck.yml", "docs/api.md")
+FILES += ("notebooks/*.ipynb",)
 TAG = r"(?P<tag>[^\s/?\"\\]+)"
 TAGGED = ("{slug}/blob/" + TAG + "/", "/gh/{slug}/" + TAG + r"\?", f"--depth=1 -b {TAG} ")
 

@@ -13,9 +13,9 @@ from companion.runner.fork import FILES, fork
 
 @pytest.fixture
 def copy(tmp_path):
-    (tmp_path / "notebooks").mkdir()
     for name in FILES:
         for path in paths.ROOT.glob(name):
+            (tmp_path / path.relative_to(paths.ROOT)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, tmp_path / path.relative_to(paths.ROOT))
     return tmp_path
 
