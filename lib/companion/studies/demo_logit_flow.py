@@ -5,30 +5,45 @@ import functools
 import html
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from backattn.adapters.back_attention import BackAttentionModel, get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
 from backattn.analysis.flow_back import flow_back
 from backattn.analysis.logit_flow import logit_flow
 from backattn.analysis.neuron_scores import sublayers
+from backattn.files import atomic_file
 from backattn.models.activations import capture
 from backattn.models.lens import Lens
 from backattn.models.load import load_model
 from backattn.models.next_token import next_log_probs
 from backattn.models.packaged import EMBEDDED
 from backattn.models.tokens import encode
+from backattn.training.evaluation import align_to_length
+from companion import paths
 from companion.report import figures
 from companion.runs.perform import put_weights
 from companion.runs.plans import adapter_runs, found
 from companion.runs.store import Store
 
 MOST_TOKENS = 48  # more rows cannot be read, and memory grows with their square
-COLUMNS = ["layer", "kind", "head", "neuron", "position", "token", "increase", "promotes"]
+COLUMNS = [
+    "layer",
+    "kind",
+    "head",
+    "neuron",
+    "position",
+    "token",
+    "increase",
+    "promotes",
+    "answer_rank",
+]
 
 
 @dataclass
@@ -36,24 +51,45 @@ class PromptReport:
     """What `inspect_prompt` found; flow and neurons are the plain model's."""
 
     answer: str
-    predictions: pd.DataFrame  # the likeliest next tokens; probabilities plain, "back attention"
+    predictions: pd.DataFrame  # likeliest next tokens: plain, "back attention", "another memory"
     flow: pd.DataFrame  # of `flow_back`, for the answer
-    neurons: pd.DataFrame  # those that raise the answer most (nats), and the words they promote
+    neurons: pd.DataFrame  # those that raise the answer most (nats), and what each promotes
     error: float  # how far the layer scores miss the model's own log-probability, nats
-    reads: pd.DataFrame | None = (
-        None  # [memory layers, tokens], by the adapter at the last position
-    )
+    reads: pd.DataFrame | None = None  # [memory layers, tokens], by the adapter, last position
+
+    def save(self, folder: Path) -> Path:
+        """The figure as PNG and every frame as CSV into `folder`; returns it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("predictions", "flow", "neurons", "reads"):
+            frame = getattr(self, name)
+            if frame is not None:
+                with atomic_file(folder / f"{name}.csv") as temporary:
+                    frame.to_csv(temporary, index=name == "reads")
+        figure = report_figure(self)
+        with atomic_file(folder / "figure.png") as temporary:
+            figure.savefig(temporary)
+        plt.close(figure)
+        return folder
 
 
 def inspect_prompt(
-    model, tokenizer, prompt: str, answer: str = "", adapter: BackAttentionModel | None = None
+    model,
+    tokenizer,
+    prompt: str,
+    answer: str = "",
+    adapter: BackAttentionModel | None = None,
+    memory_of: str = "",
 ) -> PromptReport:
     """Logit flow of a prompt in the plain model and, with back attention on it (`adapter`), what
     that reads and what it changes.
 
     answer: what flow is traced to, by its first token (UserWarning where it has several); "" takes
-    the model's own. Raises ValueError for an empty prompt and one of more than MOST_TOKENS tokens.
+    the model's own. memory_of: another prompt, whose memory is read as well, in place of its own.
+    Raises ValueError for an empty prompt, one of more than MOST_TOKENS tokens, and another's memory
+    where no adapter reads one.
     """
+    if memory_of.strip() and adapter is None:
+        raise ValueError("No back attention is here to read another prompt's memory: leave it out.")
     batch = encode(tokenizer, [prompt], side="left", device=model.device)
     count = int(batch.lengths[0])
     if count > MOST_TOKENS:
@@ -65,11 +101,14 @@ def inspect_prompt(
         flow = logit_flow(model, tokenizer, [prompt], [answer] if answer.strip() else None)
         back = flow_back(model, tokenizer, flow).frame
         neurons = flow.frame[flow.frame["neuron"].notna()].nlargest(8, "increase")
-        neurons = neurons.assign(promotes=_promoted(model, tokenizer, prompt, neurons))
+        neurons = neurons.assign(**_promoted(model, tokenizer, prompt, neurons, flow.answer_ids[0]))
     reads = None
     if adapter is not None:
         with adapter.attention_maps() as maps:
             probabilities["back attention"] = next_log_probs(adapter, batch)[0].exp()
+        if memory_of.strip():
+            with adapter.edited(memory=_memory(adapter, tokenizer, memory_of, count)):
+                probabilities["another memory"] = next_log_probs(adapter, batch)[0].exp()
         weights = maps[adapter.sources[0]][0, :, -1].mean(0)[:, -count:]
         tokens = back.drop_duplicates("position").sort_values("position")["token"].astype(str)
         reads = pd.DataFrame(weights.float().cpu(), list(adapter.memory_layers), tokens.tolist())
@@ -79,8 +118,17 @@ def inspect_prompt(
     return PromptReport(flow.answers[0], predictions, back, neurons[COLUMNS], flow.check(), reads)
 
 
-def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame) -> list[str]:
-    """The four words that each neuron raises most, with the sign that it has in this prompt."""
+def _memory(adapter: BackAttentionModel, tokenizer, prompt: str, length: int) -> Tensor:
+    """What back attention would read of a prompt, for one of `length` tokens: [M, 1, T, D]."""
+    other = encode(tokenizer, [prompt], side="left", device=adapter.base_model.device)
+    states = adapter.first_pass_states(other.input_ids, other.attention_mask, other.position_ids)
+    among = [adapter.needed.index(layer) for layer in adapter.memory_layers]
+    return align_to_length(states[among, 0], length)[:, None]
+
+
+def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, answer: int) -> dict:
+    """With the sign that each neuron has in this prompt: promotes, the four words that it raises
+    most, and answer_rank, how many words it raises at least as much as the answer."""
     stream, vectors = capture(model, encode(tokenizer, [prompt], device=model.device)), []
     parts = {(part.layer, part.kind): part for part in sublayers(stream)}
     for row in neurons.itertuples():
@@ -88,18 +136,24 @@ def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame) -> list[str]
         if row.kind == "attention":
             place, neuron = int(row.position), int(row.head) * part.head_dim + neuron
         vectors.append(part.coefficient[0, place, neuron].sign() * part.vectors[neuron])
-    likeliest = Lens(stream.arch).directions(torch.stack(vectors)).topk(4).indices.tolist()
-    return [" ".join(tokenizer.decode([token]).strip() for token in row) for row in likeliest]
+    raised = Lens(stream.arch).directions(torch.stack(vectors))  # [neurons, V]
+    words = [
+        " ".join(tokenizer.decode([token]).strip() for token in row)
+        for row in raised.topk(4).indices.tolist()
+    ]
+    ranks = (raised >= raised[:, [answer]]).sum(1).tolist()
+    return {"promotes": words, "answer_rank": ranks}
 
 
 def report_figure(report: PromptReport) -> Figure:
     """Flow through attention and FFNs by layer and token and, with an adapter, what its last
-    position reads."""
+    position reads. Colours end at the largest flow outside of the first token, the sink."""
     panels = 2 + (report.reads is not None)
     size = figures.WIDTH, panels * (1.2 + 0.19 * report.flow["position"].nunique())
     figure, axes = plt.subplots(panels, 1, figsize=size, layout="constrained")
     for ax, kind in zip(axes, ("attention", "ffn"), strict=False):
-        figures.flow_heatmap(report.flow, kind, ax=ax)
+        beside = report.flow[(report.flow["kind"] == kind) & (report.flow["position"] > 0)]
+        figures.flow_heatmap(report.flow, kind, top=beside["flow"].abs().max() or None, ax=ax)
         ax.set_title(f"flow to {report.answer.strip()!r} through {kind}")
     if report.reads is not None:
         figures.heatmap(report.reads, "weight", diverging=False, upwards=True, ax=axes[-1])
@@ -126,12 +180,14 @@ def load(name: str, device: str = "cpu") -> tuple:
     return model, tokenizer, None
 
 
-def look(name: str, prompt: str, answer: str = "", device: str = "cpu") -> tuple:
+def look(
+    name: str, prompt: str, answer: str = "", device: str = "cpu", memory_of: str = ""
+) -> tuple:
     """Words, and a report or None: bad input and a model that cannot be had are put into words."""
     try:
         model, tokenizer, adapter = load(name.strip(), device)
         with warnings.catch_warnings(record=True, action="always") as caught:
-            report = inspect_prompt(model, tokenizer, prompt, answer, adapter)
+            report = inspect_prompt(model, tokenizer, prompt, answer, adapter, memory_of)
     except (ValueError, OSError, RuntimeError) as error:
         return str(error), None
     says = [f"Flow to {report.answer.strip()!r} in {name}."]
@@ -139,24 +195,42 @@ def look(name: str, prompt: str, answer: str = "", device: str = "cpu") -> tuple
     return " ".join([*says, *(str(w.message) for w in caught if w.category is UserWarning)]), report
 
 
-def explorer(prompt: str = "", answer: str = "", device: str = "cpu"):
-    """Widgets to choose a model, a prompt and an answer; a button shows what `look` finds."""
+def explorer(
+    prompt: str = "", answer: str = "", device: str = "cpu", memory_of: str = "", panels: int = 1
+):
+    """Widgets to choose a model, a prompt, an answer and whose memory is read; a button shows what
+    `look` finds, and saves it in build/explorer. panels: several beside each other, to compare
+    models."""
+    import ipywidgets as widgets
+
+    parts = [_panel(prompt, answer, device, memory_of, k) for k in range(1, panels + 1)]
+    layout = widgets.Layout(flex_flow="row wrap")
+    return parts[0] if panels == 1 else widgets.Box(parts, layout=layout)
+
+
+def _panel(prompt: str, answer: str, device: str, memory_of: str, number: int):
     import ipywidgets as widgets
     from IPython.display import HTML, display
 
-    def show(model: str, prompt: str, answer: str) -> None:
-        says, report = look(model, prompt, answer, device)
+    def show(model: str, prompt: str, answer: str, memory_of: str) -> None:
+        says, report = look(model, prompt, answer, device, memory_of)
         display(HTML(html.escape(says, quote=False)))
         if report is not None:
             display(report.predictions.round(3), report.neurons.round(2))
             figure = report_figure(report)
             display(figure)
             plt.close(figure)
+            kept = report.save(paths.BUILD / "explorer" / str(number))
+            display(HTML(html.escape(f"Saved in {kept}", quote=False)))
 
+    wide = widgets.Layout(width="95%")
     return widgets.interactive(
         show,
         {"manual": True, "manual_name": "Show"},
         model=widgets.Combobox(value="smollm2", options=list(EMBEDDED), ensure_option=False),
-        prompt=widgets.Textarea(value=prompt, rows=3, layout=widgets.Layout(width="95%")),
+        prompt=widgets.Textarea(value=prompt, rows=3, layout=wide),
         answer=widgets.Text(value=answer, placeholder="the model's own"),
+        memory_of=widgets.Textarea(
+            value=memory_of, description="memory of", rows=2, layout=wide, placeholder="its own"
+        ),
     )

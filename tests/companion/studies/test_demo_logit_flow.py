@@ -75,13 +75,47 @@ def test_an_unknown_model_and_one_without_adapter(tmp_path):
     assert "No trained back attention is shipped" in says and report.reads is None
 
 
-def test_the_button_shows_it(adapted, monkeypatch):
+def test_the_button_shows_it_and_keeps_it(adapted, monkeypatch, tmp_path):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(parts))
     monkeypatch.setattr(demo, "load", lambda *_: adapted)
-    panel = demo.explorer(PROMPT)
+    monkeypatch.setattr(demo.paths, "BUILD", tmp_path)
+    panel, _ = demo.explorer(PROMPT, panels=2).children
     panel.children[0].value = "<b>"  # another model is looked at even without the button
     panel.manual_button.click()
-    says, predictions, neurons, _, *again = shown
+    says, predictions, neurons, _, kept, *again = shown
     assert says.data.endswith("in &lt;b&gt;.") and len(predictions) >= 5
-    assert len(neurons) == 8 and len(again) == 4
+    assert len(neurons) == 8 and len(again) == 5 and "explorer" in kept.data
+    files = {path.name for path in (tmp_path / "explorer" / "1").iterdir()}
+    assert files == {
+        "figure.png",
+        *(f"{x}.csv" for x in ("predictions", "flow", "neurons", "reads")),
+    }
+
+
+def test_another_prompts_memory_is_read(adapted):
+    def column(memory_of):
+        seen = demo.inspect_prompt(*adapted[:2], PROMPT, "Paris", adapted[2], memory_of)
+        return seen.predictions["another memory"], seen.predictions["back attention"]
+
+    own, expected = column(PROMPT)
+    assert own.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    other, expected = column("Tokyo is in Japan , and Rome")
+    assert abs(other - expected).max() > 1e-4
+    with pytest.raises(ValueError, match="No back attention"):
+        demo.inspect_prompt(*adapted[:2], PROMPT, memory_of="Rome")
+
+
+def test_the_answers_rank_is_that_among_what_a_neuron_raises(adapted):
+    model, tokenizer, _ = adapted
+    neurons = demo.inspect_prompt(model, tokenizer, PROMPT, "Paris").neurons
+    ffn = neurons[neurons["kind"] == "ffn"].iloc[0]
+    layer, norm = model.model.layers[int(ffn["layer"])], model.model.norm.weight
+    raised = model.lm_head.weight @ (layer.mlp.down_proj.weight[:, int(ffn["neuron"])] * norm)
+    answer = tokenizer(" Paris", add_special_tokens=False)["input_ids"][0]
+    ranks = [int((sign * raised >= sign * raised[answer]).sum()) for sign in (1, -1)]
+    assert ffn["answer_rank"] in ranks
+    first = tokenizer.decode(
+        [int((raised * (1 if ranks[0] == ffn["answer_rank"] else -1)).argmax())]
+    )
+    assert ffn["promotes"].startswith(first.strip())
