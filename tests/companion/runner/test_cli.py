@@ -355,3 +355,12 @@ def test_the_manifest_and_the_notebooks_are_as_the_runner_leaves_them():
         before = json.dumps(notebook)
         clean(notebook)
         assert json.dumps(notebook) == before, path.stem
+
+
+def test_lab_opens_the_first_notebook(monkeypatch):
+    called = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: called.append(command) or 0)
+    assert main(["--lab"]) == 0
+    assert called == [[sys.executable, "-m", "jupyterlab", committed.notebooks()[0]]]
+    done = subprocess.run([*called[0][:3], "--version"], capture_output=True, check=True)
+    assert done.stdout.startswith(b"4.")
