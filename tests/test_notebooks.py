@@ -208,7 +208,7 @@ def test_readme_is_short_and_says_what_the_tables_say():
     ledger = whole_ledger([paths.FIGURES / "tables"])
     assert in_short(ledger) in readme and conditions(ledger) in readme
     exchanged = pd.read_csv(paths.FIGURES / "tables/11_exchange.csv").set_index("model") * 100
-    for model in ("two layers, from scratch", "smollm2", "smollm2, in context"):
+    for model in ("two layers, from scratch", "smollm2", "smollm2, in context", "smollm2, 1DC"):
         own, other = exchanged.loc[model, ["its own", "another's"]]
         assert f"from {own:.0f} % to {other:.0f} %" in readme
 

@@ -222,8 +222,8 @@ def exchanges(folders: Sequence[Path]) -> pd.DataFrame:
     names = {"own": "its own", "another's": "another's"}
     wide = wide[list(names)].rename(columns=names).rename_axis(columns=None).reset_index()
     lead = pd.read_csv(_tables(folders, there)[there]).query("arm == 'back attention'")
-    lead = lead[["own", "anothers"]]
-    lead = lead.set_axis(list(names.values()), axis=1).assign(model="smollm2, in context")
+    asked = "smollm2, " + lead["dataset"].str.removesuffix(", again")
+    lead = lead[["own", "anothers"]].set_axis(list(names.values()), axis=1).assign(model=asked)
     return pd.concat([wide, lead], ignore_index=True)
 
 
