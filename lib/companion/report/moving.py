@@ -1,7 +1,8 @@
 """A page that moves without a kernel: one HTML file with all it needs, drawn by Bokeh.
 
-Bokeh's drawing code comes in its wheel and goes into the page; plotly's is over three times as large, and
-altair's needs a JavaScript engine to be put together. The choices are the browser's own controls.
+Bokeh's drawing code comes in its wheel and goes into the page; plotly's is over three times as
+large, and altair's needs a JavaScript engine to be put together. The choices are the browser's own
+controls.
 """
 
 import json
