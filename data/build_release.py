@@ -25,9 +25,9 @@ Back attention at layer {layer} with d′ = {dim}, trained for {steps} steps on 
 *{dataset}* of the [companion]({home}) to arXiv 2502.10835; the base model is frozen. It answers
 {right} of {n} test questions.
 
-It was made to test a claim, not to be used. Controls of the same size that cannot read back gain
-about as much, and ordinary English becomes less likely: its perplexity is {perplexity:.0f} with
-the adapter. The comparison: notebooks 03 and 07.
+It was made to test a claim, not to be used. On two-hop questions controls of the same size that
+cannot read back gain about as much, and ordinary English becomes less likely: its perplexity is
+{perplexity:.0f} with the adapter. The comparison: notebooks 03 and 07.
 
 Licence: MIT for the adapter; for the base model its own.
 """

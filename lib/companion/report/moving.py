@@ -35,10 +35,6 @@ def page(records: Sequence[Mapping], memories: Mapping[str, str], title: str) ->
 
     records: of `studies.demo_memory_switch.memory_switch`; memories: key -> label, in the order of
     the probabilities. The same records give the same text.
-
-    Example:
-        >>> "<select" in page(records, {"own": "its own memory"}, "What is read")
-        True
     """
     script, parts = components(_plots(), wrap_script=False)
     script, *divs = _same_names(script, *parts.values())
@@ -110,7 +106,7 @@ def _plot(name: str, **options):
 
 
 def _answers():
-    names = ("word", "probability", "colour", "told")
+    names = ("word", "probability", "colour", "label")
     source = ColumnDataSource({name: [] for name in names}, name="answers")
     plot = _plot(
         "answers", y_range=FactorRange(name="answers rows"), x_range=Range1d(0, 1.15), height=300
@@ -119,7 +115,7 @@ def _answers():
     plot.text(
         "probability",
         "word",
-        text="told",
+        text="label",
         source=source,
         x_offset=4,
         text_baseline="middle",

@@ -26,7 +26,7 @@ MEMORIES = {  # what the second pass reads -> in a reader's words
     "mean": "the mean of all others",
     "off": "nothing: adapter off",
 }
-SETS = {"two-hop": "facts known by heart", AGAIN[0]: "facts told in the prompt"}
+SETS = {"two-hop": "facts known by heart", AGAIN[0]: "facts given in the prompt"}
 ENTITIES = ("e1", "e2", "e3")
 KINDS = ("attention", "ffn")
 LIKELIEST = 3  # answers that are shown, of each memory
@@ -126,11 +126,11 @@ def _grids(frame: pd.DataFrame) -> list[dict]:
     return found
 
 
-def _answers(tokenizer, told: Sequence[int], accepted: frozenset, logits: list[Tensor]) -> dict:
+def _answers(tokenizer, named: Sequence[int], accepted: frozenset, logits: list[Tensor]) -> dict:
     """words, right and probabilities: of e3, e2, and the LIKELIEST with any memory."""
     by_memory = [row.float().softmax(-1) for row in logits]
     likeliest = [x for p in by_memory for x in p.topk(LIKELIEST).indices.tolist()]
-    tokens = list(dict.fromkeys([*told, *likeliest]))
+    tokens = list(dict.fromkeys([*named, *likeliest]))
     return {
         "words": [tokenizer.decode([token]) for token in tokens],
         "right": [token in accepted for token in tokens],
