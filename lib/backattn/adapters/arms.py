@@ -12,7 +12,14 @@ from torch import nn
 
 from backattn.adapters.back_attention import get_back_attention_model
 from backattn.adapters.config import BackAttentionConfig
-from backattn.adapters.modules import Bias, LoopLoRA, ResidualLoRA, ShuffledMemory
+from backattn.adapters.modules import (
+    BackAttention,
+    Bias,
+    LoopLoRA,
+    PreviousToken,
+    ResidualLoRA,
+    ShuffledMemory,
+)
 from backattn.adapters.two_pass import TwoPassModel
 from backattn.models.decoder import describe
 
@@ -47,10 +54,15 @@ def _back_attention(model, source_layer, dim, memory_layers):
     return get_back_attention_model(model, config)
 
 
-def _shuffled(model, source_layer, dim, _):
-    arch, config = describe(model), BackAttentionConfig(source_layer, dim)
-    updates = {source_layer: ShuffledMemory(arch.width, config)}
-    return TwoPassModel(model, updates, config.memory(len(arch.blocks)))
+def _variant(kind: type[BackAttention]):
+    """What puts a variant of back attention at the source layer, which reads all memory layers."""
+
+    def make(model, source_layer, dim, _):
+        arch, config = describe(model), BackAttentionConfig(source_layer, dim)
+        updates = {source_layer: kind(arch.width, config)}
+        return TwoPassModel(model, updates, config.memory(len(arch.blocks)))
+
+    return make
 
 
 def _at_source(kind, reads_final=False):
@@ -94,7 +106,13 @@ _ARMS = (
     Arm(
         "shuffled memory",
         "the same module, reading what the first pass made of another question, in training too",
-        *(_shuffled, "#56b4e9", "X"),
+        *(_variant(ShuffledMemory), "#56b4e9", "X"),
+        two_passes=True,
+    ),
+    Arm(
+        "previous token",
+        "the same module, reading the states of the position before its own alone",
+        *(_variant(PreviousToken), "#949494", "P"),
         two_passes=True,
     ),
     Arm(

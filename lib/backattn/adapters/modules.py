@@ -130,6 +130,30 @@ class ShuffledMemory(BackAttention):
         return super().remember(torch.zeros_like(memory) if alone else memory.roll(1, dims=1))
 
 
+class PreviousToken(BackAttention):
+    """Back attention that reads the position before its own alone (T2MLR, 2026, without its gate):
+    deep states one token late. Where nothing stands before, nothing is added.
+
+    Example:
+        >>> update = PreviousToken(32, BackAttentionConfig(source_layer=1, dim=8))
+        >>> _ = nn.init.normal_(update.o_proj.weight)
+        >>> h, memory = torch.randn(1, 5, 32), torch.randn(3, 1, 5, 32)
+        >>> visible = torch.ones(1, 5, 5, dtype=torch.bool).tril()
+        >>> added = update(h, *update.remember(memory), visible)
+        >>> (added.abs().amax(-1) > 0).tolist()
+        [[False, True, True, True, True]]
+    """
+
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        length, whole = query.shape[2], visible.shape[-1]
+        offset = whole - length - 1  # queries are of the last positions
+        before = visible.new_ones(length, whole, dtype=torch.bool).tril(offset).triu(offset)
+        cells = visible if visible.dim() == 4 else visible[:, :, None]
+        if cells.is_floating_point():
+            return super().mix(query, keys, values, cells.masked_fill(~before[:, None], -1.0))
+        return super().mix(query, keys, values, cells & before[:, None])
+
+
 class ResidualLoRA(Update):
     """h + N(h) A B, with A: [D, r], B: [r, D] and N an RMS norm without weights."""
 

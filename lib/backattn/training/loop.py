@@ -45,6 +45,8 @@ class Recipe:
     seed: int = 0
     evaluations: int = 4  # on the validation questions, evenly spaced, the last one at the end
     autocast: bool = False  # matrix products in bf16 where the device has them, all else in fp32
+    kl: float = 0.0  # weight of KL(frozen model || trained one) on ordinary text, nats a token
+    windows: int = 4  # of that text, a step
 
 
 def train(
@@ -55,8 +57,12 @@ def train(
     checkpoint: Path | None = None,
     save_every: int = 100,
     keep_first_passes: float | None = None,
+    text: Tensor | None = None,
 ) -> pd.DataFrame:
     """Train whatever of `model` requires gradients.
+
+    text: token ids [N, T] of ordinary text, on which the model shall say what it says without its
+    adapter, with weight `recipe.kl` (Jin et al. 2026); the reported loss is that of the questions.
 
     checkpoint: a file where weights, optimiser and progress are kept every `save_every` steps, and
     stay; where it exists, training goes on from it, to the same result as without the stop.
@@ -72,8 +78,9 @@ def train(
     call this alike; the first one writes the checkpoint.
 
     Raises ValueError when nothing is to be trained, a batch has fewer questions than there are
-    processes, or the checkpoint is of another training, FloatingPointError when the loss is no
-    number any more, and torch.OutOfMemoryError when not one question fits.
+    processes, the checkpoint is of another training, or recipe.kl comes without text or with a
+    model that has no adapter; FloatingPointError when the loss is no number any more, and
+    torch.OutOfMemoryError when not one question fits.
 
     Example:
         >>> from backattn.adapters.arms import make_arm
@@ -87,6 +94,10 @@ def train(
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
+    if bool(recipe.kl) != (text is not None):
+        raise ValueError("`recipe.kl` and `text` go together: give both, or neither.")
+    if recipe.kl and not hasattr(model, "disable_adapter"):
+        raise ValueError("`recipe.kl` compares with the model without its adapter: it has none.")
     rate = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimiser, warmup = torch.optim.AdamW(weights.values(), **rate), recipe.warmup * recipe.steps
     schedule = get_cosine_schedule_with_warmup(optimiser, round(warmup), recipe.steps)
@@ -100,10 +111,12 @@ def train(
         "questions": _hash(items and vars(items)),
         "validation": _hash(validation and vars(validation)),
     }
+    if text is not None:
+        about["text"] = _hash(text.tolist())
     state = {"step": 0, "losses": [], "right": [], "curve": [], "seconds": 0.0}
     if checkpoint and checkpoint.exists():
         state = _load(checkpoint, about, weights, optimiser, schedule)
-    batches = _Batches(model, items, recipe, _first_passes(model, items, keep_first_passes))
+    batches = _Batches(model, items, recipe, _first_passes(model, items, keep_first_passes), text)
     begin = time.monotonic() - state["seconds"]
     evaluations = range(1, recipe.evaluations + 1)
     evaluated_after = {round(recipe.steps * k / recipe.evaluations) for k in evaluations}
@@ -112,7 +125,8 @@ def train(
     with runtime.progress(description="training", **length) as bar:
         while state["step"] < recipe.steps:
             rows = _rows_of(state["step"], items.lengths, recipe)
-            loss, right = batches.gradients(rows, list(weights.values()))
+            shown = [] if text is None else _windows_of(state["step"], len(text), recipe)
+            loss, right = batches.gradients(rows, list(weights.values()), shown)
             if not np.isfinite(loss):
                 lower = f"lower the learning rate ({recipe.learning_rate:g})"
                 raise FloatingPointError(f"The loss is {loss} at step {state['step']}: {lower}.")
@@ -197,17 +211,23 @@ def _first_passes(model: nn.Module, items: Items, room: float | None) -> FirstPa
 class _Batches:
     """Gradients of whole batches, of which each process takes a part, in pieces if need be."""
 
-    def __init__(self, model: nn.Module, items: Items, recipe: Recipe, passes: FirstPasses | None):
+    def __init__(self, model, items: Items, recipe: Recipe, passes: FirstPasses | None, text=None):
         self.model, self.items, self.passes = model, items, passes
+        self.text, self.kl = text, recipe.kl
         self.autocast = recipe.autocast and runtime.multiplies_bf16(input_device(model))
         self.processes, self.pieces = runtime.process_state(), 1
         count, size = self.processes.num_processes, min(recipe.batch_size, len(items))
         if size < count:
             raise ValueError(f"{count} processes cannot share a batch of {size}.")
 
-    def gradients(self, rows: list[int], weights: Sequence[Tensor]) -> tuple[float, float]:
-        """Put the gradient of a batch's mean loss on the weights: (loss, share answered right)."""
-        part = rows[self.processes.process_index :: self.processes.num_processes]
+    def gradients(
+        self, rows: list[int], weights: Sequence[Tensor], windows: Sequence[int] = ()
+    ) -> tuple[float, float]:
+        """Put the gradient of a batch's mean loss, and of the divergence on windows of text, on the
+        weights: (loss, share answered right)."""
+        part, texts = (
+            x[self.processes.process_index :: self.processes.num_processes] for x in (rows, windows)
+        )
         targets = sum(len(self.items.answers[row]) for row in rows)
         sums = None
         while sums is None:
@@ -216,6 +236,8 @@ class _Batches:
             try:
                 pieces = np.array_split(part, self.pieces)
                 sums = np.sum([self._piece(piece.tolist(), targets) for piece in pieces], axis=0)
+                for piece in np.array_split(texts, min(self.pieces, len(texts)) or 1):
+                    self._diverge(piece, len(windows))
             except torch.OutOfMemoryError:
                 if self.pieces >= len(part):
                     raise
@@ -240,6 +262,26 @@ class _Batches:
         loss = loss / targets
         loss.backward()
         return loss.item(), int(right_answers(logits.detach(), self.items, rows, batch).sum())
+
+    def _diverge(self, windows: np.ndarray, of: int) -> None:
+        """Add the gradient of the weighted mean KL(frozen || trained) of some windows, of all."""
+        if not len(windows):
+            return
+        ids = self.text[windows.astype(int)].to(input_device(self.model))
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.no_grad(), self.model.disable_adapter():
+                before = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            after = self.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        summed = F.kl_div(after, before, reduction="sum", log_target=True)
+        (self.kl * summed / (of * ids.shape[1])).backward()
+
+
+def _windows_of(step: int, count: int, recipe: Recipe) -> list[int]:
+    """The windows of text of a step: each once per epoch, in an order drawn from seed and epoch."""
+    size = min(recipe.windows, count)
+    epoch, place = divmod(step, count // size)
+    order = np.random.default_rng([recipe.seed, epoch, 1]).permutation(count)
+    return order[place * size : (place + 1) * size].tolist()
 
 
 def _rows_of(step: int, lengths: np.ndarray, recipe: Recipe) -> list[int]:

@@ -87,6 +87,20 @@ def two_hop(
     return facts.assign(tested=facts["shortcut_right"] == "False")
 
 
+def one_hop_taught() -> pd.DataFrame:
+    """The two-hop questions, for judging, and the single hops of each, for training ("Shanghai's
+    country is", "China's capital is"): what is learnt by those who never see two hops asked. A
+    single hop of several questions belongs to all of their groups."""
+    frame, say = two_hop(), TEMPLATES["possessive"].say
+    first = frame.assign(prompt=list(map(say, frame["e1"], frame["r1"])), answer=" " + frame["e2"])
+    second = frame.assign(prompt=list(map(say, frame["e2"], frame["r2"])))
+    first[["e3", "e3_aliases"]], first["r2"] = frame[["e2", "e2_aliases"]], frame["r1"]
+    hops, same = pd.concat([first, second]), ["prompt", "answer"]
+    hops["group"] = hops.groupby(same)["group"].transform(lambda of: "|".join(sorted(set(of))))
+    hops = hops.drop_duplicates(same)
+    return pd.concat([frame.assign(taught=False), hops.assign(taught=True)], ignore_index=True)
+
+
 def planted(shuffled: bool) -> pd.DataFrame:
     """The two-hop questions, with what back attention reads instead of their own first pass: that
     of "e1's r1 is e2", told in column `memory`; shuffled: with the e2 of another question that has
@@ -210,6 +224,7 @@ class _Named(dict):
 _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
 AGAIN = ("in context, again", "1DC, again")
+ONE_HOP = "two-hop, one hop taught"
 PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 _told = partial(_first, columns=(*Dataset.columns, "e3_aliases", "memory"))
 _question = partial(two_hop, say=TEMPLATES["question"].say)
@@ -252,6 +267,13 @@ _RECORDS = (
         f"{AGAIN[1]}, another's memory",
         partial(with_anothers_memory, one_digit_composite, ["length"], answers=True),
         columns=(*Dataset.columns, "memory"),
+    ),
+    # Trained on their single hops alone, see E7.
+    _first(
+        ONE_HOP,
+        one_hop_taught,
+        tuned_on=ONE_HOP,
+        columns=(*Dataset.columns, "e3_aliases", "taught"),
     ),
     # What back attention reads holds e2, or another's.
     _told(PLANTED[0], partial(planted, False), tuned_on=PLANTED[0], exchanged=PLANTED[1]),

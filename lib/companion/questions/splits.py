@@ -26,6 +26,7 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
 
     fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2: 15 % of the
     names are for validation in all folds, each other is tested in one and trained on in two.
+    Where a column `taught` says so, those questions alone are trained on, and the others judge.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
@@ -40,6 +41,8 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     splits = [{of(name) for name in group.split("|")} for group in frame["group"]]
     frame = frame.assign(split=[min(names) for names in splits])
     fit = np.array([len(names) == 1 for names in splits])
+    if "taught" in frame:
+        fit &= frame["taught"] == (frame["split"] == "train")
     return frame[fit & (frame["tested"] | (frame["split"] != "test"))].reset_index(drop=True)
 
 

@@ -116,7 +116,8 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
             weights_in = "float32" if run.model == SCRATCH else dtype
             with with_adapter(run, weights_in, device) as (model, tokenizer):
                 parts = (questions(run, tokenizer, part) for part in ("train", "validation"))
-                curve = train(model, next(parts), run.recipe, next(parts), checkpoint)
+                text = own_text(model, tokenizer, run.seed) if run.kl else None
+                curve = train(model, next(parts), run.recipe, next(parts), checkpoint, text=text)
                 weights = trained_weights(model)
             about = {"trained": sum(tensor.numel() for tensor in weights.values())}
             if dtype != run.dtype:
@@ -135,6 +136,29 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
         checkpoint.unlink(missing_ok=True)
     world.wait_for_everyone()
     return result
+
+
+def own_text(
+    model: nn.Module, tokenizer, seed: int, windows: int = 128, length: int = 64
+) -> Tensor:
+    """Ordinary text, as the model without its adapter writes it after the beginning of text: token
+    ids [windows, length], the first of them that beginning. Raises ValueError for a tokenizer that
+    has none."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError("Text is sampled from the beginning of text on: this tokenizer has none.")
+    begins = torch.full((windows, 1), tokenizer.bos_token_id, device=input_device(model))
+    count = {"max_new_tokens": length - 1, "min_new_tokens": length - 1, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    with torch.no_grad(), model.disable_adapter():
+        return model.generate(
+            input_ids=begins,
+            attention_mask=torch.ones_like(begins),
+            **count,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+        ).cpu()
 
 
 def _tested(run: Run, model: nn.Module, tokenizer) -> dict:

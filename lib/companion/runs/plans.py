@@ -10,7 +10,7 @@ from unittest.mock import patch  # puts the environment back as it was
 from backattn import runtime
 from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
-from companion.questions.datasets import AGAIN, DATASETS, PLANTED
+from companion.questions.datasets import AGAIN, DATASETS, ONE_HOP, PLANTED
 from companion.runs.perform import train_and_test
 from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
@@ -21,10 +21,17 @@ MOST_RATES = 4  # tried for one arm
 DECAYS = (0.1, 0.3, 1.0)  # with little, compositions are learnt by heart (Wang et al. 2024)
 CORE_ARMS = ("back attention", "same layer", "residual LoRA")  # equal weights, one place
 BUDGET_ARMS = (*CORE_ARMS, "bias")
-# Of all comparisons of arms; the other is asked in notebooks 07 and 08 alone.
-TRIED = {name: arm for name, arm in ARMS.items() if name != "shuffled memory"}
+# Of all comparisons of arms; the others are asked in notebooks 03, 07 and 08 alone.
+ALONE = ("shuffled memory", "previous token")
+TRIED = {name: arm for name, arm in ARMS.items() if name not in ALONE}
 SEEDS = (0, 1, 2)
-OF_TRAINED = {"source_layer", "dim", "memory_layers", "steps"}  # nothing where nothing is trained
+OF_TRAINED = {
+    "source_layer",
+    "dim",
+    "memory_layers",
+    "steps",
+    "kl",
+}  # nothing where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,15 @@ def lead_runs() -> list[Planned]:
     return [one for one in plan if one.trials]
 
 
+def rival_runs(**sizes) -> list[Planned]:
+    """E7: CORE_ARMS trained on single hops and with a divergence on ordinary text, and back
+    attention that reads the token before alone."""
+    plan = adapter_runs(names=[ONE_HOP], arms=CORE_ARMS, **sizes)
+    plan += adapter_runs(arms=CORE_ARMS, kl=1.0, **sizes)
+    plan += adapter_runs(arms=["previous token"], **sizes)
+    return [one for one in plan if one.trials]
+
+
 def varied_runs(
     field: str, values: Sequence, arms: Names = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> list[Planned]:
@@ -204,7 +220,7 @@ def ship(
 def _keeps_weights(run: Run) -> bool:
     if run.dataset == AGAIN[0]:  # the demo asks it again
         return run.arm == "back attention" and run.seed == 0
-    if run.dataset in (*PLANTED, *AGAIN) or run.arm == "shuffled memory":
+    if run.dataset in (*PLANTED, *AGAIN, ONE_HOP) or run.arm in ALONE or run.kl:
         return False  # their results say all that is asked of them
     if run.arm in BACK_ATTENTION:
         return run.seed == 0 or run.model != SCRATCH

@@ -47,6 +47,7 @@ class Run:
     width: int = 440  # of a model from scratch
     weight_decay: float | None = None  # None: 0.01 from scratch, else none
     tested_in: str = "float32"  # dtype of the model in the test
+    kl: float = 0.0  # weight of the divergence from the frozen model on text that it writes
 
     @property
     def fold(self) -> int | None:
@@ -63,7 +64,8 @@ class Run:
         same = {n: getattr(self, n) for n in ("steps", "learning_rate", "batch_size", "seed")}
         autocast = scratch and self.dtype == "bfloat16"
         evaluations = 12 if scratch or self.steps >= 1000 else 3  # curves of long runs
-        return Recipe(weight_decay=decay, evaluations=evaluations, autocast=autocast, **same)
+        same |= dict(weight_decay=decay, evaluations=evaluations, autocast=autocast, kl=self.kl)
+        return Recipe(**same)
 
     @property
     def key(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from backattn import load_model
 from backattn.adapters.arms import ARMS, make_arm
 from backattn.adapters.config import BackAttentionConfig
-from backattn.adapters.modules import BackAttention, ShuffledMemory
+from backattn.adapters.modules import BackAttention, PreviousToken, ShuffledMemory
 from backattn.training.batches import collate
 from backattn.training.evaluation import answer_logits
 from backattn.training.loop import Recipe, train
@@ -33,7 +33,7 @@ def test_arms_have_equal_weights():
         for arm, model in wrapped.items()
     }
     lora, whole = sizes.pop("LoRA q,v"), 4 * 32 * 8
-    assert sizes.pop("bias") == 32 and set(sizes.values()) == {whole} and len(sizes) == 5
+    assert sizes.pop("bias") == 32 and set(sizes.values()) == {whole} and len(sizes) == 6
     assert abs(lora - whole) / whole < 0.5
     assert wrapped["same layer"].memory_layers == (1,)
     assert wrapped["back attention"].memory_layers == (1, 2, 3, 4)
@@ -76,3 +76,34 @@ def test_shuffled_memory_is_never_a_rows_own():
     expected = plain.remember(memory)
     assert torch.equal(keys[1:], expected[0][:-1]) and torch.equal(values[0], expected[1][-1])
     assert not update.remember(memory[:, :1])[1].any()
+
+
+@pytest.mark.parametrize("cells", ["positions", "cells", "weights"])
+def test_the_previous_token_is_all_that_is_read(cells):
+    config = BackAttentionConfig(source_layer=1, dim=8)
+    update, h = PreviousToken(32, config), torch.randn(2, 5, 32)
+    plain = BackAttention(32, config)
+    plain.load_state_dict(update.state_dict())
+    memory, visible = torch.randn(3, 2, 5, 32), torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    visible[1, :, :2] = False  # padding
+    if cells != "positions":
+        visible = visible[:, :, None].repeat(1, 1, 3, 1)
+    if cells == "weights":
+        visible = torch.where(visible, 1.0, -1.0)
+    query, (keys, values) = update.query(h), update.remember(memory)
+    mixed = update.mix(query, keys, values, visible)
+    assert not mixed[0, 0].any() and not mixed[1, :3].any()
+    for place in (1, 4):  # against back attention over that position's states alone
+        there = [x[:, :, place - 1, None] for x in (keys, values)]
+        seen = torch.ones(2, 1, 1, dtype=torch.bool)
+        expected = plain.mix(query[:, :, place, None], *there, seen)[0, 0]
+        assert torch.allclose(mixed[0, place], expected, atol=1e-6)
+    last = update.mix(query[:, :, -1:], keys, values, visible[:, -1:])  # with a cache
+    assert torch.allclose(last, mixed[:, -1:], atol=1e-6)
+
+
+def test_the_previous_token_trains_where_nothing_stands_before():
+    wrapped = make_arm("previous token", load_model("tiny-llama")[0], 1, 4)
+    torch.nn.init.normal_(wrapped.updates["1"].o_proj.weight)
+    wrapped(torch.tensor([[5, 6, 7]]), use_cache=False).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in wrapped.updates.parameters())

@@ -11,7 +11,7 @@ from backattn import load_model, runtime
 from backattn.adapters.arms import make_arm
 from backattn.training.batches import collate
 from backattn.training.evaluation import FirstPasses, answer_logits, right_answers
-from backattn.training.loop import Recipe, _Batches, _rows_of, train
+from backattn.training.loop import Recipe, _Batches, _rows_of, _windows_of, train
 
 RECIPE = Recipe(steps=12, learning_rate=0.01, batch_size=6, evaluations=3)
 USERS = ("backattn.training.loop", "backattn.training.evaluation")
@@ -97,6 +97,66 @@ def test_training_says_what_is_wrong(items, learnt, monkeypatch):
     monkeypatch.setattr(runtime, "process_state", Many)
     with pytest.raises(ValueError, match="7 processes cannot share a batch of 6"):
         learnt()
+
+
+# ------------------------------------------------------- the model as it is on ordinary text
+
+TEXT = torch.randint(3, 40, (6, 9), generator=torch.Generator().manual_seed(1))
+
+
+def divergence(arm, learnt, kl: float) -> float:
+    """KL(model || adapter) a token on TEXT, nats, after training with so much weight on it."""
+    options = {"text": TEXT} if kl else {}
+    _, weights = learnt(arm, replace(RECIPE, steps=40, kl=kl), **options)
+    wrapped = make_arm(arm, load_model("tiny-llama")[0], 1, 4)
+    with torch.no_grad():
+        before = wrapped(TEXT, use_cache=False).logits.log_softmax(-1)
+        for name, p in wrapped.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+        after = wrapped(TEXT, use_cache=False).logits.log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("arm", ["back attention", "LoRA q,v"])
+def test_training_keeps_what_is_said_of_ordinary_text(arm, learnt):
+    free, kept = (divergence(arm, learnt, kl) for kl in (0.0, 100.0))
+    assert 0 <= kept < free / 4
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_gradient_of_the_divergence_is_that_of_its_definition(pieces, items):
+    recipe, chosen = replace(RECIPE, kl=0.5), [0, 2, 3, 5]
+    wrapped = make_arm("LoRA q,v", load_model("tiny-llama")[0], 1, 4)
+    weights = [p for p in wrapped.parameters() if p.requires_grad]
+    for p in weights:
+        torch.nn.init.normal_(p, std=0.3)
+    batches = _Batches(wrapped, items, recipe, None, TEXT)
+    batches.pieces = pieces
+    batches.gradients([0, 3, 4, 5], weights)
+    without = [p.grad.clone() for p in weights]
+    batches.gradients([0, 3, 4, 5], weights, chosen)
+    after = wrapped(TEXT[chosen], use_cache=False).logits.log_softmax(-1)
+    with torch.no_grad(), wrapped.disable_adapter():
+        before = wrapped(TEXT[chosen], use_cache=False).logits.log_softmax(-1)
+    mean = (before.exp() * (before - after)).sum(-1).mean()
+    for p, plain, g in zip(weights, without, torch.autograd.grad(mean, weights), strict=True):
+        assert torch.allclose(p.grad - plain, 0.5 * g, atol=1e-5)
+    assert mean > 0.01
+
+
+def test_every_window_is_read_once_per_epoch():
+    recipe = replace(RECIPE, windows=2)
+    drawn = np.array([_windows_of(step, 6, recipe) for step in range(6)]).reshape(2, 6)
+    assert (np.sort(drawn) == np.arange(6)).all() and (drawn[0] != drawn[1]).any()
+
+
+def test_text_and_its_weight_go_together(items, learnt):
+    for options in ({"text": TEXT}, {"recipe": replace(RECIPE, kl=1.0)}):
+        with pytest.raises(ValueError, match="give both, or neither"):
+            learnt(**options)
+    with pytest.raises(ValueError, match="it has none"):
+        train(load_model("tiny-llama")[0], items, replace(RECIPE, kl=1.0), text=TEXT)
 
 
 # ---------------------------------------------------------------- a batch in pieces

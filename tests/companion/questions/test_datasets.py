@@ -18,6 +18,7 @@ from companion.questions.compositions import ENTITIES, RELATIONS, compositions
 from companion.questions.datasets import (
     AGAIN,
     DATASETS,
+    ONE_HOP,
     OTHER_PROMPTS,
     PLANTED,
     Dataset,
@@ -32,6 +33,7 @@ from companion.questions.facts import two_hop_facts
 from companion.questions.splits import FOLDS, SPLITS, draw, fold_of, place_of, split
 
 OFFLINE = ["2-digit", "1DC", "two-hop", "legs, one kind", "legs, two kinds", *OTHER_PROMPTS]
+HOPS = ["e1", "r1", "e2", "r2"]
 TWICE = ("two-hop", "question", "code")  # ask the capital of a country of a city, of a company
 
 
@@ -255,3 +257,23 @@ def test_another_questions_memory_is_of_the_same_kind_and_has_another_answer(nam
         assert (donors[column].to_numpy() == frame[column]).all()
     if name == AGAIN[1]:  # what is read at a token of the answer counts from the end
         assert (other["memory"].str.len() == texts.str.len()).all()
+
+
+def test_single_hops_are_taught_and_two_hops_asked():
+    frame, usual = load(ONE_HOP), load("two-hop")
+    for fold in range(FOLDS):
+        parts, asked = split(frame, fold), split(usual, fold)
+        taught = parts[parts["split"] == "train"]
+        assert taught["taught"].all() and not taught["prompt"].isin(usual["prompt"]).any()
+        for name in ("validation", "test"):
+            mine, theirs = (x.loc[x["split"] == name, "prompt"] for x in (parts, asked))
+            assert mine.tolist() == theirs.tolist()
+        said = dict(zip(taught["prompt"], taught["group"], strict=True))
+        tested = set(asked.loc[asked["split"] != "train", "group"])
+        assert not tested & set("|".join(said.values()).split("|"))
+        wanted = {  # both hops of each question that is trained on otherwise
+            (f"{e1}'s {r1} is", f"{e2}'s {r2} is")
+            for e1, r1, e2, r2 in asked.loc[asked["split"] == "train", HOPS].to_numpy()
+        }
+        wanted = {prompt for pair in wanted for prompt in pair}
+        assert said.keys() <= wanted and len(said) > 0.9 * len(wanted)

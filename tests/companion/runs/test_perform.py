@@ -14,6 +14,7 @@ from companion.runs.perform import (
     answer_test,
     forward_flops,
     load_trained,
+    own_text,
     put_weights,
     train_and_test,
     with_adapter,
@@ -48,7 +49,7 @@ def test_kept_weights_give_the_kept_answers(mixed_run, store):
 
 
 def test_a_run_that_diverges_is_a_result(tiny_run, store, monkeypatch):
-    def diverging(*_):
+    def diverging(*_, **__):
         raise FloatingPointError("lower the learning rate")
 
     monkeypatch.setattr("companion.runs.perform.train", diverging)
@@ -145,3 +146,32 @@ def test_the_same_layer_reads_the_exchanged_memory(store):
         assert evaluate(model, own)[1] != evaluate(model, other)[1]  # mean losses
         bias = questions(replace(run, arm="bias", dataset=names[1]), tokenizer, "test")
     assert bias.memories is None
+
+
+@pytest.mark.parametrize("arm", ["back attention", "LoRA q,v"])
+def test_ordinary_text_is_the_frozen_models_own(arm):
+    model, tokenizer = load_model("tiny-llama")
+    tokenizer.bos_token_id = 1
+    wrapped = make_arm(arm, model, 1, 4)
+    for p in wrapped.parameters():
+        if p.requires_grad:  # an adapter that would say something else
+            torch.nn.init.normal_(p)
+    text = own_text(wrapped, tokenizer, seed=0, windows=3, length=6)
+    assert text.shape == (3, 6) and set(text[:, 0].tolist()) == {1}
+    model = wrapped.unload()
+    torch.manual_seed(0)
+    begins = torch.full((3, 1), 1)
+    count = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, "top_k": 0}
+    assert torch.equal(text, model.generate(begins, do_sample=True, **count))
+    tokenizer.bos_token_id = None
+    with pytest.raises(ValueError, match="this tokenizer has none"):
+        own_text(wrapped, tokenizer, seed=0)
+
+
+def test_a_run_may_keep_to_what_the_model_writes(tiny_run, store, monkeypatch):
+    seen = []
+    text = torch.ones(4, 5, dtype=torch.long)
+    monkeypatch.setattr("companion.runs.perform.own_text", lambda *a: seen.append(a[2]) or text)
+    kept = replace(tiny_run, kl=1.0)
+    assert kept.key != tiny_run.key and kept.recipe.kl == 1.0
+    assert train_and_test(kept, store)["trained"] and seen == [kept.seed]

@@ -25,6 +25,7 @@ from companion.runs.plans import (
     found,
     lead_runs,
     main_runs,
+    rival_runs,
     scratch_runs,
     ship,
     sweep,
@@ -158,6 +159,8 @@ def test_where_and_how_long_rates_are_tried():
         [("SVAMP", 10), ("1DC", 15)],
     ]
     assert {run.test_items for _, run in runs} == {0}
+    rivals = {(r.run.dataset, r.run.arm, r.run.kl, r.trials[0].kl) for r in rival_runs()}
+    assert len(rivals) == 7 and all(kl == tried for _, _, kl, tried in rivals)
     none = main_runs(core_arms_on=[])
     assert {one.run.dataset for one in none} == {"two-hop"}
     assert len(none) == len([*TRIED, *UNTRAINED]) * 3
