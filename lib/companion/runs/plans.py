@@ -127,12 +127,15 @@ def lead_runs() -> list[Planned]:
 
 
 def rival_runs(**sizes) -> list[Planned]:
-    """E7: CORE_ARMS trained on single hops and with a divergence on ordinary text, and back
-    attention that reads the token before alone."""
+    """E7: CORE_ARMS trained on single hops; back attention that reads the token before alone."""
     plan = adapter_runs(names=[ONE_HOP], arms=CORE_ARMS, **sizes)
-    plan += adapter_runs(arms=CORE_ARMS, kl=1.0, **sizes)
     plan += adapter_runs(arms=["previous token"], **sizes)
     return [one for one in plan if one.trials]
+
+
+def kl_runs(**sizes) -> list[Planned]:
+    """E7: CORE_ARMS trained with a divergence on ordinary text."""
+    return [one for one in adapter_runs(arms=CORE_ARMS, kl=1.0, **sizes) if one.trials]
 
 
 def varied_runs(

@@ -1,8 +1,26 @@
 """03: does back attention help, and is it flow or training? (C8: `companion.measures.gains`.)"""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
+from companion.questions.datasets import ONE_HOP
+from companion.report.intervals import holm, interval
 from companion.report.verdicts import Effect, claim, points, with_interval
+from companion.runs.plans import CORE_ARMS
+from companion.runs.results import answers, matrix, paired, resampled, rows_with, seed_of
+from companion.runs.run import Run
+from companion.runs.store import Store
+
+TAUGHT_ONE_HOP = {arm: f"{arm}, one hop" for arm in CORE_ARMS}
+# E7: which arm is compared with which.
+RIVALS = (
+    *TAUGHT_ONE_HOP.items(),
+    *((one_hop, "zero-shot") for one_hop in TAUGHT_ONE_HOP.values()),
+    ("previous token", "back attention"),
+    ("realigned", "zero-shot"),
+    ("damped loop", "zero-shot"),
+)
 
 
 def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame) -> dict:
@@ -43,3 +61,43 @@ def is_small(sizes: pd.DataFrame) -> dict:
     what = f"share of the weights at d′ = {nearest['dim']:.0f}, against 0.002 %"
     exact = Effect(what, off, off, off, "% off the paper's", 25, "none")
     return claim("C11-size", words, {"some d′ gives 0.002 %": "0.002 %" in shares.values()}, exact)
+
+
+def rival_answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    """`answers` of `rival_runs` as arms of "two-hop", those of TAUGHT_ONE_HOP among them."""
+    parts = []
+    for run in runs:
+        arm = TAUGHT_ONE_HOP[run.arm] if run.dataset == ONE_HOP else run.arm
+        parts.append(answers([run], store).assign(dataset="two-hop", arm=arm))
+    return pd.concat(parts, ignore_index=True)
+
+
+def rival_differences(answered: pd.DataFrame, pairs=RIVALS) -> pd.DataFrame:
+    """How far an arm is ahead of another, for some pairs: arm, other, the columns of
+    `results.paired`, low_90 and high_90 (for equivalence), corrected (Holm over all pairs)."""
+    rows = []
+    for arm, other in pairs:
+        wide, narrow = (
+            paired(answered, arm, other, seed=seed_of("two-hop"), level=x) for x in (0.95, 0.9)
+        )
+        ends = {"low_90": narrow["low"], "high_90": narrow["high"]}
+        rows.append({"arm": arm, "other": other, **wide, **ends})
+    return holm(pd.DataFrame(rows))
+
+
+def gain_kept(answered: pd.DataFrame, arms=TAUGHT_ONE_HOP) -> pd.DataFrame:
+    """Of each arm's gain over zero-shot the share that it has when trained as its value says: arm,
+    kept, low, high. Raises ValueError where an arm does not gain in every sample."""
+    names = {*arms, *arms.values(), "zero-shot"}
+    parts = {name: rows_with(answered, "arm", name) for name in names}
+    draws = {name: resampled(part, seed_of("two-hop")) for name, part in parts.items()}
+    means = {name: matrix(part).mean() for name, part in parts.items()}
+    rows = []
+    for arm, other in arms.items():
+        gain = draws[arm] - draws["zero-shot"]
+        if (gain <= 0).any():
+            raise ValueError(f"{arm!r} does not gain in every sample: there is no share.")
+        kept = (means[other] - means["zero-shot"]) / (means[arm] - means["zero-shot"])
+        ends = interval((draws[other] - draws["zero-shot"]) / gain)
+        rows.append({"arm": arm, "kept": kept, **ends})
+    return pd.DataFrame(rows)

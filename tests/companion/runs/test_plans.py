@@ -23,6 +23,7 @@ from companion.runs.plans import (
     complete,
     composing_runs,
     found,
+    kl_runs,
     lead_runs,
     main_runs,
     rival_runs,
@@ -57,7 +58,7 @@ def plans(notebook: str) -> list[list[Planned]]:
     p, core = parameters(notebook), {"arms": CORE_ARMS}
     if notebook == "03":
         main = main_runs(every_arm_on=p["every_arm_on"], core_arms_on=p["core_arms_on"])
-        return [scratch_runs(), main, adapter_runs(model="gemma3-270m", **core)]
+        return [scratch_runs(), main, adapter_runs(model="gemma3-270m", **core), rival_runs()]
     if notebook == "04":
         second, layers = p["second_dataset"], [("two-hop", layer) for layer in p["retuned"]]
         memories = [tuple(range(first, last + 1)) for first, last in p["memories"]]
@@ -159,7 +160,8 @@ def test_where_and_how_long_rates_are_tried():
         [("SVAMP", 10), ("1DC", 15)],
     ]
     assert {run.test_items for _, run in runs} == {0}
-    rivals = {(r.run.dataset, r.run.arm, r.run.kl, r.trials[0].kl) for r in rival_runs()}
+    rivals = [*rival_runs(), *kl_runs()]
+    rivals = {(r.run.dataset, r.run.arm, r.run.kl, r.trials[0].kl) for r in rivals}
     assert len(rivals) == 7 and all(kl == tried for _, _, kl, tried in rivals)
     none = main_runs(core_arms_on=[])
     assert {one.run.dataset for one in none} == {"two-hop"}

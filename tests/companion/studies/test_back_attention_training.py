@@ -1,11 +1,17 @@
-"""The rules of C7, C8 and C11."""
+"""The rules of C7, C8 and C11, and what E7 reports."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from ledger_rows import held
 
 from companion.measures.gains import gain_claim
-from companion.studies.back_attention_training import is_small, one_layer_matches_two
+from companion.studies.back_attention_training import (
+    gain_kept,
+    is_small,
+    one_layer_matches_two,
+    rival_differences,
+)
 
 AHEAD, LEVEL, BEHIND = (0.2, 0.1, 0.3), (0.0, -0.05, 0.05), (-0.2, -0.3, -0.1)
 ENDS = ["difference", "low", "high"]
@@ -77,3 +83,27 @@ def test_c11_follows_its_rule():
     table = pd.DataFrame({"dim": [10, 160], "share": [2.04e-5, 3.26e-4]})
     assert held(is_small(table)) == "all" and is_small(table)["verdict"] == "verified"
     assert is_small(table.assign(share=1e-2))["verdict"] == "falsified"
+
+
+def chances(answers_of, **shares) -> pd.DataFrame:
+    """Answers of arms, of which each has exactly this share right in each of three folds."""
+    right = {arm: np.arange(200) < round(200 * share) for arm, share in shares.items()}
+    return pd.concat(answers_of([x] * 3, arm=arm.replace("_", " ")) for arm, x in right.items())
+
+
+def test_rivals_are_compared_in_pairs_and_corrected_together(answers_of):
+    answered = chances(answers_of, new=0.6, old=0.5, zero_shot=0.5)
+    table = rival_differences(answered, [("new", "old"), ("old", "zero shot")])
+    assert table["difference"].round(6).tolist() == [0.1, 0.0]
+    first, second = table.iloc[0], table.iloc[1]
+    assert 0 < first["low"] < first["low_90"] < 0.1 < first["high_90"] < first["high"]
+    assert first["corrected"] == pytest.approx(2 * first["p"]) and second["corrected"] == 1.0
+
+
+def test_what_is_kept_of_a_gain(answers_of):
+    answered = chances(answers_of, whole=0.5, half=0.3, zero_shot=0.1)
+    answered["arm"] = answered["arm"].replace("zero shot", "zero-shot")
+    kept = gain_kept(answered, {"whole": "half"}).iloc[0]
+    assert kept["kept"] == pytest.approx(0.5) and kept["low"] < 0.5 < kept["high"]
+    with pytest.raises(ValueError, match="does not gain"):
+        gain_kept(answered.replace({"right": {1.0: 0.0}}), {"whole": "half"})
