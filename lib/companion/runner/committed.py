@@ -101,8 +101,7 @@ def update(path: Path, profile: str, stamp: dict) -> None:
             goal = paths.DATA / name.removeprefix("data/")
             if goal.suffix == ".jsonl":  # one for each notebook; here they are one
                 goal = paths.DATA / goal.name
-                rows = join_lines(folder / name, goal)
-                run["training_seconds"] = round(sum(row.get("seconds", 0) for row in rows))
+                join_lines(folder / name, goal)
             else:
                 _copy(folder / name, goal)
             result = {"sha256": hashlib.sha256(goal.read_bytes()).hexdigest()}
@@ -126,12 +125,10 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def join_lines(new: Path, goal: Path) -> list[dict]:
-    """Put keyed JSON lines into another file, in place of the same keys; returns the new rows."""
+def join_lines(new: Path, goal: Path) -> None:
+    """Put keyed JSON lines into another file, in place of the same keys."""
     lines = {}
     for path in (goal, new):
         texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(text) for text in texts]
-        lines |= {row["key"]: text for row, text in zip(rows, texts, strict=True)}
+        lines |= {json.loads(text)["key"]: text for text in texts}
     _write(goal, "".join(f"{lines[key]}\n" for key in sorted(lines)))
-    return rows

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from companion.paths import DATA
 from companion.report.figures import BLUE, GREY, ORANGE, WIDTH
 from companion.report.verdicts import CLAIMS, VERDICTS, ZONE
+from companion.runs.store import Store
 
 IDS = tuple(dict.fromkeys(about.get("id", key) for key, about in CLAIMS.items()))
 PAPER, HERE, CONTROL = "the paper", "here", "the strictest control"
@@ -120,7 +121,7 @@ def _numbers(*values: float, unit: str = "points") -> str:
 def report(ledger: pd.DataFrame) -> str:
     """The one-page report: data/report.md with the ledger's numbers, Markdown."""
     noted = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))["runs"]
-    took, trained = noted["paper"].values(), noted["full"].values()
+    took, trained = noted["paper"].values(), Store().shipped.values()
     claims, breaks = ledger[~_breaks(ledger)], ledger[_breaks(ledger)]
     shown = ["id", "claim", "comparison", "strictest", "says"]
     words = {
@@ -130,7 +131,7 @@ def report(ledger: pd.DataFrame) -> str:
         "met": _counted(breaks["verdict"].map(MET), MET.values()),
         "hardware": "; ".join(sorted({run["hardware"] for run in took})),
         "minutes": f"{sum(run['seconds'] for run in took) / 60:.0f}",
-        "hours": f"{sum(run.get('training_seconds', 0) for run in trained) / 3600:.0f}",
+        "hours": f"{sum(result.get('seconds', 0) for result in trained) / 3600:.0f}",
         "table": claims[shown].to_markdown(index=False),
         "conditions": breaks[shown].to_markdown(index=False),
     }

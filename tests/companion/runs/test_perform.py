@@ -80,9 +80,9 @@ def test_a_processor_without_bf16_trains_in_fp32(tiny_run, store, monkeypatch, c
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     seen, run = [], replace(tiny_run, dtype="bfloat16")
 
-    def watched(model, *args):
+    def watched(model, *args, **options):
         seen.append(next(model.base_model.parameters()).dtype)
-        return train(model, *args)
+        return train(model, *args, **options)
 
     monkeypatch.setattr("companion.runs.perform.train", watched)
     result = train_and_test(run, store)
