@@ -343,6 +343,7 @@ def test_update_is_refused_for_other_profiles_and_models(monkeypatch, capsys, op
 def test_the_manifest_and_the_notebooks_are_as_the_runner_leaves_them():
     noted = committed.manifest()["results"]
     files = [*paths.DATA.rglob("*.safetensors"), *paths.DATA.glob("*.jsonl")]
+    files.append(paths.DATA / "03_second_turns.csv")
     names = [path.relative_to(paths.DATA).as_posix() for path in files]
     names = [name if name.startswith("models/") else name.split("/")[-1] for name in names]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
