@@ -49,7 +49,7 @@ def realign(
         >>> realign(model, tokenizer, ["France's capital is"], [2], source=3, targets=[0, 1]).shape
         torch.Size([2, 1])
     """
-    arch = describe(model)
+    arch, prompts, positions = describe(model), list(prompts), list(positions)
     lens, embed, layers = Lens(arch), model.get_input_embeddings(), len(arch.blocks)
     check_indices("Layer", [[source], list(targets)], [layers + 1, layers])
     lengths = encode(tokenizer, prompts).lengths.tolist()
@@ -67,7 +67,7 @@ def realign(
         if mean:
             decoded = read.exp() @ embed.weight.to(read)
         else:
-            decoded = embed.weight[read.argmax(-1)].to(read)
+            decoded = embed.weight[read.argmax(-1).to(embed.weight.device)].to(read)
         for k, target in enumerate(targets):
             states = stream.hidden[target].clone()
             norm = states[among, place].norm(dim=-1, keepdim=True)

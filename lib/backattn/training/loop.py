@@ -94,7 +94,7 @@ def train(
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not weights:
         raise ValueError("No weight of this model requires a gradient: there is nothing to train.")
-    if bool(recipe.kl) != (text is not None):
+    if bool(recipe.kl) != (text is not None and len(text) > 0):
         raise ValueError("`recipe.kl` and `text` go together: give both, or neither.")
     if recipe.kl and not hasattr(model, "disable_adapter"):
         raise ValueError("`recipe.kl` compares with the model without its adapter: it has none.")

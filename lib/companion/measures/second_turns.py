@@ -1,18 +1,21 @@
 """Two-hop questions answered by a second turn of layers that nobody trained (E7)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from backattn.analysis.training_free import damped_loop, realign
+from backattn.models.decoder import describe
 from backattn.models.hooks import evaluating
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate
 from companion.paths import DATA
 from companion.questions.prompts import label_tokens, last_token_positions, two_hop_spans
 from companion.runs.as_asked import asked, questions
+from companion.runs.plans import SEEDS
 from companion.runs.run import Run
 
 
@@ -28,13 +31,14 @@ class Turn:
     how: float
 
 
-TURNS = (
-    *(
-        Turn("realigned", low, high, how)
-        for high, low, how in product((18, 24, 30), (0, 6), (0, 1))
-    ),
-    *(Turn("damped loop", n, n + 3, how) for n, how in product((6, 12, 18), (0.25, 0.5, 1))),
-)
+def turns_for(layers: int) -> tuple[Turn, ...]:
+    """The settings that are tried on a model of so many layers; of 30, those of E7."""
+    low, middle, high, top = (round(layers * share) for share in (0.2, 0.4, 0.6, 0.8))
+    realigned = product((high, top, layers), (0, low), (0, 1))
+    looped = product((low, middle, high), (0.25, 0.5, 1))
+    turns = [Turn("realigned", target, source, how) for source, target, how in realigned]
+    turns += [Turn("damped loop", n, min(n + 3, layers - 1), how) for n, how in looped]
+    return tuple(dict.fromkeys(turns))  # of few layers, some are the same
 
 
 def right_after(turn: Turn, model, tokenizer, frame: pd.DataFrame, items: Items) -> np.ndarray:
@@ -52,16 +56,27 @@ def right_after(turn: Turn, model, tokenizer, frame: pd.DataFrame, items: Items)
     return np.array([token in ok for token, ok in zip(said, items.accepted, strict=True)])
 
 
-def second_turns(model, tokenizer, run: Run, split: str, turns=TURNS) -> pd.DataFrame:
+def second_turns(model, tokenizer, run: Run, split: str, turns: Sequence[Turn]) -> pd.DataFrame:
     """A row for each turn on a split of a run: the turn's fields, seed, split, right (a character,
-    0 or 1, for each question)."""
+    0 or 1, for each question), accuracy."""
     frame, items = asked(run, split), questions(run, tokenizer, split)
     rows = []
     for turn in turns:
-        right = right_after(turn, model, tokenizer, frame, items).astype(int)
+        right = right_after(turn, model, tokenizer, frame, items)
         about = {**vars(turn), "seed": run.seed, "split": split}
-        rows.append({**about, "right": "".join(map(str, right))})
+        about["right"] = "".join(map(str, right.astype(int)))
+        rows.append({**about, "accuracy": right.mean()})
     return pd.DataFrame(rows)
+
+
+def all_turns(model, tokenizer, name: str) -> pd.DataFrame:
+    """`second_turns` of `turns_for` the model of a name, on the validation questions of "two-hop"
+    and on the test questions of all seeds; SmolLM2's come with the repository (`kept_turns`)."""
+    run, turns = Run("two-hop", "zero-shot", model=name), turns_for(len(describe(model).blocks))
+    parts = [second_turns(model, tokenizer, run, "validation", turns)]
+    for seed in SEEDS:
+        parts.append(second_turns(model, tokenizer, replace(run, seed=seed), "test", turns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def kept_turns() -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from companion.questions.datasets import ONE_HOP
@@ -87,17 +88,16 @@ def rival_differences(answered: pd.DataFrame, pairs=RIVALS) -> pd.DataFrame:
 
 def gain_kept(answered: pd.DataFrame, arms=TAUGHT_ONE_HOP) -> pd.DataFrame:
     """Of each arm's gain over zero-shot the share that it has when trained as its value says: arm,
-    kept, low, high. Raises ValueError where an arm does not gain in every sample."""
+    kept, low, high; NaN where an arm does not gain in every sample."""
     names = {*arms, *arms.values(), "zero-shot"}
     parts = {name: rows_with(answered, "arm", name) for name in names}
     draws = {name: resampled(part, seed_of("two-hop")) for name, part in parts.items()}
     means = {name: matrix(part).mean() for name, part in parts.items()}
     rows = []
     for arm, other in arms.items():
-        gain = draws[arm] - draws["zero-shot"]
-        if (gain <= 0).any():
-            raise ValueError(f"{arm!r} does not gain in every sample: there is no share.")
-        kept = (means[other] - means["zero-shot"]) / (means[arm] - means["zero-shot"])
-        ends = interval((draws[other] - draws["zero-shot"]) / gain)
-        rows.append({"arm": arm, "kept": kept, **ends})
-    return pd.DataFrame(rows)
+        gain, row = draws[arm] - draws["zero-shot"], {"arm": arm, "kept": np.nan}
+        if (gain > 0).all():
+            row["kept"] = (means[other] - means["zero-shot"]) / (means[arm] - means["zero-shot"])
+            row |= interval((draws[other] - draws["zero-shot"]) / gain)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["arm", "kept", "low", "high"])

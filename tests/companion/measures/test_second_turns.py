@@ -8,12 +8,12 @@ import pytest
 
 from companion.measures import second_turns
 from companion.measures.second_turns import (
-    TURNS,
     Turn,
     best_turns,
     kept_turns,
     right_after,
     turn_answers,
+    turns_for,
 )
 from companion.runs.as_asked import asked, questions
 from companion.runs.perform import base_model
@@ -28,7 +28,7 @@ def test_a_turn_of_no_step_answers_as_the_model_does():
     frame, items = asked(RUN, "test"), questions(RUN, tokenizer, "test")
     right = right_after(Turn("damped loop", 6, 9, 0.0), model, tokenizer, frame, items)
     assert (right == answers_right(Store().result(replace(RUN, test_items=300)))[:12]).all()
-    rows = second_turns.second_turns(model, tokenizer, RUN, "test", [TURNS[0], TURNS[-1]])
+    rows = second_turns.second_turns(model, tokenizer, RUN, "test", turns_for(30)[::20])
     kept = kept_turns().query("split == 'test' and seed == 0")
     for row in rows.itertuples():  # two of those that come with the repository, again
         fits = (kept[["arm", "begin", "end", "how"]] == list(row[1:5])).all(axis=1)
@@ -40,7 +40,9 @@ def test_all_turns_were_tried_on_all_questions():
     lengths = kept.assign(n=kept["right"].str.len()).groupby(["split", "seed"])["n"]
     assert lengths.nunique().eq(1).all() and lengths.first().tolist() == [143, 196, 97, 144]
     for _, part in kept.groupby(["split", "seed"]):
-        assert {Turn(*row) for row in part.iloc[:, :4].itertuples(index=False)} == set(TURNS)
+        assert {Turn(*row) for row in part.iloc[:, :4].itertuples(index=False)} == set(
+            turns_for(30)
+        )
 
 
 def test_the_best_on_validation_is_what_is_tested(answers_of):
@@ -55,3 +57,10 @@ def test_the_best_on_validation_is_what_is_tested(answers_of):
     assert made["right"].tolist() == [1, 0, 1, 0] and set(made["arm"]) == {"damped loop"}
     with pytest.raises(ValueError, match="4 answers were kept for 6 questions"):
         turn_answers(turns, answers_of(np.zeros((2, 3)), arm="zero-shot"))
+
+
+@pytest.mark.parametrize("layers", [4, 12, 18, 30, 80])
+def test_settings_fit_a_model_of_any_depth(layers):
+    for turn in turns_for(layers):
+        assert 0 <= turn.begin < layers and turn.begin < turn.end
+        assert turn.end < layers or (turn.arm == "realigned" and turn.end == layers)
