@@ -113,12 +113,14 @@ class MemoryProbe:
         items: Items,
         frame: pd.DataFrame,
         passes: Passes | None = None,
+        labels: Sequence[np.ndarray] | None = None,
     ):
         if items.memories is not None:
             raise ValueError("These questions have memories: a probe would read their own.")
         self.wrapped, self.tokenizer, self.items, self.frame = wrapped, tokenizer, items, frame
         self.about = frame[["seed", "question", "e2"]]  # what rows of results are named by
-        self.memory_layers, self.labels = wrapped.memory_layers, memory_places(tokenizer, frame)
+        self.memory_layers = wrapped.memory_layers
+        self.labels = memory_places(tokenizer, frame) if labels is None else labels
         self.places = [place for place in PLACES if any(place in row for row in self.labels)]
         self._first, self._kept = FirstPasses(wrapped, items, group=BATCH), passes or Passes()
         self._first.kept = self._kept.states

@@ -87,6 +87,15 @@ def two_hop(
     return facts.assign(tested=facts["shortcut_right"] == "False")
 
 
+def two_hop_wide() -> pd.DataFrame:
+    """Two-hop questions of many first relations whose hops SmolLM2 knows; no answer of the test is
+    shown in training (E8)."""
+    frame = read_table(DATA / "two_hop_wide.csv", [*TWO_HOP_KEYS, "e2", "e3", "tested"])
+    said = [TEMPLATES["possessive"].say(*row) for row in frame[["e1", "r1", "r2"]].to_numpy()]
+    frame = frame.assign(prompt=said, answer=" " + frame["e3"], group=frame["e2"])
+    return frame.assign(tested=frame["tested"] == "True", answers_apart=True)
+
+
 def one_hop_taught() -> pd.DataFrame:
     """The two-hop questions, for judging, and the single hops of each, for training ("Shanghai's
     country is", "China's capital is"): what is learnt by those who never see two hops asked. A
@@ -225,6 +234,7 @@ _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
 AGAIN = ("in context, again", "1DC, again")
 ONE_HOP = "two-hop, one hop taught"
+WIDE = "two-hop, wide"
 PLANTED = ("two-hop, planted", "two-hop, planted shuffled")
 _told = partial(_first, columns=(*Dataset.columns, "e3_aliases", "memory"))
 _question = partial(two_hop, say=TEMPLATES["question"].say)
@@ -240,8 +250,9 @@ _MULTIARITH = Published(
     "MultiArith.json",
     "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
 )
-CHAINS_EXCHANGED = "chains, another's memory"
+CHAINS_EXCHANGED, WIDE_EXCHANGED = "chains, another's memory", f"{WIDE}, another's memory"
 _CHAINED = (*Dataset.columns, "e3_aliases", "split")
+_APART = (*Dataset.columns, "e3_aliases", "answers_apart")
 _own_split = (*Dataset.columns, "split")
 _RECORDS = (
     Dataset("2-digit", two_digit, longer=3),
@@ -274,6 +285,14 @@ _RECORDS = (
         one_hop_taught,
         tuned_on=ONE_HOP,
         columns=(*Dataset.columns, "e3_aliases", "taught"),
+    ),
+    # Many first relations, no answer shared: the rates are those of "two-hop", see E8.
+    _first(WIDE, two_hop_wide, tuned_on="two-hop", columns=_APART, exchanged=WIDE_EXCHANGED),
+    _first(
+        WIDE_EXCHANGED,
+        partial(with_anothers_memory, two_hop_wide, ["r1", "fold"]),
+        tuned_on="two-hop",
+        columns=(*_APART, "memory"),
     ),
     # What back attention reads holds e2, or another's.
     _told(PLANTED[0], partial(planted, False), tuned_on=PLANTED[0], exchanged=PLANTED[1]),

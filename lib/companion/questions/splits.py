@@ -27,6 +27,7 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     fold: None makes one split of eight, one and one tenths of the names. 0, 1 or 2: 15 % of the
     names are for validation in all folds, each other is tested in one and trained on in two.
     Where a column `taught` says so, those questions alone are trained on, and the others judge.
+    With a column `answers_apart` no answer of the test is one in training or validation.
     """
     if fold not in (None, *range(FOLDS)):
         raise ValueError(f"There are folds 0 to {FOLDS - 1}, not {fold!r}.")
@@ -43,7 +44,11 @@ def split(frame: pd.DataFrame, fold: int | None = None) -> pd.DataFrame:
     fit = np.array([len(names) == 1 for names in splits])
     if "taught" in frame:
         fit &= frame["taught"] == (frame["split"] == "train")
-    return frame[fit & (frame["tested"] | (frame["split"] != "test"))].reset_index(drop=True)
+    frame = frame[fit & (frame["tested"] | (frame["split"] != "test"))]
+    if "answers_apart" in frame:
+        asked = frame["split"] == "test"
+        frame = frame[asked | ~frame["answer"].isin(frame.loc[asked, "answer"])]
+    return frame.reset_index(drop=True)
 
 
 def draw(frame: pd.DataFrame, split: str, count: int | None = None, seed: int = 0) -> pd.DataFrame:

@@ -30,11 +30,13 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 ENTITIES = {name: figures.OUTCOMES[name].colour for name in ("e1", "e2", "e3")}
 
 
-def page(records: Sequence[Mapping], memories: Mapping[str, str], title: str) -> str:
+def page(
+    records: Sequence[Mapping], memories: Mapping[str, str], sets: Mapping[str, str], title: str
+) -> str:
     """HTML of questions that a reader chooses, as one self-contained file.
 
     records: of `studies.demo_memory_switch.memory_switch`; memories: key -> label, in the order of
-    the probabilities. The same records give the same text.
+    the probabilities; sets: a record's set -> label. The same records give the same text.
     """
     script, parts = components(_plots(), wrap_script=False)
     script, *divs = _same_names(script, *parts.values())
@@ -43,7 +45,7 @@ def page(records: Sequence[Mapping], memories: Mapping[str, str], title: str) ->
     return template.render(
         title=title,
         memories=memories,
-        sets=list(dict.fromkeys(record["set"] for record in records)),
+        sets={key: sets[key] for key in dict.fromkeys(record["set"] for record in records)},
         records=records,
         entities=ENTITIES,
         code="\n".join(code),

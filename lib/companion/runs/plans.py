@@ -10,7 +10,8 @@ from unittest.mock import patch  # puts the environment back as it was
 from backattn import runtime
 from backattn.adapters.arms import ARMS, UNTRAINED
 from backattn.models.packaged import EMBEDDED
-from companion.questions.datasets import AGAIN, DATASETS, ONE_HOP, PLANTED
+from companion.questions.datasets import AGAIN, DATASETS, ONE_HOP, PLANTED, WIDE
+from companion.questions.splits import FOLDS
 from companion.runs.perform import train_and_test
 from companion.runs.run import BACK_ATTENTION, OWN, SCRATCH, Run
 from companion.runs.scratch import COMPOSING_ARMS, SCRATCH_ARMS, arm_of
@@ -138,6 +139,17 @@ def kl_runs(**sizes) -> list[Planned]:
     return [one for one in adapter_runs(arms=CORE_ARMS, kl=1.0, **sizes) if one.trials]
 
 
+def wide_runs(**sizes) -> list[Planned]:
+    """E8: CORE_ARMS, trained three times in each fold, and the model without them, on questions of
+    many first relations."""
+    plan = adapter_runs(names=[WIDE], arms=CORE_ARMS, test_items=None, **sizes)
+    again = [one for one in plan if one.trials]
+    later = [
+        replace(o, run=replace(o.run, seed=o.run.seed + k * FOLDS)) for k in (1, 2) for o in again
+    ]
+    return plan + later
+
+
 def varied_runs(
     field: str, values: Sequence, arms: Names = CORE_ARMS, dataset: str = "two-hop", **sizes
 ) -> list[Planned]:
@@ -223,7 +235,7 @@ def ship(
 def _keeps_weights(run: Run) -> bool:
     if run.dataset == AGAIN[0]:  # the demo asks it again
         return run.arm == "back attention" and run.seed == 0
-    if run.dataset in (*PLANTED, *AGAIN, ONE_HOP) or run.arm in ALONE or run.kl:
+    if run.dataset in (*PLANTED, *AGAIN, ONE_HOP, WIDE) or run.arm in ALONE or run.kl:
         return False  # their results say all that is asked of them
     if run.arm in BACK_ATTENTION:
         return run.seed == 0 or run.model != SCRATCH

@@ -62,19 +62,22 @@ def curves(runs: Sequence[Run], store: Store) -> pd.DataFrame:
 
 def matrix(part: pd.DataFrame) -> np.ndarray:
     """`right` of one arm: [seeds, questions] where all seeds answer the same questions, else [1,
-    questions]."""
+    questions], the mean where several seeds have one fold. Questions are in the order in which they
+    come first."""
     if part.duplicated(["seed", "question"]).any():
         raise ValueError("These are several runs of one seed: take one setting, or use by_setting.")
-    if part["question"].is_unique:
-        return part["right"].to_numpy()[None]
-    return np.stack([single.to_numpy() for _, single in part.groupby("seed", sort=False)["right"]])
+    by_seed = part.groupby("seed", sort=False)
+    if by_seed["question"].agg(tuple).nunique() > 1:
+        return part.groupby("question", sort=False)["right"].mean().to_numpy()[None]
+    return np.stack([single.to_numpy() for _, single in by_seed["right"]])
 
 
 def resampled(part: pd.DataFrame, seed: int = 0, seeds_seed: int = 1) -> np.ndarray:
     """Accuracy of one arm in samples: [RESAMPLES]. Several seeds are drawn too, their deviations
     scaled by √(n / (n−1)) since they are few."""
     right = matrix(part)  # [seeds, questions]
-    weights, count = bootstrap(part["group"].iloc[: right.shape[1]], seed=seed), len(right)
+    names = part.drop_duplicates("question")["group"]
+    weights, count = bootstrap(names, seed=seed), len(right)
     by_seed = weights @ right.T
     if count == 1:
         return by_seed[:, 0]
@@ -134,7 +137,8 @@ def rows_with(answered: pd.DataFrame, by: str, value: Hashable) -> pd.DataFrame:
 
 def same_questions(parts: Sequence[pd.DataFrame], which: str) -> None:
     """Raises ValueError, saying which, unless all were tested on the same questions."""
-    if not all(np.array_equal(part["group"], parts[0]["group"]) for part in parts):
+    groups = [part.drop_duplicates("question")["group"] for part in parts]
+    if not all(np.array_equal(one, groups[0]) for one in groups):
         raise ValueError(f"{which} were not tested on the same questions.")
 
 

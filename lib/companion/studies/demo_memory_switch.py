@@ -1,7 +1,7 @@
 """demo_memory_switch: questions, their flow, and what trained back attention answers when its
 second pass reads another memory. `report.moving` makes a page of them that needs no kernel."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,12 @@ from companion.measures.memory import MemoryProbe, MemoryProbes, last_logits
 from companion.questions.datasets import AGAIN
 from companion.questions.prompts import TEMPLATES
 from companion.report import figures
+from companion.runs.as_asked import asked as questions_of
+from companion.runs.as_asked import questions
+from companion.runs.perform import load_trained
 from companion.runs.plans import adapter_runs, found, lead_runs
-from companion.runs.run import Run
+from companion.runs.premise import premise_runs
+from companion.runs.run import OWN, Run
 from companion.runs.store import Store
 
 MEMORIES = {  # what the second pass reads -> in a reader's words
@@ -26,15 +30,19 @@ MEMORIES = {  # what the second pass reads -> in a reader's words
     "mean": "the mean of all others",
     "off": "nothing: adapter off",
 }
-SETS = {"two-hop": "facts known by heart", AGAIN[0]: "facts given in the prompt"}
+SETS = {  # dataset -> in a reader's words
+    "two-hop": "facts known by heart",
+    AGAIN[0]: "facts given in the prompt",
+    "premise": "invented facts, in a small model made for the paper's premise",
+}
 ENTITIES = ("e1", "e2", "e3")
 KINDS = ("attention", "ffn")
 LIKELIEST = 3  # answers that are shown, of each memory
 
 
 def switched_runs(model: str = "smollm2") -> list[Run]:
-    """Back attention on each of SETS, first seed: notebook 03's, and 07's *in context*."""
-    plan = adapter_runs(model, arms=["back attention"]) + lead_runs()
+    """Back attention on each of SETS, first seed: notebook 03's, 07's *in context*, 08's."""
+    plan = adapter_runs(model, arms=["back attention"]) + lead_runs() + premise_runs("premise")
     runs = found([one for one in plan if one.trials and one.run.dataset in SETS], Store())
     return [run for run in runs if run.arm == "back attention" and run.seed == 0]
 
@@ -43,22 +51,45 @@ def memory_switch(
     runs: Sequence[Run], count: int = 25, asked: int = 60, device: str = "cpu"
 ) -> list[dict]:
     """What the page shows, a record per question: the first `count` of each run's first `asked`
-    test questions whose e2 and e3 are different single tokens, so that an answer is a whole word.
+    test questions (of invented ones: of all) whose e2 and e3 are different single tokens, so that
+    an answer is a whole word.
 
     A record: set (of SETS), prompt, question (its end), second (the second hop alone), e1, e2, e3;
     tokens, second_tokens; words, of which right are accepted, and probabilities, of each word one
     with each of MEMORIES; flow and second_flow {kind: [T, L]}, nats, of the plain model to e3;
     running {entity: log-probability of its first token after each sub-layer}; reads [T, M], what
-    the last position reads of memory_layers. Donors and means are of all `asked` questions.
+    the last position reads of memory_layers. Donors and means are of the
+    same questions.
     Raises ValueError where no question is fit to be shown.
     """
     records = []
-    for probe, run in zip(MemoryProbes(runs, Store(), asked, device), runs, strict=True):
+    for run, probe in _probes(runs, asked, device):
         rows = _of_one_token(probe.tokenizer, probe.frame)[:count]
         if not len(rows):
             raise ValueError("No question has an e2 and an e3 of one token each: ask more.")
-        records += [{"set": SETS[run.dataset], **record} for record in _records(probe, rows)]
+        say = TEMPLATES["possessive"].say if run.model not in OWN else _say_invented
+        records += [{"set": run.dataset, **record} for record in _records(probe, rows, say)]
     return records
+
+
+def _probes(runs: Sequence[Run], count: int, device: str) -> Iterator[tuple[Run, MemoryProbe]]:
+    told = [run for run in runs if run.model not in OWN]
+    yield from zip(told, MemoryProbes(told, Store(), count, device), strict=True)
+    for run in runs:
+        if run.model in OWN:  # "e3 r7 r12": few share their relations, so all are asked
+            frame = questions_of(run, "test").rename(columns={"prompt": "two_hop", "group": "e2"})
+            words = frame["two_hop"].str.split(expand=True).set_axis(["e1", "r1", "r2"], axis=1)
+            about = {"e3": frame["answer"].str.strip(), "seed": run.seed, "pair": words["r1"]}
+            frame = frame.drop(columns="r2").join(words).assign(**about, question=range(len(frame)))
+            frame[["e2_aliases", "e3_aliases"]] = ""
+            labels = [np.array(["e1", "r1", "last"])] * len(frame)
+            with load_trained(run, Store(), device) as (wrapped, tokenizer):
+                items = questions(run, tokenizer, "test")
+                yield run, MemoryProbe(wrapped, tokenizer, items, frame, labels=labels)
+
+
+def _say_invented(*words: str) -> str:
+    return " ".join(words)
 
 
 def _of_one_token(tokenizer, frame: pd.DataFrame) -> np.ndarray:
@@ -71,7 +102,7 @@ def _of_one_token(tokenizer, frame: pd.DataFrame) -> np.ndarray:
     )
 
 
-def _records(probe: MemoryProbe, rows: np.ndarray) -> Iterator[dict]:
+def _records(probe: MemoryProbe, rows: np.ndarray, say: Callable[..., str]) -> Iterator[dict]:
     weights, *_ = probe.read()
     memories = (None, probe.exchanged(), probe.averaged())
     logits = [probe.logits(memory=memory) for memory in memories]
@@ -82,7 +113,6 @@ def _records(probe: MemoryProbe, rows: np.ndarray) -> Iterator[dict]:
     with probe.wrapped.disable_adapter():
         logits.append(last_logits(probe.wrapped, probe.items))
         model, prompts = probe.wrapped.base_model, frame["two_hop"].tolist()
-        say = TEMPLATES["possessive"].say
         seconds = [say(x.e2, x.r2) for x in frame.itertuples()]
         flows = {
             name: logit_flow(model, tokenizer, prompts, ids, "layer") for name, ids in first.items()
@@ -177,7 +207,7 @@ def switch_figure(table: pd.DataFrame) -> Figure:
             row = part.loc[mine, "memory"].map(list(MEMORIES).index)
             style = {"color": look.colour, "marker": "s", "ls": "", "ms": 9, "label": who}
             ax.plot(place[mine], row, **style)
-        ax.set(title=name, xlabel="question", ylim=(3.6, -0.6))
+        ax.set(title=SETS[name], xlabel="question", ylim=(3.6, -0.6))
         ax.set_yticks(range(len(MEMORIES)), MEMORIES.values())
     axes[0, 0].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.15))
     return figure

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from companion.questions.datasets import (
     ONE_HOP,
     OTHER_PROMPTS,
     PLANTED,
+    WIDE,
     Dataset,
     held_out_text,
     in_context,
@@ -277,3 +279,39 @@ def test_single_hops_are_taught_and_two_hops_asked():
         }
         wanted = {prompt for pair in wanted for prompt in pair}
         assert said.keys() <= wanted and len(said) > 0.9 * len(wanted)
+
+
+def test_wide_questions_share_neither_a_bridge_nor_an_answer(monkeypatch):
+    monkeypatch.syspath_prepend(DATA)
+    import build_two_hop_wide as script
+
+    frame = load(WIDE)
+    tests = []
+    for fold in range(FOLDS):
+        parts = split(frame, fold)
+        test, rest = parts[parts["split"] == "test"], parts[parts["split"] != "test"]
+        assert not set(test["answer"]) & set(rest["answer"]) and test["tested"].all()
+        assert not set(test["e2"]) & set(rest["e2"]) and (rest["split"] == "train").sum() > 200
+        tests.append(test)
+    test = pd.concat(tests)
+    assert len(test) == frame["tested"].sum() == test["prompt"].nunique()
+    assert test["r1"].nunique() >= 8
+    assert test["r1"].value_counts(normalize=True).max() <= script.RELATION
+    assert test["e2"].value_counts(normalize=True).max() <= script.BRIDGE
+    joined = script.joined()
+    assert len(frame.merge(joined, on=[*HOPS, "e3"])) == len(frame)  # nothing else is asked
+    told = {(row.e1, row.r1): row.e2 for row in joined.itertuples()}
+    assert len(joined.drop_duplicates(["e1", "r1"])) == len(told)
+    assert script.capped(joined.head(0)).empty
+
+
+def test_facts_by_hand_have_one_answer_each(monkeypatch):
+    monkeypatch.syspath_prepend(DATA)
+    import build_two_hop_wide as script
+
+    for relations in yaml.safe_load((DATA / "wide_facts.yml").read_text("utf-8")).values():
+        for answers in relations.values():
+            subjects = [name for names in answers.values() for name in names]
+            assert len(set(subjects)) == len(subjects)
+            assert all(isinstance(name, str) for name in [*answers, *subjects])
+    assert {r1 for _, r1 in script.single_hops()} >= set(script.KINDS)

@@ -35,7 +35,8 @@ def test_every_page_is_there_no_link_is_broken_and_code_is_folded(tmp_path):
     text = (root / "notebooks/06_capacity.html").read_text(encoding="utf-8")
     assert text.count("<img") >= 4 and "Show code cell source" in text
     assert "git clone" not in text  # the set-up cell
-    assert "_static/names.js" in text and (root / "_static/names.js").exists()
+    for file in ("names.js", "narrow.css"):
+        assert f"_static/{file}" in text and (root / "_static" / file).exists()
 
 
 def test_a_page_that_links_to_nothing_is_named(tmp_path, monkeypatch):

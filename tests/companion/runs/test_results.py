@@ -58,6 +58,18 @@ def test_from_scratch_all_seeds_answer_the_same_questions(answers_of):
     assert row["low"] > 0.03 and row["high"] < 0.17 and row["n"] == 500
 
 
+def test_several_trainings_of_a_fold_are_averaged_by_question(rows):
+    one = rows[rows["arm"] == "back attention"]
+    wrong = one.assign(seed=one["seed"] + 3, right=0.0)  # the same folds, trained again
+    both = pd.concat([one, wrong], ignore_index=True)
+    assert np.allclose(results.matrix(both), results.matrix(one) / 2)
+    assert np.allclose(results.resampled(both), results.resampled(one) / 2)
+    bias = rows[rows["arm"] == "bias"]  # trained once
+    less = results.paired(pd.concat([both, bias]), "back attention", "bias")
+    assert less["difference"] == pytest.approx(one["right"].mean() / 2 - bias["right"].mean())
+    assert less["n"] == 900
+
+
 def test_accuracy_has_its_interval(rows):
     table = results.accuracy_table(rows).set_index("arm")
     for arm, chance in (("back attention", 0.7), ("bias", 0.5)):

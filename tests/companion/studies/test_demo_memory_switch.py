@@ -12,6 +12,8 @@ from backattn.models.tokens import continuation_ids
 from companion.measures.memory import PLACES
 from companion.report import moving
 from companion.runs.as_asked import asked
+from companion.runs.perform import load_trained
+from companion.runs.store import Store
 from companion.studies import demo_memory_switch as demo
 
 
@@ -71,6 +73,22 @@ def test_the_table_names_who_is_said_and_the_figure_has_every_answer(records):
     plt.close(figure)
 
 
+def test_invented_facts_are_asked_as_the_others_are():
+    runs = demo.switched_runs()
+    assert [run.dataset for run in runs] == list(demo.SETS)
+    (record, *_) = demo.memory_switch(runs[-1:], count=2)
+    assert record["tokens"] == [record["e1"], *record["prompt"].split()[1:]]
+    assert record["second"] == f"{record['e2']} {record['tokens'][-1]}"
+    with load_trained(runs[-1], Store(), "cpu") as (wrapped, tokenizer):
+        ids = tokenizer(record["prompt"], return_tensors="pt")["input_ids"]
+        own = wrapped(ids, use_cache=False).logits[0, -1].softmax(-1)
+    told = {word: p[0] for word, p in zip(record["words"], record["probabilities"], strict=True)}
+    assert told[record["e3"]] == pytest.approx(
+        own[tokenizer.encode(record["e3"])[0]].item(), abs=1e-4
+    )
+    assert max(told.values()) == pytest.approx(own.max().item(), abs=1e-4)
+
+
 def test_words_of_several_tokens_are_not_shown(kept, monkeypatch):
     tokenizer, [run, _] = load_model("tiny-llama")[1], kept
     frame = asked(run, "test")
@@ -82,8 +100,8 @@ def test_words_of_several_tokens_are_not_shown(kept, monkeypatch):
 
 def test_the_page_holds_everything_and_is_the_same_again(records):
     records[0]["prompt"] = "</script><b>Ann"
-    page = moving.page(records, demo.MEMORIES, "A & B")
-    assert page == moving.page(records, demo.MEMORIES, "A & B")
+    page = moving.page(records, demo.MEMORIES, demo.SETS, "A & B")
+    assert page == moving.page(records, demo.MEMORIES, demo.SETS, "A & B")
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="?http', page)
     data = page.partition('id="records">')[2].partition("</script>")[0]
     read = json.loads(data)
