@@ -14,10 +14,12 @@ from companion.runs.run import Run
 from companion.runs.store import Store
 
 TAUGHT_ONE_HOP = {arm: f"{arm}, one hop" for arm in CORE_ARMS}
+WITH_KL = {arm: f"{arm}, KL" for arm in CORE_ARMS}
 # E7: which arm is compared with which.
 RIVALS = (
     *TAUGHT_ONE_HOP.items(),
     *((one_hop, "zero-shot") for one_hop in TAUGHT_ONE_HOP.values()),
+    *((with_kl, arm) for arm, with_kl in WITH_KL.items()),
     ("previous token", "back attention"),
     ("realigned", "zero-shot"),
     ("damped loop", "zero-shot"),
@@ -72,10 +74,12 @@ def is_small(sizes: pd.DataFrame) -> dict:
 
 
 def rival_answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
-    """`answers` of `rival_runs` as arms of "two-hop", those of TAUGHT_ONE_HOP among them."""
+    """`answers` of `rival_runs` and `kl_runs` as arms of "two-hop", those of TAUGHT_ONE_HOP and
+    WITH_KL among them."""
     parts = []
     for run in runs:
-        arm = TAUGHT_ONE_HOP[run.arm] if run.dataset == ONE_HOP else run.arm
+        names = TAUGHT_ONE_HOP if run.dataset == ONE_HOP else WITH_KL if run.kl else {}
+        arm = names.get(run.arm, run.arm)
         parts.append(answers([run], store).assign(dataset="two-hop", arm=arm))
     return pd.concat(parts, ignore_index=True)
 

@@ -6,10 +6,15 @@ import pytest
 from ledger_rows import held
 
 from companion.measures.gains import gain_claim
+from companion.questions.datasets import ONE_HOP
+from companion.runs.run import Run
+from companion.runs.store import Store
 from companion.studies.back_attention_training import (
+    RIVALS,
     gain_kept,
     is_small,
     one_layer_matches_two,
+    rival_answers,
     rival_differences,
 )
 
@@ -98,6 +103,18 @@ def test_rivals_are_compared_in_pairs_and_corrected_together(answers_of):
     first, second = table.iloc[0], table.iloc[1]
     assert 0 < first["low"] < first["low_90"] < 0.1 < first["high_90"] < first["high"]
     assert first["corrected"] == pytest.approx(2 * first["p"]) and second["corrected"] == 1.0
+
+
+def test_rivals_are_named_by_how_they_were_trained(tmp_path):
+    store, about = Store(tmp_path, shipped=None), {"test_items": 9, "learning_rate": 1e-3}
+    runs = [Run("two-hop", "same layer", kl=kl, **about) for kl in (0.0, 1.0)]
+    runs.append(Run(ONE_HOP, "same layer", **about))
+    for run in runs:
+        store.keep(run, {"run": {}, "right": "010101010", "trained": 4, "seconds": 2.0}, {})
+    named = rival_answers(runs, store)
+    assert named["arm"].unique().tolist() == ["same layer", "same layer, KL", "same layer, one hop"]
+    assert set(named["dataset"]) == {"two-hop"}
+    assert {"same layer, KL", "same layer, one hop"} < {arm for pair in RIVALS for arm in pair}
 
 
 def test_what_is_kept_of_a_gain(answers_of):
