@@ -141,12 +141,14 @@ def train_and_test(run: Run, store: Store, device: str = "cpu") -> dict:
 def own_text(
     model: nn.Module, tokenizer, seed: int, windows: int = 128, length: int = 64
 ) -> Tensor:
-    """Ordinary text, as the model without its adapter writes it after the beginning of text: token
-    ids [windows, length], the first of them that beginning. Raises ValueError for a tokenizer that
-    has none."""
-    if tokenizer.bos_token_id is None:
-        raise ValueError("Text is sampled from the beginning of text on: this tokenizer has none.")
-    begins = torch.full((windows, 1), tokenizer.bos_token_id, device=input_device(model))
+    """Ordinary text, as the model without its adapter writes it: token ids [windows, length], the
+    first of them the beginning of text or, for a tokenizer that has none, the end of the text
+    before. Raises ValueError for one that has neither."""
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    if first is None:
+        raise ValueError("Text is sampled from its beginning on: this tokenizer marks none.")
+    begins = torch.full((windows, 1), first, device=input_device(model))
     count = {"max_new_tokens": length - 1, "min_new_tokens": length - 1, "pad_token_id": 0}
     torch.manual_seed(seed)
     with torch.no_grad(), model.disable_adapter():

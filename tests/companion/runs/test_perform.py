@@ -157,14 +157,16 @@ def test_ordinary_text_is_the_frozen_models_own(arm):
         if p.requires_grad:  # an adapter that would say something else
             torch.nn.init.normal_(p)
     text = own_text(wrapped, tokenizer, seed=0, windows=3, length=6)
+    tokenizer.bos_token_id, tokenizer.eos_token_id = None, 2  # GPT-2, Qwen
+    assert set(own_text(wrapped, tokenizer, 0, windows=2, length=3)[:, 0].tolist()) == {2}
     assert text.shape == (3, 6) and set(text[:, 0].tolist()) == {1}
     model = wrapped.unload()
     torch.manual_seed(0)
     begins = torch.full((3, 1), 1)
     count = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, "top_k": 0}
     assert torch.equal(text, model.generate(begins, do_sample=True, **count))
-    tokenizer.bos_token_id = None
-    with pytest.raises(ValueError, match="this tokenizer has none"):
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="this tokenizer marks none"):
         own_text(wrapped, tokenizer, seed=0)
 
 
