@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from backattn.models.activations import capture
-from backattn.models.decoder import describe
+from backattn.models.decoder import describe, refuse_shared
 from backattn.models.hooks import analysis, begin_at, hooks
 from backattn.models.lens import Lens
 from backattn.models.tokens import check_indices, encode
@@ -97,12 +98,14 @@ def damped_loop(model, first: int, last: int, step: float) -> Iterator[None]:
     check_indices("Layer", [[first, last]], [len(blocks)])
     if first > last:
         raise ValueError(f"A loop runs from a layer to one above it, not from {first} to {last}.")
+    refuse_shared(blocks)
     looped = [block.module for block in blocks[first : last + 1]]
     given: dict[int, tuple] = {}
     again = False
 
     def note(layer: int, args: tuple, kwargs: dict) -> None:
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        if cached or kwargs.get("use_cache"):
             raise ValueError("A looped model keeps no cache: call it with use_cache=False.")
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         given[layer] = args[1:], rest

@@ -180,6 +180,25 @@ class Arch:
         return self.blocks[0].width
 
 
+def refuse_longer(model, length: int) -> None:
+    """Raises ValueError where a prompt has more tokens than the model takes."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"A prompt has {length} tokens; this model takes at most {limit}. Shorten it."
+        )
+
+
+def refuse_shared(blocks: Sequence[Block]) -> None:
+    """Raises UnsupportedModelError where layers share a module: what is hooked in one of them would
+    happen in all."""
+    if len({id(block.module) for block in blocks}) < len(blocks):
+        raise UnsupportedModelError(
+            "Layers of this model share a module, so that none can be read or changed by itself: "
+            "give each its own (copy.deepcopy)."
+        )
+
+
 def describe(model: nn.Module) -> Arch:
     """Find the parts of a Hugging Face decoder. Reads no weights.
 

@@ -148,6 +148,18 @@ def check_indices(
                 raise IndexError(f"{what} {number} of prompt {index} is not in range: {end}")
 
 
+def tells_little(tokenizer, pieces: Sequence[int]) -> bool:
+    """Whether a word of several tokens begins with one that many words share, one letter or a
+    space: it cannot be judged by its first token.
+
+    Example:
+        >>> tells_little(tokenizer, [5])
+        False
+    """
+    first = tokenizer.decode([pieces[0]]).strip()
+    return len(pieces) > 1 and len(first) < 2 and first.isascii()
+
+
 def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: int) -> list[int]:
     """The token by which each prompt's answer is scored: an id as it is, the first of " word".
 
@@ -182,7 +194,7 @@ def answer_ids(tokenizer, answers: str | Sequence[str | int] | Tensor, count: in
             )
         pieces = continuation_ids(tokenizer, word)
         first = tokenizer.decode([pieces[0]]).strip()
-        if len(pieces) > 1 and len(first) < 2 and first.isascii():
+        if tells_little(tokenizer, pieces):
             raise ValueError(
                 f"{word!r} takes {len(pieces)} tokens and many words share the first, {first!r}: "
                 "choose an answer that begins with a longer token, or answers=None."

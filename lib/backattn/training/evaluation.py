@@ -13,10 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
+from backattn.models.decoder import refuse_longer
 from backattn.models.devices import input_device
 from backattn.models.tokens import prompt_ids
 from backattn.runtime import progress
 from backattn.training.batches import IGNORED, Items, Questions, collate, in_halves
+
+# What a model's generation config may ask for besides; here its own next token counts.
+AS_IT_IS = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+AS_IT_IS |= dict.fromkeys(
+    ("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "guidance_scale")
+)
 
 
 def by_length(items: Items, size: int) -> list[list[int]]:
@@ -93,13 +100,15 @@ def answer_logits(
 ) -> Tensor:
     """The model's logits where the answers' tokens are predicted: [B, K, V], fp32. first_pass and
     cache: see `TwoPassModel.forward`; with a cache first_pass is of the last tokens, K or more.
-    Raises ValueError for questions with memories where the model reads none, or within `edited`.
+    Raises ValueError for questions with memories where the model reads none, or within `edited`,
+    and for questions that are longer than the model takes.
 
     Example:
         >>> batch = collate(Items([[5, 6]], [[8, 9]], ["a"], None, frozenset()), [0])
         >>> answer_logits(model, batch).shape == (1, 2, len(tokenizer))
         True
     """
+    refuse_longer(model, batch.input_ids.shape[1])
     width = batch.input_ids.shape[1] if cache is None else first_pass.shape[2]
     # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen
     # unembedding per row.
@@ -158,9 +167,10 @@ def written(
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):
         batch = collate(prompts, rows, input_device(model))
+        refuse_longer(model, batch.input_ids.shape[1] + new_tokens)
         count = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        output = model.generate(**inputs, **count, do_sample=False, pad_token_id=0)
+        output = model.generate(**inputs, **count, **AS_IT_IS, do_sample=False, pad_token_id=0)
         texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :])
         for row, text in zip(rows, texts, strict=True):
             number = NUMBER.match(text)

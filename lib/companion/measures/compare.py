@@ -12,11 +12,11 @@ import pandas as pd
 
 from backattn.files import atomic_file
 from backattn.models.load import load_model
-from backattn.models.tokens import continuation_ids
+from backattn.models.tokens import continuation_ids, tells_little
 from companion.measures.training_memory import by_test_memory, exchanged_in_test
-from companion.questions.datasets import DATASETS, Dataset, with_anothers_memory
+from companion.questions.datasets import DATASETS, Dataset, exchange_keys, with_anothers_memory
 from companion.questions.facts import read_table
-from companion.questions.splits import FOLDS, SPLITS, fold_of, split
+from companion.questions.splits import FOLDS, SPLITS, split
 from companion.runs.as_asked import asked
 from companion.runs.plans import CORE_ARMS, TRIED, Planned, adapter_runs, complete, rates_tried
 from companion.runs.results import accuracy_table, answers, difference_table
@@ -24,6 +24,7 @@ from companion.runs.run import UNTRAINED, Run
 from companion.runs.store import Store
 
 COLUMNS = ("prompt", "answer", "group")
+LEAST_NAMES = 20  # with fewer, samples of names give intervals that are too narrow
 WHOLE, DECIMAL = r"-?\d+", r"-?\d*\.\d+"
 
 
@@ -77,6 +78,8 @@ def compare(
     Example:
         >>> compare("my.csv", model="smollm2", steps=100).differences  # doctest: +SKIP
     """
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"An arm is named twice: {', '.join(arms)}.")
     unknown = [arm for arm in arms if arm not in TRIED]
     if unknown or not arms:
         problem = f"There is no arm {unknown[0]!r}" if unknown else "No arm is given"
@@ -117,10 +120,12 @@ def prepared(
     given = [name for name in (*COLUMNS, "kind") if name in questions]
     frame = questions[given].astype("string").apply(lambda column: column.str.strip())
     own = frame["prompt"].str.replace("|", " ")  # a prompt is a group of its own
-    frame["group"] = frame["group"].fillna(own) if "group" in given else own
+    frame["group"] = frame["group"].map(_names).fillna(own) if "group" in given else own
     frame = frame.fillna("").reset_index(drop=True)
     full, dropped = frame[["prompt", "answer"]].ne("").all(axis=1), {}
     frame, dropped["no prompt or no answer"] = frame[full], int((~full).sum())
+    alike = frame.groupby(["prompt", "answer"])["group"]
+    frame = frame.assign(group=alike.transform(lambda groups: _names("|".join(groups))))
     again = frame.duplicated(["prompt", "answer"])
     frame, dropped["asked twice"] = frame[~again], int(again.sum())
     torn = frame.duplicated("prompt", keep=False)
@@ -132,29 +137,42 @@ def prepared(
         longer = frame["answer"].str.len() > 7
         frame, dropped["number of more than 7 characters"] = frame[~longer], int(longer.sum())
     if judge == "first token":
-        token = {x: continuation_ids(tokenizer, x)[0] for x in frame["answer"].unique()}
-        alike = frame["answer"].groupby(frame["answer"].map(token)).transform("nunique") > 1
+        pieces = {x: continuation_ids(tokenizer, x) for x in frame["answer"].unique()}
+        little = frame["answer"].map(lambda x: tells_little(tokenizer, pieces[x])).astype(bool)
+        frame, dropped["answer begins with one letter or a space"] = frame[~little], little.sum()
+        first = frame["answer"].map(lambda x: pieces[x][0])
+        alike = frame["answer"].groupby(first).transform("nunique") > 1
         frame, dropped["answer begins like another"] = frame[~alike], int(alike.sum())
     frame = frame.astype(object).assign(answer=" " + frame["answer"], tested=True)
     if memory:
-        told = frame.assign(
-            fold=frame["group"].map(fold_of), length=(frame["prompt"] + frame["answer"]).str.len()
-        )
-        alone = told.groupby(_alike(frame, judge))["answer"].transform("nunique") < 2
+        alike = exchange_keys(frame).groupby(_alike(frame, judge))["answer"]
+        alone = alike.transform("nunique") < 2
         frame, dropped["no other memory to read"] = frame[~alone], int(alone.sum())
     frame = frame.reset_index(drop=True)
+    names = {name for label in frame["group"] for name in label.split("|")}
+    if len(names) < LEAST_NAMES:
+        raise ValueError(
+            f"{len(frame)} questions of {len(names)} names in their groups are too few: their "
+            f"intervals would be too narrow. Give more groups, {LEAST_NAMES} names at least."
+        )
     for fold in range(FOLDS):
-        counts = split(frame, fold)["split"].value_counts() if len(frame) else {}
+        counts = split(frame, fold)["split"].value_counts()
         if short := [part for part in SPLITS if not counts.get(part)]:
             groups = frame["group"].nunique()
             raise ValueError(
                 f"{len(frame)} questions in {groups} groups are too few: fold {fold} has none for "
-                f"{short[0]}. Give more groups, twenty at least."
+                f"{short[0]}. Give more groups."
             )
     apart = sum(len(frame) - len(split(frame, fold)) for fold in range(FOLDS))
     dropped["names in several splits, all folds"] = apart
     table = pd.DataFrame(dropped.items(), columns=["why", "questions"])
     return frame, judge, table
+
+
+def _names(label: str | None):
+    """The names in a group's label, each once, without spaces around them; missing for none."""
+    names = {name.strip() for name in ("" if pd.isna(label) else label).split("|")} - {""}
+    return "|".join(sorted(names)) or pd.NA
 
 
 def _alike(frame: pd.DataFrame, judge: str) -> list[str]:
@@ -166,7 +184,7 @@ def _alike(frame: pd.DataFrame, judge: str) -> list[str]:
 def _register(frame: pd.DataFrame, judge: str, memory: bool) -> str:
     """Puts the questions where runs look for them; returns their name, one for each content."""
     digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:8]
-    name = f"own {digest}"
+    name = f"own {digest}" if memory else f"own {digest}, its own memory alone"
     other = f"{name}, another's memory" if memory else None
     columns = tuple(c for c in (*Dataset.columns, "kind") if c in frame)
     load = partial(pd.DataFrame.copy, frame)

@@ -12,8 +12,9 @@ from backattn.models.decoder import describe
 from backattn.models.hooks import evaluating
 from backattn.training.batches import Items
 from backattn.training.evaluation import evaluate
+from companion.measures.memory import question_spans
 from companion.paths import DATA
-from companion.questions.prompts import label_tokens, last_token_positions, two_hop_spans
+from companion.questions.prompts import label_tokens, last_token_positions
 from companion.runs.as_asked import asked, questions
 from companion.runs.plans import SEEDS
 from companion.runs.run import Run
@@ -47,7 +48,7 @@ def right_after(turn: Turn, model, tokenizer, frame: pd.DataFrame, items: Items)
     if turn.arm == "damped loop":
         with evaluating(model), damped_loop(model, turn.begin, turn.end, turn.how):
             return evaluate(model, items)[0]
-    spans = [two_hop_spans(x.prompt, x.e1, x.r1, x.r2) for x in frame.itertuples()]
+    spans = [question_spans(x.prompt, x.e1, x.r1, x.r2) for x in frame.itertuples()]
     among = {"r1": [span["r1_span"] for span in spans]}
     places = last_token_positions(label_tokens(tokenizer, frame["prompt"], among), ["r1"])
     where = {"positions": [place for (place,) in places], "source": turn.end}
@@ -58,7 +59,10 @@ def right_after(turn: Turn, model, tokenizer, frame: pd.DataFrame, items: Items)
 
 def second_turns(model, tokenizer, run: Run, split: str, turns: Sequence[Turn]) -> pd.DataFrame:
     """A row for each turn on a split of a run: the turn's fields, seed, split, right (a character,
-    0 or 1, for each question), accuracy."""
+    0 or 1, for each question), accuracy. Raises ValueError for another arm than zero-shot, whose
+    questions stand behind examples or are asked of an adapter."""
+    if run.arm != "zero-shot":
+        raise ValueError(f"Second turns are of the model as it is, zero-shot, and not {run.arm!r}.")
     frame, items = asked(run, split), questions(run, tokenizer, split)
     rows = []
     for turn in turns:

@@ -25,7 +25,7 @@ def ask(
     batch_size: int = 32,
 ) -> tuple[np.ndarray, list[dict[int, float]]]:
     """The model's next token after each prompt, [n], and per prompt wanted tokens ->
-    log-probability. Raises ValueError when there are no prompts.
+    log-probability. Raises ValueError when there are no prompts, or one without a key.
 
     keys: prompts with equal keys begin alike (worked examples), which is then computed once.
     """
@@ -33,6 +33,8 @@ def ask(
         raise ValueError(
             "There is nothing to ask: the set is empty. Ask more facts, or a model that knows more."
         )
+    if keys.isna().any():
+        raise ValueError("A prompt has no key: name what its worked examples are of.")
     said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]
     by_length = np.argsort(prompts.str.len(), kind="stable")
     batches = [

@@ -167,13 +167,12 @@ def with_anothers_memory(
     load: Callable[[], pd.DataFrame], alike: Sequence[str], answers: bool = False
 ) -> pd.DataFrame:
     """A dataset's questions, each with another one in column `memory`: the next, by a hash, of
-    those that have the same in some columns ("fold": of its group; "length": of prompt and answer)
+    those that have the same in some columns (see `exchange_keys`)
     and another answer; itself where there is none. answers: the memory holds the answer, too, which
     numbers need, since what is read at each of its tokens is counted from the end."""
     frame = load()
     told = frame["prompt"] + frame["answer"]
-    about = frame.assign(fold=frame["group"].map(fold_of), length=told.str.len())
-    order = about.assign(place=frame["prompt"].map(place_of)).sort_values("place")
+    order = exchange_keys(frame).assign(place=frame["prompt"].map(place_of)).sort_values("place")
     chosen = pd.Series(frame.index, index=frame.index)
     for _, part in order.groupby(list(alike), sort=False):
         for k, row in enumerate(part.index):
@@ -182,6 +181,16 @@ def with_anothers_memory(
             chosen[row] = part.index[(k + other[0]) % len(part)] if len(other) else row
     said = told if answers else frame["prompt"]
     return frame.assign(memory=said.loc[chosen].to_numpy())
+
+
+def exchange_keys(frame: pd.DataFrame) -> pd.DataFrame:
+    """The questions with fold, in which folds the names of their groups are, and length, of their
+    answers: memories are counted from the end, and hold numbers."""
+    folds = [
+        "|".join(sorted({str(fold_of(name)) for name in label.split("|")}))
+        for label in frame["group"]
+    ]
+    return frame.assign(fold=folds, length=frame["answer"].str.len())
 
 
 def legs(kinds: int) -> pd.DataFrame:

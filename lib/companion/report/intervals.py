@@ -44,7 +44,10 @@ def _bootstrap(clusters: tuple, resamples: int, seed: int) -> np.ndarray:
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """The middle 95 % (or `level`) of samples, those without a value left out: low, high."""
+    """The middle 95 % (or `level`) of samples, those without a value left out: low, high (NaN where
+    none has one)."""
+    if np.isnan(draws).all():
+        return {"low": float("nan"), "high": float("nan")}
     outside = 50 * (1 - level)
     low, high = np.nanpercentile(draws, [outside, 100 - outside])
     return {"low": float(low), "high": float(high)}
@@ -53,6 +56,8 @@ def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
 def two_sided(draws: np.ndarray) -> float:
     """Two-sided p of no difference: twice the share of samples beyond zero, never none."""
     draws = draws[~np.isnan(draws)]
+    if not len(draws):
+        return float("nan")
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     return float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
 

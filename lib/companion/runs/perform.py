@@ -16,7 +16,7 @@ from backattn.models.devices import input_device, one_device
 from backattn.models.load import load_model
 from backattn.models.packaged import quiet_transformers
 from backattn.training.batches import Items
-from backattn.training.evaluation import evaluate, perplexity, written
+from backattn.training.evaluation import AS_IT_IS, evaluate, perplexity, written
 from backattn.training.loop import train
 from companion.questions.datasets import DATASETS, held_out_text
 from companion.runs.as_asked import asked, questions
@@ -156,6 +156,7 @@ def own_text(
             input_ids=begins,
             attention_mask=torch.ones_like(begins),
             **count,
+            **AS_IT_IS,
             do_sample=True,
             top_k=0,
             top_p=1.0,
@@ -168,7 +169,8 @@ def _tested(run: Run, model: nn.Module, tokenizer) -> dict:
         items = questions(run, tokenizer, "validation")
         right, loss = evaluate(model, items)
         if items.kinds:  # what a rate is chosen on must be like what is trained on
-            right = right[np.isin(items.kinds, questions(run, tokenizer, "train").kinds)]
+            like = np.isin(items.kinds, questions(run, tokenizer, "train").kinds)
+            right = right[like] if like.any() else right
         return {"validation": float(right.mean()), "validation_loss": loss}
     test = questions(run, tokenizer, "test")
     result = {"right": "".join(map(str, answer_test(run, model, tokenizer, test).astype(int)))}

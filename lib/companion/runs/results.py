@@ -73,10 +73,12 @@ def matrix(part: pd.DataFrame) -> np.ndarray:
 
 
 def resampled(part: pd.DataFrame, seed: int = 0, seeds_seed: int = 1) -> np.ndarray:
-    """Accuracy of one arm in samples: [RESAMPLES]. Several seeds are drawn too, their deviations
-    scaled by √(n / (n−1)) since they are few."""
+    """Accuracy of one arm in samples: [RESAMPLES], NaN where all questions have one name. Several
+    seeds are drawn too, their deviations scaled by √(n / (n−1)) since they are few."""
     right = matrix(part)  # [seeds, questions]
     names = part.drop_duplicates("question")["group"]
+    if count_names(names) < 2:
+        return np.full(RESAMPLES, np.nan)
     weights, count = bootstrap(names, seed=seed), len(right)
     by_seed = weights @ right.T
     if count == 1:

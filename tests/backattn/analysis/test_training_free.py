@@ -5,6 +5,7 @@ import torch
 
 from backattn import load_model
 from backattn.analysis.training_free import damped_loop, realign
+from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import hooks
 from backattn.models.tokens import encode
 
@@ -81,3 +82,23 @@ def test_realign_refuses_places_that_are_not_there():
         realign(model, tokenizer, PROMPTS[:1], [40], source=3, targets=[0])
     with pytest.raises(IndexError, match="Layer"):
         realign(model, tokenizer, PROMPTS[:1], [2], source=3, targets=[7])
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-gpt-neox"])
+def test_a_loop_refuses_a_cache_however_it_is_handed_over(name):
+    model, tokenizer = load_model(name)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    with damped_loop(model, 1, 2, 0.5), pytest.raises(ValueError, match="use_cache=False"):
+        model(ids[:, -1:], past_key_values=cache, use_cache=False)
+
+
+def test_layers_that_share_a_module_are_refused():
+    model, tokenizer = load_model("tiny-llama")
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList([layers[0], layers[1], layers[0], layers[1]])
+    with pytest.raises(UnsupportedModelError, match="share a module"), damped_loop(model, 0, 1, 1):
+        pass
+    where = {"positions": [1, 1], "source": 2, "targets": [0]}
+    with pytest.raises(UnsupportedModelError, match="share a module"):
+        realign(model, tokenizer, PROMPTS, **where)

@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from backattn import load_model
 from backattn.adapters.arms import make_arm
-from backattn.training.batches import collate, first_tokens, numbers
+from backattn.training.batches import Items, collate, first_tokens, numbers
 from backattn.training.evaluation import (
+    AS_IT_IS,
     NUMBER,
     FirstPasses,
     align_to_length,
@@ -161,3 +162,24 @@ def test_memories_are_refused_where_none_is_read(llama, items):
         evaluate(wrapped, told)
     with pytest.raises(ValueError, match="reads its own"):
         written(*llama, told)
+
+
+def test_what_a_generation_config_asks_for_changes_no_answer(llama, sums):
+    model, tok = llama
+    items = numbers(tok, sums)
+    before = model.generation_config.repetition_penalty
+    ids = torch.tensor([items.prompts[0]])
+    plain = model.generate(ids, max_new_tokens=4, do_sample=False, **AS_IT_IS)
+    model.generation_config.repetition_penalty = 5.0
+    try:
+        again = model.generate(ids, max_new_tokens=4, do_sample=False, **AS_IT_IS)
+    finally:
+        model.generation_config.repetition_penalty = before
+    assert torch.equal(plain, again)
+
+
+def test_questions_that_are_too_long_are_refused():
+    model, _ = load_model("tiny-llama")
+    items = Items([[5] * 300], [[8]], ["a"], None, frozenset())
+    with pytest.raises(ValueError, match="300 tokens; this model takes at most 256"):
+        evaluate(model, items)

@@ -6,10 +6,10 @@ import pytest
 from backattn.models.load import load_model
 from companion.measures.compare import _register, compare, prepared
 from companion.questions.datasets import DATASETS
-from companion.questions.splits import FOLDS
+from companion.questions.splits import FOLDS, split
 from companion.runs.store import Store
 
-COLOURS = ("red", "blue", "green", "black")
+WORDS = ("Paris", "Rome", "Berlin", "Madrid")
 SMALL = {"model": "tiny-llama", "source_layer": 1, "dim": 4, "steps": 4, "batch_size": 4}
 
 
@@ -28,7 +28,7 @@ def tokenizer():
 
 
 def frame(count: int = 60, **columns) -> pd.DataFrame:
-    rows = [(f"thing {k} is", COLOURS[k % 4], f"g{k // 2}") for k in range(count)]
+    rows = [(f"thing {k} is", WORDS[k % 4], f"g{k // 2}") for k in range(count)]
     return pd.DataFrame(rows, columns=["prompt", "answer", "group"]).assign(**columns)
 
 
@@ -71,12 +71,12 @@ def test_a_file_keeps_its_text_and_numbers_are_judged_as_written(tmp_path, token
 def test_what_is_dropped_is_said(tokenizer):
     odd = pd.DataFrame(
         [
-            ("thing 0 is", "red", "g0"),  # again
+            ("thing 0 is", "Paris", "g0"),  # again
             ("what is it", None, "x"),
-            ("  ", "red", "x"),
-            ("sky is", "blue", "y"),
-            ("sky is", "green", "y"),
-            ("a ball is", "reddish", "z"),
+            ("  ", "Paris", "x"),
+            ("sky is", "Rome", "y"),
+            ("sky is", "Berlin", "y"),
+            ("a ball is", "Parisian", "z"),
         ],
         columns=["prompt", "answer", "group"],
     )
@@ -115,7 +115,7 @@ def test_an_arm_must_be_known(tmp_path, arms, message):
 
 def test_no_question_reads_its_own_memory_as_another_s(tokenizer):
     """Else an exchange would change nothing, and show no flow where there is some."""
-    kinds = ["alike" if k % 4 == 0 else "others" for k in range(60)]  # all alike answer red
+    kinds = ["alike" if k % 4 == 0 else "others" for k in range(60)]  # all alike answer Paris
     questions, _, dropped = prepared(frame(kind=kinds), tokenizer)
     assert why(dropped) == {"no other memory to read": 15} and set(questions["kind"]) == {"others"}
     told = DATASETS[f"{_register(questions, 'first token', True)}, another's memory"].load()
@@ -128,3 +128,74 @@ def test_numbers_that_a_test_would_cut_are_left_out(tokenizer):
     questions, judge, dropped = prepared(long, tokenizer, memory=False)
     assert judge == "number" and set(questions["answer"]) == {" 1234567"}
     assert why(dropped) == {"number of more than 7 characters": 30}
+
+
+@pytest.mark.parametrize("between", ["|", " | ", "| ", " |"])
+def test_no_name_of_a_group_is_in_training_and_in_the_test(tokenizer, between):
+    groups = [f"n{k % 20}{between}m{k % 9}" for k in range(180)]
+    questions, *_ = prepared(frame(180, group=groups), tokenizer, memory=False)
+    for fold in range(FOLDS):
+        _apart(split(questions, fold))
+
+
+def test_a_question_in_two_groups_is_held_out_by_both(tokenizer):
+    once = frame(120)
+    twice = once.head(60).assign(group=[f"g{59 - k // 2}" for k in range(60)])
+    questions, _, dropped = prepared(pd.concat([once, twice]), tokenizer, memory=False)
+    assert why(dropped)["asked twice"] == 60 and len(questions) == 120
+    assert set(questions["group"].head(60).str.count(r"\|")) <= {0, 1}
+    for fold in range(FOLDS):
+        _apart(split(questions, fold))
+
+
+def _apart(parts: pd.DataFrame) -> None:
+    names = parts.assign(name=parts["group"].str.split("|")).explode("name")
+    assert names.groupby("name")["split"].nunique().max() == 1
+
+
+def test_a_question_without_a_group_is_one_by_itself(tokenizer, tmp_path):
+    some = frame(group=["g", "", None, "  "] * 15)
+    some.to_csv(tmp_path / "some.csv", index=False)
+    for questions in (some, tmp_path / "some.csv"):
+        made, *_ = prepared(questions, tokenizer, memory=False)
+        alone = made["group"] == made["prompt"]
+        assert alone.sum() == 45 and set(made.loc[~alone, "group"]) == {"g"}
+
+
+def test_an_answer_that_begins_with_a_bare_letter_is_left_out(tokenizer):
+    assert tokenizer.tokenize(" yellow")[0] == "Ġ"
+    words = ["Paris", "Rome", "Berlin", "yellow"] * 15
+    questions, _, dropped = prepared(frame(answer=words), tokenizer, memory=False)
+    assert why(dropped) == {"answer begins with one letter or a space": 15}
+    assert " yellow" not in set(questions["answer"])
+
+
+def test_a_number_reads_the_memory_of_one_as_long(tokenizer):
+    sums = [(f"{'so ' * (k % 3)}{k} and {k % 4} make", str(k + k % 4)) for k in range(240)]
+    questions = pd.DataFrame(sums, columns=["prompt", "answer"])
+    questions, judge, _ = prepared(questions, tokenizer)
+    told = DATASETS[f"{_register(questions, judge, True)}, another's memory"].load()
+    answer = told["memory"].str.split().str[-1]
+    assert (answer.str.len() == told["answer"].str.strip().str.len()).all()
+    assert (answer != told["answer"].str.strip()).all()
+
+
+def test_the_other_memory_is_of_the_same_fold(tokenizer):
+    groups = [f"n{k % 40}|m{k % 23}" for k in range(400)]
+    questions, judge, _ = prepared(frame(400, group=groups), tokenizer)
+    told = DATASETS[f"{_register(questions, judge, True)}, another's memory"].load()
+    whose = dict(zip(questions["prompt"], questions["group"], strict=True))
+    for fold in range(FOLDS):
+        parts = split(told, fold)
+        test = set(parts.loc[parts["split"] == "test", "prompt"])
+        assert test and {p for p in told.set_index("prompt").loc[list(test), "memory"]} <= test
+    assert set(whose) == set(told["prompt"])
+
+
+def test_memories_can_be_exchanged_after_a_comparison_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
+    store, arms = Store(tmp_path, shipped=None), ["back attention"]
+    assert compare(frame(), arms, memory=False, store=store, **SMALL).memory.empty
+    assert len(compare(frame(), arms, store=store, **SMALL).memory) == 1
+    with pytest.raises(ValueError, match="named twice"):
+        compare(frame(), arms * 2, store=store, **SMALL)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from companion.measures import second_turns
 from companion.measures.second_turns import (
@@ -64,3 +65,20 @@ def test_settings_fit_a_model_of_any_depth(layers):
     for turn in turns_for(layers):
         assert 0 <= turn.begin < layers and turn.begin < turn.end
         assert turn.end < layers or (turn.arm == "realigned" and turn.end == layers)
+
+
+def test_the_question_is_realigned_and_not_what_stands_before_it(monkeypatch):
+    model, tokenizer = base_model("smollm2")
+    run, seen = Run("in context", "zero-shot", test_items=4), []
+
+    def see(model, tokenizer, prompts, positions, **_):
+        seen.extend(zip(prompts, positions, strict=True))
+        return [torch.zeros(len(prompts))]
+
+    monkeypatch.setattr(second_turns, "realign", see)
+    second_turns.second_turns(model, tokenizer, run, "test", [Turn("realigned", 6, 30, 0)])
+    for prompt, place in seen:
+        told = tokenizer.decode(tokenizer(prompt)["input_ids"][: place + 1])
+        assert told.count(".") == prompt.count(".")  # all facts stand before it
+    with pytest.raises(ValueError, match="zero-shot"):
+        second_turns.second_turns(model, tokenizer, replace(run, arm="few-shot"), "test", [])

@@ -73,3 +73,9 @@ def test_collisions_are_found_and_aliases_cleaned():
 def test_outcomes():
     ids = {"e3": {1, 2}, "e2": {3}, "shortcut": set(), "e1": {4}}
     assert [outcome(token, ids) for token in (2, 3, 4, 9)] == ["e3", "e2", "e1", "other"]
+
+
+def test_a_prompt_without_a_key_is_refused(llama):
+    prompts = pd.Series(["one", "two"])
+    with pytest.raises(ValueError, match="has no key"):
+        ask(*llama, prompts, pd.Series(["a", None]))

@@ -57,8 +57,9 @@ def plans(notebook: str) -> list[list[Planned]]:
     """What the notebook of a number completes."""
     p, core = parameters(notebook), {"arms": CORE_ARMS}
     if notebook == "03":
+        rivals = rival_runs() + kl_runs()
         main = main_runs(every_arm_on=p["every_arm_on"], core_arms_on=p["core_arms_on"])
-        return [scratch_runs(), main, adapter_runs(model="gemma3-270m", **core), rival_runs()]
+        return [scratch_runs(), main, adapter_runs(model="gemma3-270m", **core), rivals]
     if notebook == "04":
         second, layers = p["second_dataset"], [("two-hop", layer) for layer in p["retuned"]]
         memories = [tuple(range(first, last + 1)) for first, last in p["memories"]]

@@ -70,6 +70,14 @@ def test_several_trainings_of_a_fold_are_averaged_by_question(rows):
     assert less["n"] == 900
 
 
+def test_one_name_has_no_interval(answers_of):
+    alone = [answers_of(x, groups=["g"] * 9, arm=a) for a, x in (("a", [1] * 9), ("b", [0] * 9))]
+    table = results.accuracy_table(pd.concat(alone))
+    assert table["accuracy"].tolist() == [1, 0] and table[["low", "high"]].isna().all(axis=None)
+    less = results.paired(pd.concat(alone), "a", "b")
+    assert less["difference"] == 1 and np.isnan([less["low"], less["high"], less["p"]]).all()
+
+
 def test_accuracy_has_its_interval(rows):
     table = results.accuracy_table(rows).set_index("arm")
     for arm, chance in (("back attention", 0.7), ("bias", 0.5)):

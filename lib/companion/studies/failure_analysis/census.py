@@ -14,6 +14,7 @@ import pandas as pd
 from backattn.models.devices import input_device
 from backattn.models.tokens import continuation_ids, encode
 from backattn.runtime import progress
+from backattn.training.evaluation import AS_IT_IS
 from companion.questions.asking import ENTITIES, ID_COLUMNS, OUTCOMES, ask, candidates, outcome
 from companion.questions.datasets import TWO_HOP_KEYS
 from companion.questions.facts import read_table
@@ -77,7 +78,7 @@ def two_hops(model, tokenizer, frame: pd.DataFrame) -> pd.DataFrame:
 def generated(model, tokenizer, frame: pd.DataFrame, new_tokens: int = 8) -> pd.DataFrame:
     """Let the model write on after each two-hop prompt, greedily, to the line's end: `frame` with
     `named`, the outcome whose name or alias stands first (the longest where two begin together)."""
-    options = {"max_new_tokens": new_tokens, "do_sample": False}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, **AS_IT_IS}
     options["pad_token_id"], written = tokenizer.pad_token_id or 0, []
     for start in progress(range(0, len(frame), 32), "writing", unit="batch"):
         prompts = frame["two_hop"].tolist()[start : start + 32]
