@@ -26,12 +26,12 @@ from companion.studies.failure_analysis.census import hops
 MOST = 8
 DRAWS = 4  # of worked examples, until a fact does not stand in them
 # What kind of thing answers a first relation.
-KINDS = {"animal": "animal", "author": "writer", "city": "town", "continent": "continent"}
-KINDS |= {"currency": "currency", "language": "language", "maker": "company", "metal": "metal"}
-KINDS |= {"month": "month", "planet": "planet", "religion": "religion", "state": "state"}
+KINDS = {"author": "writer", "city": "town", "maker": "company"}
+KINDS |= {r1: r1 for r1 in ("animal", "continent", "currency", "language", "metal", "month")}
+KINDS |= {r1: r1 for r1 in ("planet", "religion", "state")}
 PEOPLE = ("founder", "author")
 RELATION, BRIDGE = 0.3, 0.03  # most of the questions that have one r1, one e2
-SAME, CENSUS = ["e1", "r1", "r2"], ["model", "r1", "asked", "first hop", "both hops"]
+SAME = ["e1", "r1", "r2"]
 COLUMNS = (
     *("pair", "e1", "r1", "e2", "r2", "e3", "shortcut"),
     *("e2_aliases", "e3_aliases", "tested"),
@@ -45,16 +45,14 @@ def single_hops() -> dict[tuple[str, str], dict[str, str]]:
         for relation, answers in relations.items():
             pairs = {s: answer for answer, subjects in answers.items() for s in subjects}
             known[kind, relation] = pairs
-    of = {r: dict(zip(x["subject"], x["answer"], strict=True)) for r, x in _by_relation()}
+    of = {
+        r: dict(zip(x["subject"], x["answer"], strict=True)) for r, x in facts().groupby("relation")
+    }
     for relation in ("continent", "language", "currency"):
         known["country", relation] = of[relation]
         held = ((city, of[relation].get(country)) for city, country in of["country"].items())
         known["city", relation] = {city: answer for city, answer in held if answer}
     return known | {("city", "state"): of["state"]}
-
-
-def _by_relation():
-    return facts().groupby("relation")
 
 
 def joined() -> pd.DataFrame:
@@ -87,7 +85,7 @@ def asked_of(model, tokenizer, every: pd.DataFrame) -> pd.DataFrame:
 
 
 def capped(part: pd.DataFrame) -> pd.DataFrame:
-    """The most questions, in their order, of which no r1 has more than RELATION, no e2 more than
+    """Questions, in their order, of which no r1 has more than RELATION, no e2 more than
     BRIDGE."""
     size = len(part)
     while True:
@@ -109,17 +107,14 @@ def chosen(known: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     runtime.use_threads()
-    every, census = joined(), []
-    for name in ("gemma3-270m", "smollm2"):
-        model, tokenizer = load_model(name)
-        asked = asked_of(model, tokenizer, every)
-        of = asked.groupby("r1")[["knows_first", "known"]].agg(["size", "sum"])
-        columns = [("known", "size"), ("knows_first", "sum"), ("known", "sum")]
-        counts = of[columns].set_axis(CENSUS[2:], axis=1).reset_index().assign(model=name)
-        census.append(counts[CENSUS])
-        print(f"{name}: {asked['known'].sum()} of {len(asked)} facts are known", file=sys.stderr)
-    pd.concat(census).to_csv(HERE / "two_hop_wide_census.csv", index=False, lineterminator="\n")
-    table = chosen(asked[asked["known"]]).sort_values(["pair", "e1", "r2"])
+    every = joined()
+    asked = {name: asked_of(*load_model(name), every) for name in ("gemma3-270m", "smollm2")}
+    census = pd.concat(asked, names=["model"]).assign(asked=lambda frame: ~frame["collides"])
+    census = census.groupby(["model", "r1"])[["asked", "knows_first", "known"]].sum()
+    census.columns = ["asked", "first hop", "both hops"]
+    census.reset_index().to_csv(HERE / "two_hop_wide_census.csv", index=False, lineterminator="\n")
+    known = asked["smollm2"]
+    table = chosen(known[known["known"]]).sort_values(["pair", "e1", "r2"])
     table.to_csv(HERE / "two_hop_wide.csv", index=False, lineterminator="\n")
     print(f"{table['tested'].sum()} of {len(table)} are tested", file=sys.stderr)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from backattn.models.activations import capture
-from backattn.models.decoder import describe, refuse_shared
+from backattn.models.decoder import check_unshared, describe
 from backattn.models.hooks import analysis, begin_at, hooks
 from backattn.models.lens import Lens
 from backattn.models.tokens import check_indices, encode
@@ -98,7 +98,7 @@ def damped_loop(model, first: int, last: int, step: float) -> Iterator[None]:
     check_indices("Layer", [[first, last]], [len(blocks)])
     if first > last:
         raise ValueError(f"A loop runs from a layer to one above it, not from {first} to {last}.")
-    refuse_shared(blocks)
+    check_unshared(blocks)
     looped = [block.module for block in blocks[first : last + 1]]
     given: dict[int, tuple] = {}
     again = False

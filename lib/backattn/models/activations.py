@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from backattn.models.decoder import Arch, Linear, describe, refuse_longer, refuse_shared
+from backattn.models.decoder import Arch, Linear, check_length, check_unshared, describe
 from backattn.models.devices import in_one_place
 from backattn.models.families import UnsupportedModelError
 from backattn.models.hooks import analysis, hooks
@@ -146,8 +146,8 @@ def capture(model: nn.Module, batch: Batch, detail=True, compare=True) -> Stream
             "asked for reads its weights in one: load it whole, in a smaller dtype or on a larger "
             "GPU. Back attention works as it is."
         )
-    refuse_longer(model, batch.input_ids.shape[1])
-    refuse_shared(arch.blocks)
+    check_length(model, batch.input_ids.shape[1])
+    check_unshared(arch.blocks)
     recorded: dict[str, dict[int, Tensor]] = defaultdict(dict)  # of two runs the second stays
 
     def record(name: str, layer: int, part: Callable = lambda x: x) -> Callable:

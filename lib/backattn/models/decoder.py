@@ -180,7 +180,7 @@ class Arch:
         return self.blocks[0].width
 
 
-def refuse_longer(model, length: int) -> None:
+def check_length(model, length: int) -> None:
     """Raises ValueError where a prompt has more tokens than the model takes."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -189,7 +189,7 @@ def refuse_longer(model, length: int) -> None:
         )
 
 
-def refuse_shared(blocks: Sequence[Block]) -> None:
+def check_unshared(blocks: Sequence[Block]) -> None:
     """Raises UnsupportedModelError where layers share a module: what is hooked in one of them would
     happen in all."""
     if len({id(block.module) for block in blocks}) < len(blocks):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from backattn.adapters.two_pass import TwoPassModel
-from backattn.models.decoder import refuse_longer
+from backattn.models.decoder import check_length
 from backattn.models.devices import input_device
 from backattn.models.tokens import prompt_ids
 from backattn.runtime import progress
@@ -108,7 +108,7 @@ def answer_logits(
         >>> answer_logits(model, batch).shape == (1, 2, len(tokenizer))
         True
     """
-    refuse_longer(model, batch.input_ids.shape[1])
+    check_length(model, batch.input_ids.shape[1])
     width = batch.input_ids.shape[1] if cache is None else first_pass.shape[2]
     # Places, not a count: slicing leaves a view, which torch multiplies by a copy of a frozen
     # unembedding per row.
@@ -167,7 +167,7 @@ def written(
     prompts, right = replace(items, answers=[[0]] * len(items)), np.zeros(len(items), dtype=bool)
     for rows in progress(by_length(prompts, batch_size), "writing", unit="batch"):
         batch = collate(prompts, rows, input_device(model))
-        refuse_longer(model, batch.input_ids.shape[1] + new_tokens)
+        check_length(model, batch.input_ids.shape[1] + new_tokens)
         count = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         output = model.generate(**inputs, **count, **AS_IT_IS, do_sample=False, pad_token_id=0)

@@ -124,8 +124,8 @@ def prepared(
     frame = frame.fillna("").reset_index(drop=True)
     full, dropped = frame[["prompt", "answer"]].ne("").all(axis=1), {}
     frame, dropped["no prompt or no answer"] = frame[full], int((~full).sum())
-    alike = frame.groupby(["prompt", "answer"])["group"]
-    frame = frame.assign(group=alike.transform(lambda groups: _names("|".join(groups))))
+    same = frame.groupby(["prompt", "answer"])["group"]
+    frame = frame.assign(group=same.transform(lambda groups: _names("|".join(groups))))
     again = frame.duplicated(["prompt", "answer"])
     frame, dropped["asked twice"] = frame[~again], int(again.sum())
     torn = frame.duplicated("prompt", keep=False)
@@ -139,7 +139,10 @@ def prepared(
     if judge == "first token":
         pieces = {x: continuation_ids(tokenizer, x) for x in frame["answer"].unique()}
         little = frame["answer"].map(lambda x: tells_little(tokenizer, pieces[x])).astype(bool)
-        frame, dropped["answer begins with one letter or a space"] = frame[~little], little.sum()
+        frame, dropped["answer begins with one letter or a space"] = (
+            frame[~little],
+            int(little.sum()),
+        )
         first = frame["answer"].map(lambda x: pieces[x][0])
         alike = frame["answer"].groupby(first).transform("nunique") > 1
         frame, dropped["answer begins like another"] = frame[~alike], int(alike.sum())

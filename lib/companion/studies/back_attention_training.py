@@ -24,13 +24,6 @@ RIVALS = (
     ("realigned", "zero-shot"),
     ("damped loop", "zero-shot"),
 )
-# E8, where no answer of the test was shown.
-WIDER = (
-    *((arm, "zero-shot") for arm in CORE_ARMS),
-    ("back attention", "few-shot"),
-    *(("back attention", arm) for arm in CORE_ARMS[1:]),
-    ("same layer", "residual LoRA"),
-)
 
 
 def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame) -> dict:

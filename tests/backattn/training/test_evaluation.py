@@ -169,13 +169,14 @@ def test_what_a_generation_config_asks_for_changes_no_answer(llama, sums):
     items = numbers(tok, sums)
     before = model.generation_config.repetition_penalty
     ids = torch.tensor([items.prompts[0]])
-    plain = model.generate(ids, max_new_tokens=4, do_sample=False, **AS_IT_IS)
-    model.generation_config.repetition_penalty = 5.0
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False, **AS_IT_IS)
+    model.generation_config.repetition_penalty = 0.001  # words of the prompt, by all means
     try:
-        again = model.generate(ids, max_new_tokens=4, do_sample=False, **AS_IT_IS)
+        again = model.generate(ids, max_new_tokens=12, do_sample=False, **AS_IT_IS)
+        otherwise = model.generate(ids, max_new_tokens=12, do_sample=False)
     finally:
         model.generation_config.repetition_penalty = before
-    assert torch.equal(plain, again)
+    assert torch.equal(plain, again) and not torch.equal(plain, otherwise)
 
 
 def test_questions_that_are_too_long_are_refused():

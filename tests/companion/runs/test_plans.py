@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
 from backattn import runtime
@@ -32,6 +33,7 @@ from companion.runs.plans import (
     sweep,
     tried,
     varied_runs,
+    wide_runs,
 )
 from companion.runs.plans import _keeps_weights as keeps_weights
 from companion.runs.premise import premise_runs
@@ -121,6 +123,15 @@ def test_shipped_weights_are_those_of_the_results(tmp_path):
     assert store.weights(asked_again[0])  # the demo asks it again
     runs = found(plans("04")[0], store)
     assert all("losses" in row for run in runs for row in store.result(run)["curve"])
+
+
+def test_wide_questions_are_answered_by_three_trainings_of_each_arm():
+    plan, store = wide_runs(), Store()
+    trained = [one for one in plan if one.trials]
+    assert len(trained) == 27 and len({one.run.key for one in plan}) == len(plan) == 33
+    by_arm = pd.Series([one.run.fold for one in trained]).groupby([one.run.arm for one in trained])
+    assert all(folds.value_counts().tolist() == [3, 3, 3] for _, folds in by_arm)
+    assert all(run.learning_rate for run in found(trained, store))  # those of "two-hop", shipped
 
 
 def test_a_plan_is_completed_and_shipped(tiny_run, store, tmp_path, monkeypatch):
