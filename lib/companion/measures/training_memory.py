@@ -18,6 +18,8 @@ TOLD = {
 }
 EXCHANGED = "e2 told, exchanged in the test"
 OWN, ANOTHERS = "its own", "another's"  # memory in the test
+PLANTED_PAIRS = (("e2 told", "another's e2 told"), ("e2 told", EXCHANGED))  # E3
+PAIRS = (("its own", "another's"), *PLANTED_PAIRS, ("e2 told", "its own"))  # and E5
 
 
 def by_training_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store) -> pd.DataFrame:
@@ -32,12 +34,11 @@ def by_training_memory(answered: pd.DataFrame, runs: Sequence[Run], store: Store
     return pd.concat([frame, told.assign(memory=EXCHANGED)], ignore_index=True)
 
 
-def training_memories(frame: pd.DataFrame) -> pd.DataFrame:
+def training_memories(frame: pd.DataFrame, pairs=PAIRS) -> pd.DataFrame:
     """What E5 and E3 compare: memory, less, difference, low, high, p, n, low_90, high_90 (whether
     they are equivalent)."""
-    pairs = [("its own", "another's"), ("e2 told", "another's e2 told"), ("e2 told", EXCHANGED)]
     rows = []
-    for one, other in [*pairs, ("e2 told", "its own")]:
+    for one, other in pairs:
         whole, inner = (paired(frame, one, other, "memory", level=x) for x in (0.95, 0.9))
         ends = {f"{name}_90": inner[name] for name in ("low", "high")}
         rows.append({"memory": one, "less": other, **whole, **ends})

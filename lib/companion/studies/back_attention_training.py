@@ -24,6 +24,12 @@ RIVALS = (
     ("realigned", "zero-shot"),
     ("damped loop", "zero-shot"),
 )
+# E8.
+WIDER = (
+    *((arm, "zero-shot") for arm in CORE_ARMS),
+    *(("back attention", other) for other in ("few-shot", "same layer", "residual LoRA")),
+    ("same layer", "residual LoRA"),
+)
 
 
 def one_layer_matches_two(accuracy: pd.DataFrame, difference: pd.DataFrame) -> dict:
@@ -77,14 +83,12 @@ def rival_answers(runs: Sequence[Run], store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def rival_differences(answered: pd.DataFrame, pairs=RIVALS) -> pd.DataFrame:
-    """How far an arm is ahead of another, for some pairs: arm, other, the columns of
+def pair_differences(answered: pd.DataFrame, pairs=RIVALS) -> pd.DataFrame:
+    """How far an arm is ahead of another on one dataset, for some pairs: arm, other, the columns of
     `results.paired`, low_90 and high_90 (for equivalence), corrected (Holm over all pairs)."""
-    rows = []
+    rows, seed = [], seed_of(answered["dataset"].iloc[0])
     for arm, other in pairs:
-        wide, narrow = (
-            paired(answered, arm, other, seed=seed_of("two-hop"), level=x) for x in (0.95, 0.9)
-        )
+        wide, narrow = (paired(answered, arm, other, seed=seed, level=x) for x in (0.95, 0.9))
         ends = {"low_90": narrow["low"], "high_90": narrow["high"]}
         rows.append({"arm": arm, "other": other, **wide, **ends})
     return holm(pd.DataFrame(rows))
@@ -105,3 +109,22 @@ def gain_kept(answered: pd.DataFrame, arms=TAUGHT_ONE_HOP) -> pd.DataFrame:
             row |= interval((draws[other] - draws["zero-shot"]) / gain)
         rows.append(row)
     return pd.DataFrame(rows, columns=["arm", "kept", "low", "high"])
+
+
+def gains_beside(wider: pd.DataFrame, usual: pd.DataFrame, arms=CORE_ARMS) -> pd.DataFrame:
+    """Gains over zero-shot on one dataset (`answers`), and as a share of those on another, whose
+    questions are drawn apart: arm, gain, usual, share, low, high; no share where an arm does not
+    gain on the other in every sample."""
+    rows = []
+    for arm in arms:
+        means, draws = [], []
+        for answered in (wider, usual):
+            one, none = (rows_with(answered, "arm", name) for name in (arm, "zero-shot"))
+            seed = seed_of(answered["dataset"].iloc[0])
+            means.append(matrix(one).mean() - matrix(none).mean())
+            draws.append(resampled(one, seed) - resampled(none, seed))
+        row = {"arm": arm, "gain": means[0], "usual": means[1], "share": np.nan}
+        if (draws[1] > 0).all():
+            row |= {"share": means[0] / means[1], **interval(draws[0] / draws[1])}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["arm", "gain", "usual", "share", "low", "high"])

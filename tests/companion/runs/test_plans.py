@@ -61,7 +61,8 @@ def plans(notebook: str) -> list[list[Planned]]:
     if notebook == "03":
         rivals = rival_runs() + kl_runs()
         main = main_runs(every_arm_on=p["every_arm_on"], core_arms_on=p["core_arms_on"])
-        return [scratch_runs(), main, adapter_runs(model="gemma3-270m", **core), rivals]
+        gemma = adapter_runs(model="gemma3-270m", **core)
+        return [scratch_runs(), main, gemma, rivals, wide_runs()]
     if notebook == "04":
         second, layers = p["second_dataset"], [("two-hop", layer) for layer in p["retuned"]]
         memories = [tuple(range(first, last + 1)) for first, last in p["memories"]]

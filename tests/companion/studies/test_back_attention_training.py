@@ -11,11 +11,13 @@ from companion.runs.run import Run
 from companion.runs.store import Store
 from companion.studies.back_attention_training import (
     RIVALS,
+    WIDER,
     gain_kept,
+    gains_beside,
     is_small,
     one_layer_matches_two,
+    pair_differences,
     rival_answers,
-    rival_differences,
 )
 
 AHEAD, LEVEL, BEHIND = (0.2, 0.1, 0.3), (0.0, -0.05, 0.05), (-0.2, -0.3, -0.1)
@@ -98,7 +100,7 @@ def chances(answers_of, **shares) -> pd.DataFrame:
 
 def test_rivals_are_compared_in_pairs_and_corrected_together(answers_of):
     answered = chances(answers_of, new=0.6, old=0.5, zero_shot=0.5)
-    table = rival_differences(answered, [("new", "old"), ("old", "zero shot")])
+    table = pair_differences(answered, [("new", "old"), ("old", "zero shot")])
     assert table["difference"].round(6).tolist() == [0.1, 0.0]
     first, second = table.iloc[0], table.iloc[1]
     assert 0 < first["low"] < first["low_90"] < 0.1 < first["high_90"] < first["high"]
@@ -124,3 +126,20 @@ def test_what_is_kept_of_a_gain(answers_of):
     assert kept["kept"] == pytest.approx(0.5) and kept["low"] < 0.5 < kept["high"]
     none = gain_kept(answered.replace({"right": {1.0: 0.0}}), {"whole": "half"}).iloc[0]
     assert none[["kept", "low", "high"]].isna().all()
+
+
+def test_gains_on_other_questions_are_shares_of_the_usual_ones(answers_of):
+    usual = chances(answers_of, whole=0.5, zero_shot=0.1)
+    wider = chances(answers_of, whole=0.2, zero_shot=0.1).assign(dataset="wider")
+    usual["arm"], wider["arm"] = (
+        x["arm"].replace("zero shot", "zero-shot") for x in (usual, wider)
+    )
+    row = gains_beside(wider, usual, ["whole"]).iloc[0]
+    assert row[["gain", "usual", "share"]].tolist() == pytest.approx([0.1, 0.4, 0.25])
+    assert row["low"] < 0.25 < row["high"]
+    back = gains_beside(usual, wider.replace({"right": {1.0: 0.0}}), ["whole"]).iloc[0]
+    assert back["usual"] == 0.0 and back[["share", "low", "high"]].isna().all()
+
+
+def test_wider_questions_compare_each_pair_once():
+    assert len({frozenset(pair) for pair in WIDER}) == len(WIDER)
