@@ -2,6 +2,9 @@
 this paper."""
 
 import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,11 @@ def test_a_wrong_import_is_seen(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(line)
         assert wrong_imports(tmp_path / name)
+
+
+def test_the_companion_without_its_repository_says_what_it_needs(tmp_path):
+    """A pip install has its code and not its data."""
+    shutil.copytree(LIB / "companion", tmp_path / "site" / "companion")
+    command = [sys.executable, "-c", "import companion"]
+    done = subprocess.run(command, cwd=tmp_path / "site", capture_output=True, text=True)
+    assert done.returncode and "clone the repository" in done.stderr

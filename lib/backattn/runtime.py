@@ -110,4 +110,5 @@ def hardware() -> str:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     threads, memory = os.environ.get("BACKATTN_THREADS", "1"), psutil.virtual_memory().total
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {threads} of {os.cpu_count()} threads, {memory // 2**30} GiB{gpu}"
+    system = platform.platform(terse=True)
+    return f"{name}, {threads} of {os.cpu_count()} threads, {memory // 2**30} GiB{gpu}, {system}"

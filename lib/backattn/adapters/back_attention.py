@@ -134,7 +134,8 @@ def get_back_attention_model(
     model: any supported decoder with its language-model head (see `backattn.models.families`); the
     adapter is fp32 whatever that is. freeze_base: False trains the model's weights too. Draws
     weights from torch's generator. Raises UnsupportedModelError for another family, ValueError for
-    layers that the model does not have and for one that carries an adapter already.
+    layers that the model does not have, and for one that carries another adapter unless its weights
+    stay frozen.
 
     Example:
         >>> wrapped = get_back_attention_model(model, BackAttentionConfig(source_layer=1, dim=8))

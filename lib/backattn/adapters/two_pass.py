@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,17 @@ from backattn.models.devices import runs_on
 from backattn.models.hooks import exclusive
 from backattn.models.next_token import cache_prefix
 
-_wrapped: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+@dataclass
+class _Base:
+    """A model that carries adapters. requires_grad: of its weights, before the first of them."""
+
+    requires_grad: dict[str, bool]
+    carries: "weakref.WeakSet[TwoPassModel]" = field(default_factory=weakref.WeakSet)
+    applied: "TwoPassModel | None" = None
+
+
+_bases: "weakref.WeakKeyDictionary[nn.Module, _Base]" = weakref.WeakKeyDictionary()
 # What `with` blocks of this thread ask of a model: id of the model -> options of `Call`.
 _requests: ContextVar[dict[int, dict]] = ContextVar("requests")
 # Of the base model's methods those that would leave the adapter out.
@@ -42,15 +53,20 @@ class TwoPassModel(nn.Module):
     updates: source layer -> `Update`. memory: the layers whose states it remembers. Where one lies
     above a source layer, the layers from the lowest source layer on run twice. The base model's
     weights are frozen unless freeze_base=False; it is the plain model, except while this one runs,
-    in its thread. Threads that call wait for each other. Padding may stand on either side; GPT-2
+    in its thread. It may carry several adapters, of which one runs at a time, if it stays frozen.
+    Threads that call wait for each other. Padding may stand on either side; GPT-2
     with padding on the left needs position_ids, as it does without an adapter.
     """
 
     def __init__(self, model, updates: dict[int, Update], memory: Sequence[int], freeze_base=True):
         super().__init__()
         arch = describe(model)
-        if model in _wrapped:
-            raise ValueError("This model carries an adapter already: call its unload() first.")
+        others = _bases[model].carries if model in _bases else ()
+        if others and not (freeze_base and all(other.frozen for other in others)):
+            raise ValueError(
+                "This model carries an adapter already, and its own weights are trained: call "
+                "unload() first, or freeze the base for all."
+            )
         self.base_model, self.training = model, model.training
         self.layers, self.memory_layers = len(arch.blocks), tuple(memory)
         self.sources = tuple(sorted(updates))
@@ -60,18 +76,23 @@ class TwoPassModel(nn.Module):
         self.updates = nn.ModuleDict({str(layer): updates[layer] for layer in self.sources})
         for layer, update in updates.items():
             update.to(runs_on(arch.blocks[layer].module), torch.float32)
-        self._required_gradient = {name: p.requires_grad for name, p in model.named_parameters()}
+        now = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._required_gradient = _bases[model].requires_grad if model in _bases else now
         model.requires_grad_(not freeze_base)
         self.enabled = True
         self.one_pass = False  # see `BackAttentionModel`
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_frozen_may_lack)
-        _wrapped.add(model)
+        self._carried()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if self._required_gradient is not None:
-            _wrapped.add(self.base_model)
+            self._carried()
+
+    def _carried(self) -> None:
+        base = _bases.setdefault(self.base_model, _Base(self._required_gradient))
+        base.carries.add(self)
 
     @property
     def _arch(self) -> Arch:
@@ -144,12 +165,20 @@ class TwoPassModel(nn.Module):
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """`base_model` itself is the adapted model while the block runs, for what needs its class,
-        in this thread; others that call wait."""
+        in this thread; others that call wait. Raises ValueError within another adapter's block."""
         if self.request.get("applied") == threading.get_ident():
             yield
             return
-        with exclusive(self), self._asked(applied=threading.get_ident()), attached(self):
-            yield
+        with exclusive(self), self._asked(applied=threading.get_ident()):
+            base = _bases[self.base_model]
+            if base.applied is not None:
+                raise ValueError("Another adapter of this model is applied: leave its block first.")
+            base.applied = self
+            try:
+                with attached(self):
+                    yield
+            finally:
+                base.applied = None
 
     def edited(
         self, cells: Tensor | None = None, memory: Tensor | None = None
@@ -216,11 +245,15 @@ class TwoPassModel(nn.Module):
         print(f"trainable params: {some:,} || all params: {total:,} || {share}")
 
     def unload(self) -> nn.Module:
-        """Take the adapter off; returns the base model as it was, requires_grad included."""
-        for name, p in self.base_model.named_parameters() if self._required_gradient else ():
-            p.requires_grad_(self._required_gradient[name])
-        self._required_gradient = None
-        _wrapped.discard(self.base_model)
+        """Take the adapter off; returns the base model, with the last one as it was, requires_grad
+        included."""
+        before, self._required_gradient = self._required_gradient, None
+        if before is not None:
+            _bases[self.base_model].carries.discard(self)
+            if not _bases[self.base_model].carries:
+                del _bases[self.base_model]
+                for name, p in self.base_model.named_parameters():
+                    p.requires_grad_(before[name])
         return self.base_model
 
     def extra_repr(self) -> str:

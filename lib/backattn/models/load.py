@@ -19,6 +19,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    device_map: str | None = None,
 ):
     """Load a decoder and its tokenizer, ready for analysis (eval mode).
 
@@ -32,17 +33,20 @@ def load_model(
             and the disk, and so does any other where a hub id or a folder does not fit (which is
             said). Back attention works on such a model (its training needs room for the layers
             above the source layer), logit flow does not.
+        device_map: "auto", transformers' word for device="auto".
 
     Returns (model, tokenizer); the tokenizer always has a pad token. Raises UnsupportedModelError
     for a family without a row in `FAMILIES`, ModelLoadError where a model cannot be fetched,
-    verified or read, ValueError for an unknown "tiny-…" name.
+    verified or read, ValueError for an unknown "tiny-…" name or another device_map.
 
     Example:
         >>> model, tokenizer = load_model("tiny-llama")
         >>> model.config.num_hidden_layers, model.dtype
         (4, torch.float32)
     """
-    name, dtype = str(name), runtime.dtype(dtype)
+    if device_map not in (None, "auto"):
+        raise ValueError(f'device_map is {device_map!r}: give "auto", or one device as `device`.')
+    name, dtype, device = str(name), runtime.dtype(dtype), device_map or device
     if name.startswith("tiny-"):
         model, tokenizer = tiny_model(name)
         model = model.to(dtype)

@@ -1,5 +1,6 @@
 """Questions as token ids, and batches of them."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -51,13 +52,17 @@ class Questions(Batch):
 
 def numbers(tokenizer, frame: pd.DataFrame, end: str = ".") -> Items:
     """Questions (columns prompt, answer) answered by a number, all of whose tokens must be right,
-    and after which `end` is learnt. Raises ValueError for an empty frame.
+    and after which `end` is learnt. Raises ValueError for an empty frame, and for another answer.
 
     Example:
         >>> items = numbers(tokenizer, pd.DataFrame({"prompt": ["two is"], "answer": [" 12"]}))
         >>> tokenizer.decode(items.answers[0])
         ' 12.'
     """
+    if other := [text for text in frame["answer"] if not re.fullmatch(r"\s*[-+]?\d+", text)]:
+        raise ValueError(
+            f"The answer {other[0]!r} is no whole number: judge it by its first token."
+        )
     prompts, answers = _tokens(tokenizer, frame, end)
     vocabulary = tokenizer.get_vocab().items()
     digits = frozenset(i for word, i in vocabulary if word[:1] in [*"0123456789"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from companion.runs.run import UNTRAINED, Run
 from companion.runs.store import Store
 
 COLUMNS = ("prompt", "answer", "group")
+KNOWN = (*COLUMNS, "kind")
+MOST_TRIED = 7  # learning rates of an arm
 LEAST_NAMES = 20  # with fewer, samples of names give intervals that are too narrow
 WHOLE, DECIMAL = r"-?\d+", r"-?\d*\.\d+"
 
@@ -65,15 +68,17 @@ def compare(
         questions: a frame, or a CSV in UTF-8, with the columns prompt, answer and, if you like,
             group (what must not be in training and in the test, as a bridge entity; several with
             "|" between; else every prompt by itself) and kind (memories are exchanged within it).
+            Other columns are not read, which a warning says.
             Answers that are all whole numbers are judged as written, others by their first token.
         arms: of `backattn.adapters.arms.ARMS`; those that train nothing are always there.
         memory: ask the test again with another question's memory, where back attention is an arm.
         device: to train and test on.
         sizes: fields of `Run` (model, source_layer, dim, steps, batch_size, …).
 
-    Each arm's learning rate is searched on validation questions at half of the steps, with three or
-    four rates. Finished runs are kept in the store and not trained again. Raises ValueError for
-    unknown arms, missing columns, answers that cannot be told apart, and too few groups.
+    Each arm's learning rate is searched on validation questions at half of the steps: three rates,
+    and further ones while the best is at an end, up to seven. Finished runs are kept in the store
+    and not trained again. Raises ValueError for unknown arms and sizes, missing or misspelt
+    columns, answers that cannot be told apart, and too few groups.
 
     Example:
         >>> compare("my.csv", model="smollm2", steps=100).differences  # doctest: +SKIP
@@ -84,12 +89,16 @@ def compare(
     if unknown or not arms:
         problem = f"There is no arm {unknown[0]!r}" if unknown else "No arm is given"
         raise ValueError(f"{problem}; choose of {', '.join(TRIED)}.")
+    if other := sorted(set(sizes) - {field.name for field in dataclasses.fields(Run)}):
+        fields = ", ".join(field.name for field in dataclasses.fields(Run))
+        raise ValueError(f"There is no setting {other[0]!r}; choose of {fields}.")
     store, memory = Store() if store is None else store, memory and "back attention" in arms
     every = dict.fromkeys(("train_items", "validation_items", "test_items"))  # None: all there are
     sizes = {"model": "smollm2", **every, **sizes}
     frame, judge, dropped = prepared(questions, load_model(sizes["model"])[1], memory)
     name = _register(frame, judge, memory)
     plan = adapter_runs(names=[name], arms=list(arms), **sizes)
+    plan = [dataclasses.replace(one, most=MOST_TRIED) for one in plan]
     runs = complete(plan, store, device=device)
     answered = pd.concat([_with_seen(run, answers([run], store)) for run in runs])
     exchanged = pd.DataFrame()
@@ -109,15 +118,20 @@ def prepared(
     questions: pd.DataFrame | str | Path, tokenizer, memory: bool = True
 ) -> tuple[pd.DataFrame, str, pd.DataFrame]:
     """Questions as datasets are here, how they are judged ("number" or "first token"), and what was
-    dropped: why, questions. memory: leave out questions to which no other's memory can be given, as
-    their exchange would show no flow, whatever there is. Raises what `compare` says."""
+    dropped or is not tested: why, questions. memory: leave out questions to which no other's memory
+    can be given, as their exchange would show no flow. Raises what `compare` says."""
     if not isinstance(questions, pd.DataFrame):
         questions = read_table(Path(questions), COLUMNS[:2], strip=True)
     if missing := [name for name in COLUMNS[:2] if name not in questions]:
         raise ValueError(f"The questions lack column {missing[0]!r}: give prompt and answer.")
+    for name in (name for name in questions if name not in KNOWN):
+        meant = [known for known in KNOWN if str(name).strip().lower().rstrip("s") == known]
+        if meant and meant[0] not in questions:
+            raise ValueError(f"There is a column {name!r} and no {meant[0]!r}: rename it.")
+        warnings.warn(f"Column {name!r} is not read; known are {', '.join(KNOWN)}.", stacklevel=3)
     if pd.api.types.is_float_dtype(questions["answer"]):
         raise ValueError("Answers are floats: give them as text, so that 1.50 stays 1.50.")
-    given = [name for name in (*COLUMNS, "kind") if name in questions]
+    given = [name for name in KNOWN if name in questions]
     frame = questions[given].astype("string").apply(lambda column: column.str.strip())
     own = frame["prompt"].str.replace("|", " ")  # a prompt is a group of its own
     frame["group"] = frame["group"].map(_names).fillna(own) if "group" in given else own
@@ -154,9 +168,11 @@ def prepared(
     frame = frame.reset_index(drop=True)
     names = {name for label in frame["group"] for name in label.split("|")}
     if len(names) < LEAST_NAMES:
+        out = "; ".join(f"{why}: {count}" for why, count in dropped.items() if count)
         raise ValueError(
             f"{len(frame)} questions of {len(names)} names in their groups are too few: their "
-            f"intervals would be too narrow. Give more groups, {LEAST_NAMES} names at least."
+            f"intervals would be too narrow. Give more groups, {LEAST_NAMES} names at least. "
+            f"Of {len(questions)} questions were left out: {out or 'none'}."
         )
     for fold in range(FOLDS):
         counts = split(frame, fold)["split"].value_counts()
@@ -168,6 +184,8 @@ def prepared(
             )
     apart = sum(len(frame) - len(split(frame, fold)) for fold in range(FOLDS))
     dropped["names in several splits, all folds"] = apart
+    kept = split(frame, 0)["split"]
+    dropped["for validation, never tested"] = int((kept == "validation").sum())
     table = pd.DataFrame(dropped.items(), columns=["why", "questions"])
     return frame, judge, table
 
@@ -217,7 +235,7 @@ def _rates(plan: Sequence[Planned], runs: Sequence[Run], store: Store) -> pd.Dat
     rows = {}
     for one, run in zip(plan, runs, strict=True):
         for trial in one.trials:
-            tried = sorted(x.learning_rate for x in rates_tried(trial, store))
+            tried = sorted(x.learning_rate for x in rates_tried(trial, store, one.most))
             edge = run.learning_rate in (tried[0], tried[-1])
             rows[run.arm] = {"learning_rate": run.learning_rate, "tried": tried, "at_edge": edge}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm").reset_index()

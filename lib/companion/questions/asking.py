@@ -19,8 +19,8 @@ ID_COLUMNS = tuple(f"{entity}_ids" for entity in ENTITIES)  # columns made by `c
 def ask(
     model,
     tokenizer,
-    prompts: pd.Series,
-    keys: pd.Series,
+    prompts: Sequence[str],
+    keys: Sequence[str],
     wanted: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, list[dict[int, float]]]:
@@ -33,6 +33,9 @@ def ask(
         raise ValueError(
             "There is nothing to ask: the set is empty. Ask more facts, or a model that knows more."
         )
+    prompts, keys = (pd.Series(list(x), dtype=object) for x in (prompts, keys))
+    if len(prompts) != len(keys):
+        raise ValueError(f"There are {len(prompts)} prompts and {len(keys)} keys: give one each.")
     if keys.isna().any():
         raise ValueError("A prompt has no key: name what its worked examples are of.")
     said, logs = np.empty(len(prompts), dtype=int), [{} for _ in range(len(prompts))]

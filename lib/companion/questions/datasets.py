@@ -38,12 +38,15 @@ class Dataset:
     name: str
     load: Callable[[], pd.DataFrame]
     judge: str = "number"  # as written; or "first token", of any of e3's names if it has such
-    tuned_on: str = "1DC"  # whose validation questions choose learning rates of adapters
+    tuned_on: str = ""  # whose validation questions choose learning rates of adapters; "": its own
     longer: int = 1  # so many times the steps of the others (digits are learnt slowly)
     published: Published | None = None  # where it is not part of this repository
     words: tuple[str, ...] | None = None  # of models from scratch; None: digits and signs
     columns: tuple[str, ...] = ("prompt", "answer", "group", "tested")  # that enter `Run.key`
     exchanged: str | None = None  # the same questions with other memories, for the test
+
+    def __post_init__(self):
+        object.__setattr__(self, "tuned_on", self.tuned_on or self.name)
 
 
 def _questions(rows: Sequence[tuple[str, object, str]]) -> pd.DataFrame:
@@ -239,6 +242,7 @@ class _Named(dict):
         raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(self)}.")
 
 
+_number = partial(Dataset, tuned_on="1DC")
 _first = partial(Dataset, judge="first token")
 _two_hop = partial(_first, columns=(*Dataset.columns, "e3_aliases"))
 AGAIN = ("in context, again", "1DC, again")
@@ -264,26 +268,26 @@ _CHAINED = (*Dataset.columns, "e3_aliases", "split")
 _APART = (*Dataset.columns, "e3_aliases", "answers_apart")
 _own_split = (*Dataset.columns, "split")
 _RECORDS = (
-    Dataset("2-digit", two_digit, longer=3),
-    Dataset("1DC", one_digit_composite, longer=3),
-    _two_hop("two-hop", two_hop, tuned_on="two-hop"),
+    _number("2-digit", two_digit, longer=3),
+    _number("1DC", one_digit_composite, longer=3),
+    _two_hop("two-hop", two_hop),
     # SmolLM2 answers one of their hops wrongly; at most 100 of each pair of relations.
     _two_hop("two-hop, unknown", partial(two_hop, "two_hop_unknown.csv")),
     # The facts of "two-hop", asked in other ways.
-    _two_hop("question", _question, tuned_on="question"),
-    _two_hop("code", _code, tuned_on="code"),
-    _two_hop("in context", in_context, tuned_on="in context"),
+    _two_hop("question", _question),
+    _two_hop("code", _code),
+    _two_hop("in context", in_context),
     # Trained again, to be asked with another's memory: see E4.
     _two_hop(
         AGAIN[0], in_context, tuned_on="in context", exchanged=f"{AGAIN[0]}, another's memory"
     ),
-    Dataset(AGAIN[1], one_digit_composite, longer=3, exchanged=f"{AGAIN[1]}, another's memory"),
+    _number(AGAIN[1], one_digit_composite, longer=3, exchanged=f"{AGAIN[1]}, another's memory"),
     _told(
         f"{AGAIN[0]}, another's memory",
         partial(with_anothers_memory, in_context, ["r1", "r2", "fold"]),
         tuned_on="in context",
     ),
-    Dataset(
+    _number(
         f"{AGAIN[1]}, another's memory",
         partial(with_anothers_memory, one_digit_composite, ["length"], answers=True),
         columns=(*Dataset.columns, "memory"),
@@ -292,7 +296,6 @@ _RECORDS = (
     _first(
         ONE_HOP,
         one_hop_taught,
-        tuned_on=ONE_HOP,
         columns=(*Dataset.columns, "e3_aliases", "taught"),
     ),
     # Many first relations, no answer shared: the rates are those of "two-hop", see E8.
@@ -304,23 +307,22 @@ _RECORDS = (
         columns=(*_APART, "memory"),
     ),
     # What back attention reads holds e2, or another's.
-    _told(PLANTED[0], partial(planted, False), tuned_on=PLANTED[0], exchanged=PLANTED[1]),
-    _told(PLANTED[1], partial(planted, True), tuned_on=PLANTED[1]),
+    _told(PLANTED[0], partial(planted, False), exchanged=PLANTED[1]),
+    _told(PLANTED[1], partial(planted, True)),
     # Both hops invented and told: flow is needed, knowledge is not.
-    _first("chains", chains, tuned_on="chains", columns=_CHAINED, exchanged=CHAINS_EXCHANGED),
+    _first("chains", chains, columns=_CHAINED, exchanged=CHAINS_EXCHANGED),
     _first(
         CHAINS_EXCHANGED,
         partial(with_anothers_memory, chains, ["split", "kind"]),
-        tuned_on=CHAINS_EXCHANGED,
         columns=(*_CHAINED, "memory"),
     ),
     # Of invented words.
-    _first("compositions", compositions, tuned_on="compositions", words=WORDS, columns=_own_split),
-    _first("premise", premise.premise, tuned_on="premise", words=premise.WORDS, columns=_own_split),
-    Dataset("legs, one kind", partial(legs, 1)),
-    Dataset("legs, two kinds", partial(legs, 2)),
-    Dataset("SVAMP", partial(word_problems, "SVAMP", svamp), published=_SVAMP),
-    Dataset("MultiArith", partial(word_problems, "MultiArith", multiarith), published=_MULTIARITH),
+    _first("compositions", compositions, words=WORDS, columns=_own_split),
+    _first("premise", premise.premise, words=premise.WORDS, columns=_own_split),
+    _number("legs, one kind", partial(legs, 1)),
+    _number("legs, two kinds", partial(legs, 2)),
+    _number("SVAMP", partial(word_problems, "SVAMP", svamp), published=_SVAMP),
+    _number("MultiArith", partial(word_problems, "MultiArith", multiarith), published=_MULTIARITH),
 )
 DATASETS: dict[str, Dataset] = _Named((record.name, record) for record in _RECORDS)
 OTHER_PROMPTS = ("question", "code", "in context")

@@ -70,14 +70,14 @@ def published(file: Published) -> Path:
     return path
 
 
-def read_table(path: Path, columns: Sequence[str], strip: bool = False) -> pd.DataFrame:
+def read_table(path: str | Path, columns: Sequence[str], strip: bool = False) -> pd.DataFrame:
     """Read a CSV as it stands: every cell is text. It must have `columns`, once each, and in them
     no cell that is empty or has spaces around (which strip=True takes off). Raises ValueError
     naming the file and column or row, FileNotFoundError with the path."""
+    path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; it comes with the repository (git checkout -- data)."
-        )
+        ours = "; it comes with the repository (git checkout -- data)"
+        raise FileNotFoundError(f"{path} is missing{ours if DATA in path.parents else ''}.")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -92,7 +92,9 @@ def read_table(path: Path, columns: Sequence[str], strip: bool = False) -> pd.Da
     missing = [name for name in columns if name not in header]
     if repeated or missing:
         problem = f"repeats column {repeated[0]!r}" if repeated else f"lacks column {missing[0]!r}"
-        raise ValueError(f"{path.name} {problem}; it has {', '.join(header)}.")
+        has = ", ".join(header) or "nothing"
+        commas = " Put commas between cells." if len(header) == 1 and ";" in has else ""
+        raise ValueError(f"{path.name} {problem}; it has {has}.{commas}")
     for row, cells in lines[1:]:
         if len(cells) != len(header):
             raise ValueError(
@@ -108,15 +110,18 @@ def read_table(path: Path, columns: Sequence[str], strip: bool = False) -> pd.Da
     return pd.DataFrame([cells for _, cells in lines[1:]], columns=header)
 
 
-def facts(path: Path = DATA / "facts.csv") -> pd.DataFrame:
+def facts(path: str | Path = DATA / "facts.csv") -> pd.DataFrame:
     """The single-hop facts: relation, subject, answer, geoname_id, population; see `read_table`."""
     return read_table(path, ["relation", "subject", "answer"])
 
 
-def two_hop_facts(path: Path = DATA / "two_hop.csv") -> pd.DataFrame:
-    """The two-hop facts: pair, e1, r1, e2, r2, e3, shortcut, type1–3, e2_aliases, e3_aliases ("|"
-    between), split; see `read_table`."""
-    return read_table(path, ["pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3", "split"])
+def two_hop_facts(path: str | Path = DATA / "two_hop.csv") -> pd.DataFrame:
+    """The two-hop facts: pair, e1, r1, e2, r2, e3, type2, type3, shortcut, e2_aliases, e3_aliases
+    ("|" between), the last three empty in a file that lacks them, and whatever else it has (ours
+    type1 and split); see `read_table`."""
+    frame = read_table(path, ["pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3"])
+    empty = {name: "" for name in ("shortcut", "e2_aliases", "e3_aliases") if name not in frame}
+    return frame.assign(**empty)
 
 
 def published_two_hop() -> pd.DataFrame:

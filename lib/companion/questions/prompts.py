@@ -141,7 +141,8 @@ def two_hop_prompts(
     Two worked examples, drawn by `seed`, stand in front, the same for all facts with the same two
     relations: two first hops before the first hop; two second hops before the second hop and the
     shortcut; before the two-hop question one of each ("one-hop"), two such questions ("two-hop") or
-    "none". Facts one of whose names or aliases stands in them are not asked. per_pair: at most.
+    "none". Facts one of whose names or aliases stands in them are not asked, nor those whose pair
+    of relations has no two to show (`left_out` counts both). per_pair: at most.
     """
     for what, name, names in (("template", template, TEMPLATES), ("examples", examples, EXAMPLES)):
         if name not in names:
@@ -188,22 +189,35 @@ def two_hop_prompts(
     return (written.groupby("pair").head(per_pair) if per_pair else written).reset_index(drop=True)
 
 
+def left_out(asked: pd.DataFrame, frame: pd.DataFrame) -> dict[str, int]:
+    """Why facts of `frame` are not among those that `two_hop_prompts` made of it (without
+    `per_pair`), with counts."""
+    kinds = ["pair", "r1", "r2"]
+    given = frame.groupby(kinds).size()
+    shown = given.index.isin(pd.MultiIndex.from_frame(asked[kinds]))
+    few = int(given[~shown].sum())
+    return {"no two facts to show": few, "named in an example": len(frame) - len(asked) - few}
+
+
 def two_hop_spans(
     prompt: str, e1: str, r1: str, r2: str, start: int = 0
 ) -> dict[str, tuple[int, int]]:
     """e1_span, r1_span, r2_span: (begin, end) in a two-hop question, from character `start` on, or
     ValueError. A relation stands after e1 if the wording puts it there, else before it; r1 is the
-    nearer one."""
-    entity = span(prompt, e1, start)
+    nearer one. Of a phrase around its slot ("the country that {} lives in") it is what stands
+    behind the slot, where e1 can be read."""
+    named = e1 if e1 in prompt[start:] else e1[:1].upper() + e1[1:]  # it may begin the sentence
+    entity = span(prompt, named, start)
     spans = {"e1_span": entity}
     for name, relation, nearness in (("r1_span", r1, 0), ("r2_span", r2, -1)):
-        words = relation.replace("{}", "").strip()
+        head, _, tail = (words.strip() for words in relation.partition("{}"))
+        words = tail or head
         # Case does not count: the words may begin the sentence.
         places = [m.span() for m in re.finditer(re.escape(words), prompt, re.IGNORECASE)]
         after = [place for place in places if place[0] >= entity[1]]
         before = [place for place in places if start <= place[0] and place[1] <= entity[0]]
-        nearest_first = after or before[::-1]
-        if not nearest_first:
+        nearest_first = after or (before[::-1] if not tail else [])
+        if not words or not nearest_first:
             raise ValueError(f"{words!r} does not occur in the prompt {prompt!r}.")
         spans[name] = nearest_first[nearness]
     return spans

@@ -287,18 +287,18 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.html:
         print(f"Open {site.build(paths.BUILD / 'html')}")
         return 0
+    again = "What is finished is kept; run the same command again to go on."
     try:
-        if arguments.fork is not None:
-            changed = fork(arguments.fork)
-            print(f"{len(changed)} files now say {arguments.fork}. Look at git diff, and commit.")
-            return 0
-        if arguments.data is not None:
-            return own_data(arguments)
-        chosen = prepare(arguments)
-    except (ValueError, RuntimeError, AssertionError) as error:  # torch's, for a device
-        p.error(str(error).splitlines()[0])
-    again = "Finished notebooks are kept; run the same command again to go on."
-    try:
+        try:
+            if arguments.fork is not None:
+                changed = fork(arguments.fork)
+                print(f"{len(changed)} files now say {arguments.fork}. Look at git diff, commit.")
+                return 0
+            if arguments.data is not None:
+                return own_data(arguments)
+            chosen = prepare(arguments)
+        except (ValueError, RuntimeError, AssertionError) as error:  # torch's, for a device
+            p.error(str(error).splitlines()[0])
         return run(arguments, chosen)
     except KeyboardInterrupt:
         print(f"\nStopped. {again}")

@@ -39,8 +39,8 @@ def took(profile: str) -> dict[str, dict]:
 
 
 def figure_index() -> str:
-    """figures/README.md: its head as it is, then committed notebook -> claims and data -> figure ->
-    first sentence of its "**Finding.**"."""
+    """figures/README.md: its head as it is, then committed notebook -> claims, data, command and
+    what it takes -> figure -> first sentence of its "**Finding.**"."""
     index = paths.FIGURES / "README.md"
     head = index.read_text(encoding="utf-8").partition("## [")[0] if index.exists() else ""
     claims = paths.FIGURES / "tables" / "claims.csv"
@@ -51,13 +51,26 @@ def figure_index() -> str:
         claims = [row.id for row in ledger.itertuples() if path.stem in row.notebook.split(", ")]
         named, data = ", ".join(dict.fromkeys(claims)) or "none", reads[1] if reads else "nothing"
         lines.append(f"## [{path.stem}](../notebooks/{path.name})\n")
-        lines.append(f"Claims: {named}. Reads: {data}.\n")
-        for name, sentence in _figures(cells):
+        found = list(_figures(cells))
+        run = _costs(path, [name for name, _ in found])
+        lines.append(f"Claims: {named}. Reads: {data}. Run: {run}.\n")
+        for name, sentence in found:
             whose = ", ".join(dict.fromkeys(ledger.loc[ledger["figure"] == name, "id"]))
             files = ", ".join(f"[{kind}]({name}.{kind})" for kind in ("png", "pdf", "csv"))
             lines.append(f"- **{name}** ({files}){f', {whose}' if whose else ''}: {sentence}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _costs(notebook: Path, figures: list[str]) -> str:
+    """The command that makes a notebook's figures and tables, and what it takes."""
+    number, stem = notebook.stem.split("_")[0], notebook.stem
+    only, run = stem if number == "demo" else number, took("paper").get(stem)
+    made = {path for name in [*figures, stem] for path in paths.FIGURES.glob(f"{name}.*")}
+    made |= {*(paths.FIGURES / "tables").glob(f"{number}_*")}
+    space = f"{sum(path.stat().st_size for path in made) / 1e6:.1f} MB of disk"
+    costs = "{seconds:.0f} s, {peak_megabytes} MB of memory".format(**run) if run else "not timed"
+    return f"`./run_all.sh --only {only}`, {costs}, {space}"
 
 
 def _figures(cells: list) -> Iterator[tuple[str, str]]:

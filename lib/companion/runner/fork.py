@@ -12,6 +12,7 @@ FILES = ("pyproject.toml", "CITATION.cff", "codemeta.json", "codecheck.yml", "do
 FILES += ("notebooks/*.ipynb",)
 TAG = r"(?P<tag>[^\s/?\"\\]+)"
 TAGGED = ("{slug}/blob/" + TAG + "/", "/gh/{slug}/" + TAG + r"\?", f"--depth=1 -b {TAG} ")
+TAGGED += (r"git\+https://github.com/{slug}@" + TAG,)
 
 
 def fork(home: str, root: Path = paths.ROOT) -> list[Path]:

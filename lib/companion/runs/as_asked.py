@@ -46,6 +46,11 @@ def questions(run: Run, tokenizer, split: str) -> Items:
     if by_first_token and "e3" in frame:
         frame = candidates(tokenizer, frame)
     part = asked(run, split, frame)
+    if DATASETS[run.dataset].words is None and not part["answer"].str.startswith(" ").all():
+        raise ValueError(
+            f"An answer of {run.dataset!r} does not begin with a space: another token would be "
+            "learnt than follows the prompt."
+        )
     if run.arm == "few-shot":
         shown = draw(frame, "train", SHOTS, seed=run.seed)
         part["prompt"] = "".join(shown["prompt"] + shown["answer"] + ". ") + part["prompt"]

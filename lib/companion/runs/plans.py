@@ -38,10 +38,11 @@ OF_TRAINED = {
 @dataclass(frozen=True)
 class Planned:
     """A run that is wanted, and the runs that are tried with several learning rates to find its
-    own: one, or one for each weight decay; none where nothing is trained."""
+    own: one, or one for each weight decay; none where nothing is trained. most: rates at most."""
 
     run: Run
     trials: tuple[Run, ...] = ()
+    most: int = MOST_RATES
 
 
 def scratch_runs(
@@ -172,15 +173,15 @@ def complete(
 
 def tried(plan: Sequence[Planned], store: Store) -> list[Run]:
     """The runs that find the learning rates of a plan, as far as is known by now."""
-    trials = dict.fromkeys(trial for one in plan for trial in one.trials)
-    return [run for trial in trials for run in rates_tried(trial, store)]
+    trials = dict.fromkeys((trial, one.most) for one in plan for trial in one.trials)
+    return [run for trial, most in trials for run in rates_tried(trial, store, most)]
 
 
-def rates_tried(trial: Run, store: Store) -> list[Run]:
+def rates_tried(trial: Run, store: Store, most: int = MOST_RATES) -> list[Run]:
     """A run with the three rates of its arm; while the best of them is the lowest or the highest,
-    with one more beyond, up to MOST_RATES in all."""
+    with one more beyond, up to `most` in all."""
     runs = [replace(trial, learning_rate=rate) for rate in arm_of(trial).rates]
-    while len(runs) < MOST_RATES and all(store.result(run) is not None for run in runs):
+    while len(runs) < most and all(store.result(run) is not None for run in runs):
         best, rates = best_of(runs, store).learning_rate, sorted(run.learning_rate for run in runs)
         if rates[0] < best < rates[-1]:
             break
@@ -205,8 +206,8 @@ def best_of(runs: Sequence[Run], store: Store) -> Run:
 def found(plan: Sequence[Planned], store: Store) -> list[Run]:
     """The runs of a plan with the learning rates that are found; 0 where trials are unfinished."""
     settings = {}
-    for trials in {one.trials for one in plan}:
-        runs = [run for trial in trials for run in rates_tried(trial, store)]
+    for trials, most in {(one.trials, one.most) for one in plan}:
+        runs = [run for trial in trials for run in rates_tried(trial, store, most)]
         if runs and all(store.result(run) is not None for run in runs):
             best = best_of(runs, store)
             settings[trials] = {n: getattr(best, n) for n in ("learning_rate", "weight_decay")}

@@ -180,7 +180,7 @@ def sample_means(frame: pd.DataFrame, value: str, by: list[str]) -> tuple[pd.Dat
 
 
 def repaired_differences(made: pd.DataFrame) -> pd.DataFrame:
-    """How much larger a share of the failures that say e2 back attention mends than of the others,
+    """How much larger a share of the failures that say e2 back attention repairs than of others,
     within pairs of relations that have both, weighted by the former, and than other arms of the
     same: more ("than other failures", "than <arm>"), difference, low, high, n (e2 failures).
 

@@ -331,8 +331,9 @@ def test_state_dicts_are_checked_and_nested():
     with pytest.raises(RuntimeError, match=r"head\.weight"):
         nested.load_state_dict(state)
     assert torch.equal(logits(AveragedModel(wrapped)), logits(wrapped))
+    copied = copy.deepcopy(wrapped)
     with pytest.raises(ValueError, match="carries an adapter already"):
-        get_back_attention_model(copy.deepcopy(wrapped).base_model, CONFIG)
+        get_back_attention_model(copied.base_model, CONFIG, freeze_base=False)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

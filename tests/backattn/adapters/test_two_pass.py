@@ -527,3 +527,38 @@ def test_layers_with_a_forward_of_their_own_keep_it(wrapped, batch):
     given = vars(layer)["forward"]
     logits(wrapped, batch)
     assert len(calls) == 2 and vars(layer)["forward"] is given
+
+
+def test_a_model_carries_several_adapters():
+    """Each answers as it does alone, one at a time, and the last one gives the model back."""
+    model, _ = load_model("tiny-llama")
+    model.lm_head.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    ids, configs = torch.tensor([[5, 9, 30, 41]]), [BackAttentionConfig(k, dim=8) for k in (1, 2)]
+
+    def adapted(config, base):
+        wrapped = get_back_attention_model(base, config)
+        torch.manual_seed(config.source_layer)
+        for p in wrapped.updates.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        return wrapped
+
+    with torch.no_grad():
+        plain = model(ids).logits
+        alone = [adapted(config, load_model("tiny-llama")[0])(ids).logits for config in configs]
+        one, two = (adapted(config, model) for config in configs)
+        for wrapped, logits in zip((one, two, one), (*alone, alone[0]), strict=True):
+            assert torch.equal(wrapped(ids).logits, logits)
+        with one.applied(), pytest.raises(ValueError, match="Another adapter"):
+            two(ids)
+        assert torch.equal(model(ids).logits, plain)
+        with pytest.raises(ValueError, match="carries an adapter already"):
+            get_back_attention_model(model, configs[0], freeze_base=False)
+        one.unload()
+        assert torch.equal(two(ids).logits, alone[1]) and two.frozen
+    assert two.unload() is model
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    whole = get_back_attention_model(model, configs[0], freeze_base=False)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        get_back_attention_model(model, configs[1])
+    whole.unload()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from backattn.models.load import load_model
-from companion.measures.compare import _register, compare, prepared
+from companion.measures.compare import MOST_TRIED, _register, compare, prepared
 from companion.questions.datasets import DATASETS
 from companion.questions.splits import FOLDS, split
 from companion.runs.store import Store
@@ -39,6 +39,12 @@ def why(dropped: pd.DataFrame) -> dict[str, int]:
     return {w: n for w, n in dropped.itertuples(index=False) if n}
 
 
+def left_out(dropped: pd.DataFrame) -> dict[str, int]:
+    told = why(dropped)
+    assert told.pop("for validation, never tested") > 0
+    return told
+
+
 def test_one_call_gives_every_table(tmp_path, monkeypatch):
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
     store = Store(tmp_path / "runs", shipped=None)
@@ -51,7 +57,9 @@ def test_one_call_gives_every_table(tmp_path, monkeypatch):
     assert found.differences["other"].tolist() == ["same layer", "zero-shot", "few-shot"]
     assert found.memory["n"].item() == by.loc["back attention", "n"]
     assert set(found.rates["arm"]) == {"back attention", "same layer"}
-    assert found.dropped["questions"].sum() == 0
+    for rates in found.rates.itertuples():  # bracketed, or all that may be tried
+        assert not rates.at_edge or len(rates.tried) == MOST_TRIED
+    assert set(why(found.dropped)) == {"for validation, never tested"}
     finished = sorted(store.folder.rglob("result.json"))
     again = compare(frame(), ["back attention", "same layer"], store=store, **SMALL)
     assert again.accuracies.equals(found.accuracies)
@@ -66,7 +74,7 @@ def test_a_file_keeps_its_text_and_numbers_are_judged_as_written(tmp_path, token
     path = tmp_path / "my.csv"
     path.write_text("\n".join(["prompt,answer", *rows]) + "\n", encoding="utf-8")
     questions, judge, dropped = prepared(path, tokenizer, memory=False)
-    assert judge == "number" and not why(dropped)
+    assert judge == "number" and not left_out(dropped)
     assert questions["answer"].unique().tolist() == [" -50", " 150", " 7", " 007"]
     assert (questions["group"] == questions["prompt"]).all()
 
@@ -84,7 +92,7 @@ def test_what_is_dropped_is_said(tokenizer):
         columns=["prompt", "answer", "group"],
     )
     questions, judge, dropped = prepared(pd.concat([frame(), odd]), tokenizer)
-    told = why(dropped)
+    told = left_out(dropped)
     assert judge == "first token" and told["no prompt or no answer"] == 2
     assert (told["asked twice"], told["one prompt, several answers"]) == (1, 2)
     assert len(questions) == len(frame()) + len(odd) - sum(told.values())
@@ -99,6 +107,8 @@ def test_what_is_dropped_is_said(tokenizer):
         (frame().iloc[:0], "too few"),
         (frame(answer=1.5), "floats"),
         (frame(answer=["1.50", "2"] * 30), "Decimals cannot be judged"),
+        (frame().rename(columns={"group": "Groups"}), "no 'group': rename it"),
+        (frame(answer=["United States", "United Kingdom"] * 30), "one letter or a space: 60"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_any_work(questions, message, tmp_path):
@@ -106,6 +116,16 @@ def test_what_cannot_be_compared_is_refused_before_any_work(questions, message, 
     with pytest.raises(ValueError, match=message):
         compare(questions, store=store, **SMALL)
     assert not store.folder.exists()
+
+
+def test_a_column_that_is_not_read_is_named(tokenizer):
+    with pytest.warns(UserWarning, match="'note' is not read"):
+        prepared(frame(note="mine"), tokenizer)
+
+
+def test_a_setting_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match="no setting 'stepz'; choose of dataset"):
+        compare(frame(), store=Store(tmp_path, shipped=None), stepz=3)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +140,8 @@ def test_no_question_reads_its_own_memory_as_another_s(tokenizer):
     """Else an exchange would change nothing, and show no flow where there is some."""
     kinds = ["alike" if k % 4 == 0 else "others" for k in range(60)]  # all alike answer Paris
     questions, _, dropped = prepared(frame(kind=kinds), tokenizer)
-    assert why(dropped) == {"no other memory to read": 15} and set(questions["kind"]) == {"others"}
+    assert left_out(dropped) == {"no other memory to read": 15}
+    assert set(questions["kind"]) == {"others"}
     told = DATASETS[f"{_register(questions, 'first token', True)}, another's memory"].load()
     assert (told["memory"] != told["prompt"]).all()
     assert len(prepared(frame(kind=kinds), tokenizer, memory=False)[0]) == 60
@@ -130,7 +151,7 @@ def test_numbers_that_a_test_would_cut_are_left_out(tokenizer):
     long = frame(answer=["1234567", "-12345678"] * 30)
     questions, judge, dropped = prepared(long, tokenizer, memory=False)
     assert judge == "number" and set(questions["answer"]) == {" 1234567"}
-    assert why(dropped) == {"number of more than 7 characters": 30}
+    assert left_out(dropped) == {"number of more than 7 characters": 30}
 
 
 @pytest.mark.parametrize("between", ["|", " | ", "| ", " |"])
@@ -169,7 +190,7 @@ def test_an_answer_that_begins_with_a_bare_letter_is_left_out(tokenizer):
     assert tokenizer.tokenize(" yellow")[0] == "Ġ"
     words = ["Paris", "Rome", "Berlin", "yellow"] * 15
     questions, _, dropped = prepared(frame(answer=words), tokenizer, memory=False)
-    assert why(dropped) == {"answer begins with one letter or a space": 15}
+    assert left_out(dropped) == {"answer begins with one letter or a space": 15}
     assert " yellow" not in set(questions["answer"])
 
 

@@ -79,3 +79,11 @@ def test_a_prompt_without_a_key_is_refused(llama):
     prompts = pd.Series(["one", "two"])
     with pytest.raises(ValueError, match="has no key"):
         ask(*llama, prompts, pd.Series(["a", None]))
+
+
+def test_lists_are_asked_like_columns(llama):
+    prompts, keys = ["France's capital is", "Spain's capital is"], ["a", "a"]
+    said, _ = ask(*llama, prompts, keys)
+    assert (said == ask(*llama, pd.Series(prompts), pd.Series(keys))[0]).all()
+    with pytest.raises(ValueError, match="2 prompts and 1 keys"):
+        ask(*llama, prompts, keys[:1])

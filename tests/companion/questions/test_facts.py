@@ -183,3 +183,17 @@ def test_twohop_is_fetched_once_and_must_stay_the_same(tmp_path, monkeypatch, pu
     (tmp_path / "cache" / "datasets" / "twohop" / "two_hop.csv").write_text(PUBLISHED + "\n")
     with pytest.raises(ValueError, match="another sha256"):
         published_two_hop()
+
+
+def test_a_file_of_one_s_own_needs_no_split_and_no_aliases(tmp_path):
+    names = ["pair", "e1", "r1", "e2", "r2", "e3", "type2", "type3"]
+    two_hop_facts()[names].head(9).to_csv(tmp_path / "mine.csv", index=False)
+    mine = two_hop_facts(str(tmp_path / "mine.csv"))
+    assert len(mine) == 9 and mine[["shortcut", "e2_aliases", "e3_aliases"]].eq("").all(axis=None)
+    with pytest.raises(FileNotFoundError, match=r"other\.csv is missing\.$"):
+        facts(tmp_path / "other.csv")
+    with pytest.raises(FileNotFoundError, match="comes with the repository"):
+        facts(paths.DATA / "other.csv")
+    (tmp_path / "semicolons.csv").write_text("relation;subject;answer\nr;s;a\n")
+    with pytest.raises(ValueError, match="Put commas between cells"):
+        facts(tmp_path / "semicolons.csv")

@@ -14,10 +14,12 @@ from companion.questions.prompts import (
     TEMPLATES,
     label_tokens,
     last_token_positions,
+    left_out,
     position_groups,
     single_hop,
     span,
     two_hop_prompts,
+    two_hop_spans,
 )
 
 FACTS = pd.DataFrame(
@@ -112,12 +114,51 @@ def test_the_head_of_a_pair_keeps_the_files_order_and_equal_words_are_told_apart
 
 
 def test_bad_requests_for_prompts_are_named():
-    phone = FACTS.replace({"e1": {"Nice": "iPhone"}})  # the sentence begins with a capital
     for frame, options, message in (
         (FACTS, {"template": "haiku"}, "Unknown template 'haiku'"),
         (FACTS, {"examples": "many"}, "Unknown examples 'many'"),
         (FACTS.head(1), {}, "give more facts"),
-        (phone, {"examples": "none"}, r"Fact 5 \(.*iPhone\): 'iPhone' does not occur"),
     ):
         with pytest.raises(ValueError, match=message):
             two_hop_prompts(frame, **options)
+
+
+def test_a_name_in_small_letters_is_found_at_the_sentence_s_beginning():
+    phone = FACTS.replace({"e1": {"Nice": "iPhone"}})
+    row = two_hop_prompts(phone, examples="none").set_index("e1").loc["iPhone"]
+    assert row["two_hop"][slice(*row["e1_span"])] == "IPhone"
+
+
+@pytest.mark.parametrize(
+    "r1, r2, said, places",
+    [
+        (
+            "the country that {} lives in",
+            "the capital of {}",
+            "The capital of the country that Ann lives in is",
+            ("lives in", "the capital of"),
+        ),
+        (
+            "the country that {} is a citizen of",
+            "the continent that {} lies in",
+            "The continent that the country that Ann is a citizen of lies in is",
+            ("is a citizen of", "lies in"),
+        ),
+        ("{}'s father", "{}'s father", "Ann's father's father is", ("'s father", "'s father")),
+    ],
+)
+def test_a_phrase_around_its_slot_has_the_place_behind_it(r1, r2, said, places):
+    prompt = TEMPLATES["possessive"].say("Ann", r1, r2)
+    spans = two_hop_spans(prompt, "Ann", r1, r2)
+    found = [prompt[slice(*spans[name])] for name in ("r1_span", "r2_span")]
+    assert prompt == said and [x.lower() for x in found] == list(places)
+    assert spans["r1_span"] != spans["r2_span"]
+
+
+def test_what_is_not_asked_is_counted():
+    every = two_hop_facts()
+    asked = two_hop_prompts(every)
+    out = left_out(asked, every)
+    assert sum(out.values()) == len(every) - len(asked) and min(out.values()) > 0
+    rare = every.groupby(["pair", "r1", "r2"]).filter(lambda part: len(part) < 2)
+    assert out["no two facts to show"] >= len(rare)

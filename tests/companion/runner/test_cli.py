@@ -194,6 +194,13 @@ def test_own_questions_are_compared_where_notebook_03_would_run(place, capsys, m
     assert all((paths.BUILD / "own/my" / f"{name}.csv").exists() for name in tables)
     assert all(f"{name}.csv" in shown for name in tables)
 
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("companion.measures.compare.compare", stopped)
+    assert run("--data", "my.csv") == 130
+    assert "What is finished is kept" in capsys.readouterr().out
+
 
 def test_update_after_a_finished_run_still_updates(place):
     path = place.write("01_good", profile="paper")

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from companion.questions.datasets import DATASETS, load, one_digit_composite
+from companion.questions.datasets import DATASETS, Dataset, load, one_digit_composite
 from companion.questions.splits import split
 from companion.runs.as_asked import questions, test_groups
 from companion.runs.perform import train_and_test
@@ -40,3 +40,16 @@ def test_only_arms_that_read_a_memory_are_given_one(tiny_run, llama):
     other = questions(replace(run, arm="residual LoRA"), llama[1], "test")
     assert other.memories is None and other.prompts == told.prompts
     assert len(told.memories) == len(told) and told.memories[0] != told.prompts[0]
+
+
+@pytest.mark.parametrize("judge", ["number", "first token"])
+def test_an_answer_without_its_space_is_refused(tiny_run, llama, monkeypatch, judge):
+    frame = load("1DC").assign(answer=lambda x: x["answer"].str.strip())
+    monkeypatch.setitem(DATASETS, "bare", Dataset("bare", lambda: frame, judge=judge))
+    with pytest.raises(ValueError, match="does not begin with a space"):
+        questions(replace(tiny_run, dataset="bare"), llama[1], "train")
+
+
+def test_a_dataset_tries_rates_on_its_own_questions():
+    assert Dataset("mine", one_digit_composite).tuned_on == "mine"
+    assert DATASETS["2-digit"].tuned_on == "1DC"

@@ -89,6 +89,8 @@ def plans(notebook: str) -> list[list[Planned]]:
         told = [one for name, arm in memories for one in adapter_runs(names=[name], arms=[arm])]
         return [
             [one for one in told if one.trials],
+            *(varied_runs("steps", [1000], arms[:1], name) for name in PLANTED),
+            lead_runs(),
             *(
                 adapter_runs(source_layer=tuple(layers), dim=dim, arms=arms)
                 for layers, dim in p["several"]
@@ -136,12 +138,12 @@ def test_wide_questions_are_answered_by_three_trainings_of_each_arm():
 
 
 def test_a_plan_is_completed_and_shipped(tiny_run, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("companion.runs.plans.MOST_RATES", 3)
     sizes = dict(source_layer=1, dim=4, batch_size=4, train_items=8, steps=2)
     sizes |= dict(validation_items=4, test_items=4, dtype="float32")
     plan = adapter_runs("tiny-llama", ["tiny"], ["back attention", "bias"], **sizes)
+    of_tiny = {"dataset": "tiny", "steps": 1}
     plan = [
-        replace(one, trials=tuple(replace(trial, dataset="tiny", steps=1) for trial in one.trials))
+        replace(one, trials=tuple(replace(trial, **of_tiny) for trial in one.trials), most=3)
         for one in plan
     ]
     runs = complete(plan, store)
@@ -225,6 +227,15 @@ def test_rates_go_on_while_the_best_is_at_an_end(tiny_run, store):
     assert found(plan, store)[0].learning_rate != runs[-1].learning_rate
     with pytest.raises(ValueError, match="None of 1 runs"):
         best_of(runs[-1:], store)
+
+
+def test_a_plan_may_try_more_rates(tiny_run, store):
+    plan = [Planned(tiny_run, (replace(tiny_run, steps=3, test_items=0),), most=6)]
+    while waiting := [run for run in tried(plan, store) if store.result(run) is None]:
+        for run in waiting:
+            pretend(store, run, run.learning_rate)  # the higher the better
+    rates = [run.learning_rate for run in tried(plan, store)]
+    assert len(rates) == 6 and found(plan, store)[0].learning_rate == max(rates) == rates[-1]
 
 
 def test_runs_are_made_on_a_cluster(tiny_run, store, tmp_path, monkeypatch):
