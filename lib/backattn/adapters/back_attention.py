@@ -80,19 +80,30 @@ class BackAttentionModel(TwoPassModel):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            card = saving.card(self.base_model.config.name_or_path, repo_id)
+            card = saving.card(self.base_model.config.name_or_path, repo_id) + self._card()
             Path(folder, "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
+    def _card(self) -> str:
+        """What a card says of this adapter, and what its author must add."""
+        count = sum(p.numel() for p in self.adapter_state().values())
+        options = {**asdict(self.back_attention_config), "weights": f"{count:,}"}
+        rows = "".join(f"| {name} | {value} |\n" for name, value in options.items())
+        say = "To be added: what it was trained on, how it was tested, its licence."
+        return f"\n| option | value |\n|---|---|\n{rows}\n{say}\n"
+
     @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | Path) -> "BackAttentionModel":
+    def from_pretrained(
+        cls, model: nn.Module, folder: str | Path, revision: str | None = None, token=None
+    ) -> "BackAttentionModel":
         """Put a saved adapter on its base model.
 
-        folder: local, also a checkpoint of Trainer's, or a Hugging Face id. Warns where the model
+        folder: local, also a checkpoint of Trainer's, or a Hugging Face id, of which revision and
+        token are. Warns where the model
         was fine-tuned since. Raises AdapterError when the adapter is not there, is no back
         attention, is damaged, or was trained on another base model.
         """
-        options, weights = saving.read(folder, model)
+        options, weights = saving.read(folder, model, revision=revision, token=token)
         try:
             wrapped = cls(model, BackAttentionConfig.from_dict(options))
         except (TypeError, ValueError) as error:

@@ -114,9 +114,9 @@ def unpack(state: Tensor) -> dict:
     return json.loads(zlib.decompress(bytes(state.tolist())))
 
 
-def read(folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+def read(folder: str | Path, model: nn.Module, **hub) -> tuple[dict, dict[str, Tensor]]:
     """(what is known, tensors) of an adapter that was trained on this model; arguments and errors:
-    see `BackAttentionModel.from_pretrained`."""
+    see `BackAttentionModel.from_pretrained`. hub: options of `hf_hub_download`."""
     describe(model)  # or UnsupportedModelError
     state = Path(folder) / STATE_FILE
     try:
@@ -124,8 +124,8 @@ def read(folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]
             tensors = load_file(state)
             known = unpack(tensors.pop(ABOUT))
         else:
-            known = json.loads(_path(folder, CONFIG_FILE).read_text(encoding="utf-8"))
-            weights = _path(folder, WEIGHTS_FILE)
+            known = json.loads(_path(folder, CONFIG_FILE, **hub).read_text(encoding="utf-8"))
+            weights = _path(folder, WEIGHTS_FILE, **hub)
             tensors = load_file(weights) if known.get("peft_type") == PEFT_TYPE else {}
         if tensors:
             check_base(known, model, folder)
@@ -137,7 +137,7 @@ def read(folder: str | Path, model: nn.Module) -> tuple[dict, dict[str, Tensor]]
     return known, {name.removeprefix(PREFIX): t for name, t in tensors.items()}
 
 
-def _path(folder: str | Path, name: str) -> Path:
+def _path(folder: str | Path, name: str, **hub) -> Path:
     """Where a file of an adapter lies, fetched from the hub if need be."""
     from huggingface_hub import hf_hub_download
 
@@ -145,7 +145,7 @@ def _path(folder: str | Path, name: str) -> Path:
         return Path(folder) / name
     with contextlib.suppress(ValueError, OSError):  # also what huggingface_hub raises
         if not Path(folder).exists():
-            return Path(hf_hub_download(str(folder), name))
+            return Path(hf_hub_download(str(folder), name, **hub))
     raise AdapterError(
         f"{folder} lacks {name}: give a folder written by save_pretrained, or the id of a Hugging "
         "Face adapter that can be reached from here."

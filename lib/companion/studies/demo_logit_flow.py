@@ -29,8 +29,8 @@ from backattn.training.evaluation import align_to_length
 from companion import paths
 from companion.report import figures
 from companion.runs.perform import put_weights
-from companion.runs.plans import adapter_runs, found
-from companion.runs.store import Store
+from companion.runs.run import Run
+from companion.runs.store import CHECKPOINTS, Store
 
 MOST_TOKENS = 48  # more rows cannot be read, and memory grows with their square
 COLUMNS = [
@@ -43,7 +43,19 @@ COLUMNS = [
     "increase",
     "promotes",
     "answer_rank",
+    "names_answer",
 ]
+NAMES = 10  # a neuron names the answer when that is among so many words that it raises most
+TRAINED = "two-hop, seed 0"  # the adapter that is shown first
+EXAMPLES = tuple(
+    f"{e1}'s country's {r2} is"
+    for e1, r2 in (
+        ("Irkutsk", "capital"),
+        ("Munich", "capital"),
+        ("Kyoto", "continent"),
+        ("Shanghai", "language"),
+    )
+)
 
 
 @dataclass
@@ -128,7 +140,8 @@ def _memory(adapter: BackAttentionModel, tokenizer, prompt: str, length: int) ->
 
 def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, answer: int) -> dict:
     """With the sign that each neuron has in this prompt: promotes, the four words that it raises
-    most, and answer_rank, how many words it raises at least as much as the answer."""
+    most, answer_rank, how many words it raises at least as much as the answer, and names_answer,
+    whether these are at most NAMES: else it is no word that it stands for."""
     stream, vectors = capture(model, encode(tokenizer, [prompt], device=model.device)), []
     parts = {(part.layer, part.kind): part for part in sublayers(stream)}
     for row in neurons.itertuples():
@@ -142,7 +155,8 @@ def _promoted(model, tokenizer, prompt: str, neurons: pd.DataFrame, answer: int)
         for row in raised.topk(4).indices.tolist()
     ]
     ranks = (raised >= raised[:, [answer]]).sum(1).tolist()
-    return {"promotes": words, "answer_rank": ranks}
+    names = [rank <= NAMES for rank in ranks]
+    return {"promotes": words, "answer_rank": ranks, "names_answer": names}
 
 
 def report_figure(report: PromptReport) -> Figure:
@@ -162,45 +176,74 @@ def report_figure(report: PromptReport) -> Figure:
     return figure
 
 
+def shipped_adapters(name: str) -> dict[str, Run]:
+    """Back attention that comes with this repository for a model: "dataset, seed" -> its run."""
+    found = {}
+    for path in sorted(CHECKPOINTS.glob("*.safetensors")):
+        line = _store().shipped.get(path.stem, {"run": {}})
+        about = {k: tuple(v) if isinstance(v, list) else v for k, v in line["run"].items()}
+        if (about.get("model"), about.get("arm")) == (name, "back attention"):
+            found[f"{about['dataset']}, seed {about['seed']}"] = Run(**about)
+    return dict(sorted(found.items()))
+
+
 @functools.cache
-def load(name: str, device: str = "cpu") -> tuple:
-    """(model, tokenizer, the model with back attention or None); this was trained on two-hop
-    questions, where that is shipped (notebook 03, first seed)."""
-    model, tokenizer = load_model(name, device=device)
-    if name not in EMBEDDED:
+def _store() -> Store:
+    return Store()
+
+
+@functools.cache
+def _base(name: str, device: str) -> tuple:
+    return load_model(name, device=device)
+
+
+@functools.cache
+def load(name: str, device: str = "cpu", adapter: str = "") -> tuple:
+    """(model, tokenizer, the model with back attention or None). adapter: one of
+    `shipped_adapters`, a folder or a Hugging Face id; "" takes TRAINED, where it is shipped. What
+    is loaded before shares the base model."""
+    (model, tokenizer), shipped = _base(name, device), shipped_adapters(name)
+    run = shipped.get(adapter or TRAINED)
+    if run is None and not adapter:
         return model, tokenizer, None
-    store = Store()
-    runs = found(adapter_runs(model=name, arms=["back attention"]), store)
-    run = next(run for run in runs if run.arm == "back attention" and run.seed == 0)
-    with contextlib.suppress(FileNotFoundError):
-        weights = store.weights(run)
-        adapter = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
-        put_weights(adapter, weights)
-        return model, tokenizer, adapter.eval()
-    return model, tokenizer, None
+    if run is None and "," in adapter:
+        known = "; ".join(shipped) or "none"
+        raise ValueError(f"No adapter {adapter!r} comes with {name}; choose of: {known}.")
+    if run is None:
+        return model, tokenizer, BackAttentionModel.from_pretrained(model, adapter).eval()
+    weights = _store().weights(run)
+    wrapped = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
+    put_weights(wrapped, weights)
+    return model, tokenizer, wrapped.eval()
 
 
 def look(
-    name: str, prompt: str, answer: str = "", device: str = "cpu", memory_of: str = ""
+    name: str,
+    prompt: str,
+    answer: str = "",
+    device: str = "cpu",
+    memory_of: str = "",
+    adapter: str = "",
 ) -> tuple:
-    """Words, and a report or None: bad input and a model that cannot be had are put into words."""
+    """Words, and a report or None: bad input, a model and an adapter that cannot be had are put
+    into words."""
     try:
-        model, tokenizer, adapter = load(name.strip(), device)
+        model, tokenizer, wrapped = load(name.strip(), device, adapter.strip())
         with warnings.catch_warnings(record=True, action="always") as caught:
-            report = inspect_prompt(model, tokenizer, prompt, answer, adapter, memory_of)
+            report = inspect_prompt(model, tokenizer, prompt, answer, wrapped, memory_of)
     except (ValueError, OSError, RuntimeError) as error:
         return str(error), None
     says = [f"Flow to {report.answer.strip()!r} in {name}."]
-    says += ["No trained back attention is shipped for it."] if adapter is None else []
+    says += ["No trained back attention is shipped for it."] if wrapped is None else []
     return " ".join([*says, *(str(w.message) for w in caught if w.category is UserWarning)]), report
 
 
 def explorer(
     prompt: str = "", answer: str = "", device: str = "cpu", memory_of: str = "", panels: int = 1
 ):
-    """Widgets to choose a model, a prompt, an answer and whose memory is read; a button shows what
-    `look` finds, and saves it in build/explorer. panels: several beside each other, to compare
-    models."""
+    """Widgets to choose a model, an adapter, a prompt, an answer and whose memory is read; a button
+    shows what `look` finds, and saves it in build/explorer. panels: several beside each other, to
+    compare models or adapters."""
     import ipywidgets as widgets
 
     parts = [_panel(prompt, answer, device, memory_of, k) for k in range(1, panels + 1)]
@@ -212,8 +255,8 @@ def _panel(prompt: str, answer: str, device: str, memory_of: str, number: int):
     import ipywidgets as widgets
     from IPython.display import HTML, display
 
-    def show(model: str, prompt: str, answer: str, memory_of: str) -> None:
-        says, report = look(model, prompt, answer, device, memory_of)
+    def show(model: str, adapter: str, prompt: str, answer: str, memory_of: str) -> None:
+        says, report = look(model, prompt, answer, device, memory_of, adapter)
         display(HTML(html.escape(says, quote=False)))
         if report is not None:
             display(report.predictions.round(3), report.neurons.round(2))
@@ -224,11 +267,15 @@ def _panel(prompt: str, answer: str, device: str, memory_of: str, number: int):
             display(HTML(html.escape(f"Saved in {kept}", quote=False)))
 
     wide = widgets.Layout(width="95%")
+    shipped = dict.fromkeys(label for model in EMBEDDED for label in shipped_adapters(model))
     return widgets.interactive(
         show,
         {"manual": True, "manual_name": "Show"},
         model=widgets.Combobox(value="smollm2", options=list(EMBEDDED), ensure_option=False),
-        prompt=widgets.Textarea(value=prompt, rows=3, layout=wide),
+        adapter=widgets.Combobox(options=list(shipped), ensure_option=False, placeholder=TRAINED),
+        prompt=widgets.Combobox(
+            value=prompt, options=list(EXAMPLES), ensure_option=False, layout=wide
+        ),
         answer=widgets.Text(value=answer, placeholder="the model's own"),
         memory_of=widgets.Textarea(
             value=memory_of, description="memory of", rows=2, layout=wide, placeholder="its own"

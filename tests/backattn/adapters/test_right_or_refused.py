@@ -300,6 +300,7 @@ def kept_on_the_hub(wrapped, folder):
         wrapped.push_to_hub("it", private=True)
     card = (folder / "hub" / "README.md").read_text()
     assert '"me/it"' in card and str(folder) not in card
+    assert "| source_layer | 1 |" in card and "| weights | 1,024 |" in card
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (folder / "hub").iterdir()) == files
     return folder / "hub"

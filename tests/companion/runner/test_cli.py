@@ -369,6 +369,10 @@ def test_lab_opens_the_first_notebook(monkeypatch):
     called = []
     monkeypatch.setattr(subprocess, "call", lambda command, **_: called.append(command) or 0)
     assert main(["--lab"]) == 0
-    assert called == [[sys.executable, "-m", "jupyterlab", committed.notebooks()[0]]]
+    command = [sys.executable, "-m", "jupyterlab", committed.notebooks()[0]]
+    assert called[-1][: len(command)] == command
+    for user, more in ((0, ["--allow-root"]), (1000, [])):  # it does not start for root else
+        monkeypatch.setattr("os.geteuid", lambda user=user: user)
+        assert main(["--lab"]) == 0 and called[-1] == command + more
     done = subprocess.run([*called[0][:3], "--version"], capture_output=True, check=True)
     assert done.stdout.startswith(b"4.")

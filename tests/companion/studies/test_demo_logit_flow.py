@@ -119,3 +119,23 @@ def test_the_answers_rank_is_that_among_what_a_neuron_raises(adapted):
         [int((raised * (1 if ranks[0] == ffn["answer_rank"] else -1)).argmax())]
     )
     assert ffn["promotes"].startswith(first.strip())
+
+
+def test_adapters_that_are_shipped_can_be_chosen_and_share_their_model(smollm2, monkeypatch):
+    monkeypatch.setattr(demo, "_base", lambda *_: smollm2)
+    shipped = demo.shipped_adapters("smollm2")
+    assert demo.TRAINED in shipped and len(shipped) > 5
+    two = [demo.load.__wrapped__("smollm2", "cpu", name) for name in (demo.TRAINED, "1DC, seed 0")]
+    (one, _, first), (other, _, second) = two
+    assert one is other and first is not second and first.sources == second.sources
+    said = [demo.inspect_prompt(*smollm2, PROMPT, "", x).predictions for x in (first, second)]
+    assert said[0]["plain"].max() == said[1]["plain"].max()
+    assert said[0]["back attention"].max() != said[1]["back attention"].max()
+    assert [x.unload() for x in (first, second)] == [one, one]
+    with pytest.raises(ValueError, match="choose of: 1DC, seed 0"):
+        demo.load.__wrapped__("smollm2", "cpu", "two-hop, seed 99")
+
+
+def test_a_neuron_that_names_the_answer_is_told_from_one_that_does_not(adapted):
+    neurons = demo.inspect_prompt(*adapted[:2], PROMPT, "Paris").neurons
+    assert (neurons["names_answer"] == (neurons["answer_rank"] <= demo.NAMES)).all()
