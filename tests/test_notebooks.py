@@ -176,6 +176,8 @@ def test_the_set_up_cell_finds_or_fetches_the_library(tmp_path, place):
         folder, checkout = tmp_path / "content", tmp_path / "content" / home
         folder.mkdir()
         shutil.copytree(paths.ROOT / "lib", tmp_path / "repository/lib")
+        (tmp_path / "repository/data").mkdir()
+        (tmp_path / "repository/data/README.md").touch()
         git = ["git", "-C", str(tmp_path / "repository"), "-c", "user.name=n", "-c", "user.email=e"]
         for command in (["init", "-q", "-b", tag], ["add", "."], ["commit", "-qm", "All"]):
             subprocess.run([*git, *command], check=True)

@@ -110,5 +110,7 @@ def hardware() -> str:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     threads, memory = os.environ.get("BACKATTN_THREADS", "1"), psutil.virtual_memory().total
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    system = platform.platform(terse=True)
+    system = platform.system()
+    with contextlib.suppress(OSError):
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
     return f"{name}, {threads} of {os.cpu_count()} threads, {memory // 2**30} GiB{gpu}, {system}"

@@ -14,6 +14,7 @@ import numpy as np
 from bokeh.embed import components
 from bokeh.models import (
     ColumnDataSource,
+    CustomJS,
     FactorRange,
     HoverTool,
     LinearColorMapper,
@@ -36,7 +37,8 @@ def page(
     """HTML of questions that a reader chooses, as one self-contained file.
 
     records: of `studies.demo_memory_switch.memory_switch`; memories: key -> label, in the order of
-    the probabilities; sets: a record's set -> label. The same records give the same text.
+    the probabilities; sets: a record's set -> label. The page opens on `strongest`. The same
+    records give the same text.
     """
     script, parts = components(_plots(), wrap_script=False)
     script, *divs = _same_names(script, *parts.values())
@@ -47,12 +49,25 @@ def page(
         memories=memories,
         sets={key: sets[key] for key in dict.fromkeys(record["set"] for record in records)},
         records=records,
+        start=strongest(records),
         entities=ENTITIES,
         code="\n".join(code),
         data=_short([dict(record) for record in records]),
         script=script,
         parts=dict(zip(parts, divs, strict=True)),
     )
+
+
+def strongest(records: Sequence[Mapping]) -> int:
+    """Place of the right answer that another question's memory changes to another word, and whose
+    own probability falls most by it; 0 where no right answer is changed."""
+    falls = []
+    for record in records:
+        own, another = np.array(record["probabilities"]).T[:2]  # [words] with each memory
+        said = own.argmax()
+        counts = record["right"][said] and another.argmax() != said
+        falls.append(own[said] - another[said] if counts else 0)
+    return int(np.argmax(falls))
 
 
 def _short(records: list[dict]) -> str:
@@ -128,8 +143,14 @@ def _answers():
     return plot
 
 
+def _read_out(name: str, plot) -> None:
+    """What is under a finger or the pointer is written below the plot by the page's script."""
+    for event in ("tap", "mousemove"):
+        plot.js_on_event(event, CustomJS(code=f"readOut('{name}', cb_obj.x, cb_obj.y)"))
+
+
 def _map(name: str, label: str, diverging: bool):
-    """Tokens × layers."""
+    """Tokens × layers; a frame is drawn around the cell that is read out."""
     source = ColumnDataSource({key: [] for key in ("layer", "token", "value")}, name=name)
     palette = interp_palette(RdBu11, 101) if diverging else Blues256[::-1]
     mapper = LinearColorMapper(palette=palette, low=-1, high=1, name=f"{name} colours")
@@ -148,7 +169,11 @@ def _map(name: str, label: str, diverging: bool):
         line_color=None,
         fill_color={"field": "value", "transform": mapper},
     )
+    chosen = ColumnDataSource({key: [] for key in ("layer", "token")}, name=f"{name} chosen")
+    frame = {"fill_color": None, "line_color": "#222222", "line_width": 2}
+    plot.rect("layer", "token", 1, 1, source=chosen, **frame)
     plot.add_tools(HoverTool(renderers=[cells], tooltips=f"@token, {label} @layer: @value{{0.00}}"))
+    _read_out(name, plot)
     plot.xaxis.axis_label, plot.grid.grid_line_color = label, None
     return plot
 
@@ -175,4 +200,5 @@ def _running():
             line_policy="nearest",
         )
     )
+    _read_out("running", plot)
     return plot

@@ -122,6 +122,8 @@ def report(ledger: pd.DataFrame) -> str:
     """The one-page report: data/report.md with the ledger's numbers, Markdown."""
     noted = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))["runs"]
     took, trained = noted["paper"].values(), Store().shipped.values()
+    on = sorted({run["hardware"] for run in took})  # the system was not always noted
+    on = [one for one in on if not any(other.startswith(f"{one}, ") for other in on)]
     claims, breaks = ledger[~_breaks(ledger)], ledger[_breaks(ledger)]
     shown = ["id", "claim", "comparison", "strictest", "says"]
     words = {
@@ -129,7 +131,7 @@ def report(ledger: pd.DataFrame) -> str:
         "verdicts": _counted(claims["verdict"], VERDICTS),
         "breaks": len(breaks),
         "met": _counted(breaks["verdict"].map(MET), MET.values()),
-        "hardware": "; ".join(sorted({run["hardware"] for run in took})),
+        "hardware": "; ".join(on),
         "minutes": f"{sum(run['seconds'] for run in took) / 60:.0f}",
         "hours": f"{sum(result.get('seconds', 0) for result in trained) / 3600:.0f}",
         "table": claims[shown].to_markdown(index=False),

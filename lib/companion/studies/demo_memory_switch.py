@@ -54,12 +54,13 @@ def memory_switch(
     test questions (of invented ones: of all) whose e2 and e3 are different single tokens, so that
     an answer is a whole word.
 
-    A record: set (of SETS), prompt, question (its end), second (the second hop alone), e1, e2, e3;
-    tokens, second_tokens; words, of which right are accepted, and probabilities, of each word one
-    with each of MEMORIES; flow and second_flow {kind: [T, L]}, nats, of the plain model to e3;
-    running {entity: log-probability of its first token after each sub-layer}; reads [T, M], what
-    the last position reads of memory_layers. Donors and means are of the
-    same questions.
+    A record: set (of SETS), sink (whether the first token is an attention sink: it is in models of
+    text; in an invented prompt it is e1), prompt, question (its end), second (the second hop
+    alone), e1, e2, e3; tokens, second_tokens; words, of which right are accepted, and
+    probabilities, of each word one with each of MEMORIES; flow and second_flow {kind: [T, L]},
+    nats, of the plain model to e3; running {entity: log-probability of its first token after each
+    sub-layer}; reads [T, M], what the last position reads of memory_layers. Donors and means are
+    of the same questions.
     Raises ValueError where no question is fit to be shown.
     """
     records = []
@@ -68,7 +69,10 @@ def memory_switch(
         if not len(rows):
             raise ValueError("No question has an e2 and an e3 of one token each: ask more.")
         say = TEMPLATES["possessive"].say if run.model not in OWN else _say_invented
-        records += [{"set": run.dataset, **record} for record in _records(probe, rows, say)]
+        records += [
+            {"set": run.dataset, "sink": run.model not in OWN, **record}
+            for record in _records(probe, rows, say)
+        ]
     return records
 
 

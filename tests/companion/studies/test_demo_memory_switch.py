@@ -54,6 +54,7 @@ def test_the_flow_is_the_plain_models(records):
         assert {np.shape(grid) for grid in record["flow"].values()} == {(tokens, layers)}
         assert np.shape(record["reads"]) == (tokens, len(record["memory_layers"]))
         assert np.sum(record["reads"]) == pytest.approx(1, abs=0.05)
+        assert record["sink"]
         first = continuation_ids(tokenizer, record["e3"])[0]
         last = {name: steps[-1] for name, steps in record["running"].items()}
         own = logit_flow(model, tokenizer, record["prompt"], [first], "layer").log_prob[0]
@@ -79,6 +80,7 @@ def test_invented_facts_are_asked_as_the_others_are():
     (record, *_) = demo.memory_switch(runs[-1:], count=2)
     assert record["tokens"] == [record["e1"], *record["prompt"].split()[1:]]
     assert record["second"] == f"{record['e2']} {record['tokens'][-1]}"
+    assert not record["sink"]  # the first token is e1
     with load_trained(runs[-1], Store(), "cpu") as (wrapped, tokenizer):
         ids = tokenizer(record["prompt"], return_tensors="pt")["input_ids"]
         own = wrapped(ids, use_cache=False).logits[0, -1].softmax(-1)
