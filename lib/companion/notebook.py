@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 from IPython import get_ipython
 from matplotlib.figure import Figure
-from packaging.version import Version
 
 # What else this project holds is imported by the functions below: first, packages must be there.
 
@@ -60,7 +60,7 @@ def setup(name: str) -> Notebook:
     """Prepare a notebook: small missing packages, one thread, house style, no foreign warnings.
     Raises ImportError for a large package that is older than FLOORS say."""
     for package, least in FLOORS.items():
-        if Version(version(package)) < Version(least):
+        if _numbers(version(package)) < _numbers(least):
             raise ImportError(
                 f"{package} {version(package)} is here, and {least} or later is needed: run "
                 f"`%pip install -U '{package}>={least}'`, restart the kernel, and begin again."
@@ -78,6 +78,11 @@ def setup(name: str) -> Notebook:
     warnings.filterwarnings("ignore", category=FutureWarning)
     profile = os.environ.get(runtime.PROFILE, "interactive")
     return Notebook(name, profile, paths.run_folder(profile))
+
+
+def _numbers(release: str) -> list[int]:
+    """Major and minor number of a release."""
+    return [int(number) for number in re.findall(r"\d+", release)[:2]]
 
 
 def _describe_pictures() -> None:

@@ -99,9 +99,8 @@ class BackAttentionModel(TwoPassModel):
         """Put a saved adapter on its base model.
 
         folder: local, also a checkpoint of Trainer's, or a Hugging Face id, of which revision and
-        token are. Warns where the model
-        was fine-tuned since. Raises AdapterError when the adapter is not there, is no back
-        attention, is damaged, or was trained on another base model.
+        token are. Warns where the model was fine-tuned since. Raises AdapterError when the adapter
+        is not there, is no back attention, is damaged, or was trained on another base model.
         """
         options, weights = saving.read(folder, model, revision=revision, token=token)
         try:

@@ -89,9 +89,9 @@ def compare(
     if unknown or not arms:
         problem = f"There is no arm {unknown[0]!r}" if unknown else "No arm is given"
         raise ValueError(f"{problem}; choose of {', '.join(TRIED)}.")
-    if other := sorted(set(sizes) - {field.name for field in dataclasses.fields(Run)}):
-        fields = ", ".join(field.name for field in dataclasses.fields(Run))
-        raise ValueError(f"There is no setting {other[0]!r}; choose of {fields}.")
+    settings = [field.name for field in dataclasses.fields(Run)]
+    if other := [name for name in sizes if name not in settings]:
+        raise ValueError(f"There is no setting {other[0]!r}; choose of {', '.join(settings)}.")
     store, memory = Store() if store is None else store, memory and "back attention" in arms
     every = dict.fromkeys(("train_items", "validation_items", "test_items"))  # None: all there are
     sizes = {"model": "smollm2", **every, **sizes}
