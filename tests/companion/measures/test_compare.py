@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from backattn.models.load import load_model
+from companion import paths
 from companion.measures.compare import MOST_TRIED, _register, compare, prepared
 from companion.questions.datasets import DATASETS
 from companion.questions.splits import FOLDS, split
@@ -231,3 +232,13 @@ def test_rates_are_chosen_where_no_kind_of_validation_is_taught(tmp_path, monkey
     results = [json.loads(path.read_text()) for path in store.folder.rglob("result.json")]
     tried = [result["validation"] for result in results if "validation" in result]
     assert tried and np.isfinite(tried).all()
+
+
+def test_the_example_on_the_page_is_one(smollm2):
+    file, page = paths.ROOT / "docs/example.csv", paths.ROOT / "docs/your_own_data.md"
+    questions, judge, dropped = prepared(file, smollm2[1])
+    assert judge == "first token" and not left_out(dropped)
+    assert f"{len(questions)} questions about cities of {questions['group'].nunique()} " in (
+        page.read_text(encoding="utf-8")
+    )
+    assert "".join(file.open(encoding="utf-8").readlines()[:4]) in page.read_text(encoding="utf-8")
