@@ -36,3 +36,8 @@ def test_the_set_up_cell_needs_no_small_package_to_begin():
     hidden = "".join(f"sys.modules[{name!r}] = None; " for name in notebook.LIGHT)
     code = f"import sys; {hidden}from companion import notebook"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=paths.ROOT / "lib")
+
+
+def test_floors_are_those_of_the_package():
+    listed = (paths.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f'"{name}>={least}"' in listed for name, least in notebook.FLOORS.items())

@@ -13,8 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from backattn.adapters.back_attention import BackAttentionModel, get_back_attention_model
-from backattn.adapters.config import BackAttentionConfig
+from backattn.adapters.arms import make_arm
+from backattn.adapters.back_attention import BackAttentionModel
 from backattn.analysis.flow_back import flow_back
 from backattn.analysis.logit_flow import logit_flow
 from backattn.analysis.neuron_scores import sublayers
@@ -47,14 +47,11 @@ COLUMNS = [
 ]
 NAMES = 10  # a neuron names the answer when that is among so many words that it raises most
 TRAINED = "two-hop, seed 0"  # the adapter that is shown first
-EXAMPLES = tuple(
-    f"{e1}'s country's {r2} is"
-    for e1, r2 in (
-        ("Irkutsk", "capital"),
-        ("Munich", "capital"),
-        ("Kyoto", "continent"),
-        ("Shanghai", "language"),
-    )
+EXAMPLES = (
+    "Irkutsk's country's capital is",
+    "Munich's country's capital is",
+    "Kyoto's country's continent is",
+    "Shanghai's country's language is",
 )
 
 
@@ -206,13 +203,13 @@ def load(name: str, device: str = "cpu", adapter: str = "") -> tuple:
     run = shipped.get(adapter or TRAINED)
     if run is None and not adapter:
         return model, tokenizer, None
-    if run is None and "," in adapter:
+    if run is None and "," in adapter and not Path(adapter).is_dir():
         known = "; ".join(shipped) or "none"
         raise ValueError(f"No adapter {adapter!r} comes with {name}; choose of: {known}.")
     if run is None:
         return model, tokenizer, BackAttentionModel.from_pretrained(model, adapter).eval()
     weights = _store().weights(run)
-    wrapped = get_back_attention_model(model, BackAttentionConfig(run.source_layer, run.dim))
+    wrapped = make_arm(run.arm, model, run.source_layer, run.dim, run.memory_layers)
     put_weights(wrapped, weights)
     return model, tokenizer, wrapped.eval()
 

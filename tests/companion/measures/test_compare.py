@@ -10,6 +10,8 @@ from backattn.models.load import load_model
 from companion import paths
 from companion.measures.compare import MOST_TRIED, _register, compare, prepared
 from companion.questions.datasets import DATASETS
+from companion.questions.facts import two_hop_facts
+from companion.questions.prompts import TEMPLATES
 from companion.questions.splits import FOLDS, split
 from companion.runs.store import Store
 
@@ -236,8 +238,13 @@ def test_rates_are_chosen_where_no_kind_of_validation_is_taught(tmp_path, monkey
 
 def test_the_example_on_the_page_is_one(smollm2):
     file, page = paths.ROOT / "docs/example.csv", paths.ROOT / "docs/your_own_data.md"
+    facts = two_hop_facts().query("pair == 'city-country-continent'").groupby("e2").head(3)
+    facts = facts[facts["e2"].isin(facts["e2"].drop_duplicates().head(48))]
+    asked = [TEMPLATES["possessive"].say(*row) for row in facts[["e1", "r1", "r2"]].to_numpy()]
     questions, judge, dropped = prepared(file, smollm2[1])
-    assert judge == "first token" and not left_out(dropped)
+    assert questions["prompt"].tolist() == asked and not left_out(dropped)
+    assert questions["answer"].str.strip().tolist() == facts["e3"].tolist()
+    assert judge == "first token" and questions["group"].tolist() == facts["e2"].tolist()
     assert f"{len(questions)} questions about cities of {questions['group'].nunique()} " in (
         page.read_text(encoding="utf-8")
     )
