@@ -19,7 +19,16 @@ from companion.questions.datasets import DATASETS, Dataset, exchange_keys, with_
 from companion.questions.facts import read_table
 from companion.questions.splits import FOLDS, SPLITS, split
 from companion.runs.as_asked import asked
-from companion.runs.plans import CORE_ARMS, TRIED, Planned, adapter_runs, complete, rates_tried
+from companion.runs.plans import (
+    CORE_ARMS,
+    TRIED,
+    Planned,
+    adapter_runs,
+    complete,
+    found,
+    lead_runs,
+    rates_tried,
+)
 from companion.runs.results import accuracy_table, answers, difference_table
 from companion.runs.run import UNTRAINED, Run
 from companion.runs.store import Store
@@ -35,12 +44,15 @@ WHOLE, DECIMAL = r"-?\d+", r"-?\d*\.\d+"
 class Comparison:
     """What `compare` found. accuracies: a row per arm and kind of answer ("all", "seen" or "unseen"
     in training); differences: of the first arm from each other; memory: what another question's
-    memory costs, or empty; dropped: why questions were left out, with counts; rates: what was
-    chosen for each arm, and whether it is the lowest or highest that was tried."""
+    memory costs, or empty; control: the same where back attention is known to read its memory, by
+    the shipped runs of E4, which shows that the exchange can see flow; dropped: why questions were
+    left out, with counts; rates: what was chosen for each arm, and whether it is the lowest or
+    highest that was tried."""
 
     accuracies: pd.DataFrame
     differences: pd.DataFrame
     memory: pd.DataFrame
+    control: pd.DataFrame
     dropped: pd.DataFrame
     rates: pd.DataFrame
 
@@ -101,17 +113,29 @@ def compare(
     plan = [dataclasses.replace(one, most=MOST_TRIED) for one in plan]
     runs = complete(plan, store, device=device)
     answered = pd.concat([_with_seen(run, answers([run], store)) for run in runs])
-    exchanged = pd.DataFrame()
+    exchanged = control = pd.DataFrame()
     if memory:
-        back = [run for run in runs if run.arm == "back attention"]
-        exchanged = exchanged_in_test(by_test_memory(answers(back, store), back, store))
+        exchanged, control = _exchanged(runs, store), positive_control()
     return Comparison(
         accuracies=_accuracies(answered),
         differences=difference_table(answered, arms[0], [*arms[1:], *UNTRAINED]),
         memory=exchanged,
+        control=control,
         dropped=dropped,
         rates=_rates(plan, runs, store),
     )
+
+
+def _exchanged(runs: Sequence[Run], store: Store) -> pd.DataFrame:
+    back = [run for run in runs if run.arm == "back attention"]
+    return exchanged_in_test(by_test_memory(answers(back, store), back, store))
+
+
+def positive_control() -> pd.DataFrame:
+    """`exchanged_in_test` of E4's shipped runs: two tasks on which back attention reads its memory
+    (`companion.runs.plans.lead_runs`, notebook 07)."""
+    store = Store()
+    return _exchanged(found(lead_runs(), store), store)
 
 
 def prepared(

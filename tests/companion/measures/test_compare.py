@@ -8,7 +8,7 @@ import pytest
 
 from backattn.models.load import load_model
 from companion import paths
-from companion.measures.compare import MOST_TRIED, _register, compare, prepared
+from companion.measures.compare import MOST_TRIED, _register, compare, positive_control, prepared
 from companion.questions.datasets import DATASETS
 from companion.questions.facts import two_hop_facts
 from companion.questions.prompts import TEMPLATES
@@ -68,8 +68,14 @@ def test_one_call_gives_every_table(tmp_path, monkeypatch):
     assert again.accuracies.equals(found.accuracies)
     assert finished == sorted(store.folder.rglob("result.json"))
     assert [path.stem for path in found.save(tmp_path / "out")] == [
-        *("accuracies", "differences", "memory", "dropped", "rates")
+        *("accuracies", "differences", "memory", "control", "dropped", "rates")
     ]
+
+
+def test_the_exchange_sees_flow_where_there_is_some():
+    control = positive_control()
+    assert control["reads"].eq("flow").all() and len(control) == 2
+    assert (control["low"] > 0.02).all()
 
 
 def test_a_file_keeps_its_text_and_numbers_are_judged_as_written(tmp_path, tokenizer):
@@ -220,7 +226,8 @@ def test_the_other_memory_is_of_the_same_fold(tokenizer):
 def test_memories_can_be_exchanged_after_a_comparison_without(tmp_path, monkeypatch):
     monkeypatch.setattr("companion.runs.perform.perplexity", lambda *a: 1.0)
     store, arms = Store(tmp_path, shipped=None), ["back attention"]
-    assert compare(frame(), arms, memory=False, store=store, **SMALL).memory.empty
+    without = compare(frame(), arms, memory=False, store=store, **SMALL)
+    assert without.memory.empty and without.control.empty
     assert len(compare(frame(), arms, store=store, **SMALL).memory) == 1
     with pytest.raises(ValueError, match="named twice"):
         compare(frame(), arms * 2, store=store, **SMALL)
