@@ -1,6 +1,7 @@
 """environment.yml is the one list of dependencies, docs/layout.md the one list of files."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -15,6 +16,7 @@ PARTS = {"tokenizers", "huggingface_hub", "IPython"}  # come with transformers a
 # data/build_legs.py and benchmarks/peers.py say how to get them.
 AUTHORS_ONLY = {"reasoning_gym", "transformer_lens"}
 IMPORTED_AS = {"pyyaml": "yaml"}
+RELEASED = ("pyproject.toml", "CITATION.cff", "codemeta.json", "CHANGELOG.md")
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,12 @@ def test_the_layout_lists_every_file_of_lib_with_five_words():
     files = (paths.ROOT / "lib").rglob("*.py")
     there = {file.relative_to(paths.ROOT).as_posix() for file in files}
     assert listed == {name for name in there if not name.endswith("__init__.py")}
+
+
+def test_every_file_names_the_same_version_and_day():
+    read = {name: (paths.ROOT / name).read_text(encoding="utf-8") for name in RELEASED}
+    cited, described = yaml.safe_load(read["CITATION.cff"]), json.loads(read["codemeta.json"])
+    last = re.search(r"^## (\S+) \((\S+)\)$", read["CHANGELOG.md"], re.MULTILINE)
+    project = tomllib.loads(read["pyproject.toml"])["project"]
+    assert {cited["version"], described["version"], project["version"]} == {last[1]}
+    assert {str(cited["date-released"]), described["datePublished"]} == {last[2]}
