@@ -10,8 +10,9 @@ TransformerLens is optional. Install it into a folder of its own, and put that o
 
 Without it its rows are left out. Figures are the least user CPU time of some turns, in which the
 ways alternate; one thread. --heads also scores heads exactly, which takes minutes. Linear scores
-are compared with TransformerLens' direct logit attribution of the same raw logit. Exits with 1 when
-a goal is missed. Training against LoRA is in training.py, new tokens in generation.py.
+are compared with TransformerLens' direct logit attribution of the same raw logit. *By products
+alone* counts the multiplications of exact scores, a softmax each, in plain forward passes. Exits
+with 1 when a goal is missed. Training against LoRA is in training.py, new tokens in generation.py.
 """
 
 import argparse
@@ -68,6 +69,21 @@ def ours_linear(model, tokenizer, prompts, level: str) -> np.ndarray:
     return frame["increase"].to_numpy()
 
 
+def by_products(model, tokens: int, prompts: int) -> dict[str, float]:
+    """What exact scores cost in plain forward passes, by multiplications alone: for layers, the
+    pass and the logits of each state on the way; for heads also, once for all prompts, what each
+    channel of attention writes as logits, and the sums of a head's at each source position."""
+    config = model.config
+    layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    below = sum(p.numel() for p in model.model.layers.parameters())
+    logits, channels = width * vocabulary, config.num_attention_heads * config.head_dim
+    plain_pass = (below + logits) * tokens
+    layer = below * tokens + (2 * layers + 1) * logits
+    shared, sums = layers * channels * logits, layers * channels * vocabulary * tokens
+    head = layer + shared / prompts + sums
+    return {"layer": layer / plain_pass, "head": head / plain_pass}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16)
@@ -111,6 +127,8 @@ def main() -> int:
             ratio, asked = took[name] / took["plain forward"], name.endswith(("exact", "screen"))
             goals = (f"≤ {goal}", ratio <= goal) if asked else ("", "")
             rows.append((f"{name} / plain forward", ratio, *goals))
+    least = by_products(model, batch.input_ids.shape[1], len(prompts))
+    rows += [(f"{level}, exact: by products alone", x, "", "") for level, x in least.items()]
     for level in theirs_of:
         ratio = took[f"{level}, linear"] / took[f"{level}, TransformerLens"]
         name = f"{level}, linear / TransformerLens"

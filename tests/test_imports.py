@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import backattn
+
 LIB = Path(__file__).resolve().parents[1] / "lib"
 # Each room may import what is written at or before its own place; top-level files of a package lie
 # below its rooms.
@@ -93,3 +95,20 @@ def test_the_companion_without_its_repository_says_what_it_needs(tmp_path):
     command = [sys.executable, "-c", "import companion"]
     done = subprocess.run(command, cwd=tmp_path / "site", capture_output=True, text=True)
     assert done.returncode and "clone the repository" in done.stderr
+
+
+def test_the_runner_starts_without_torch():
+    """Which takes seconds to import, and every notebook's kernel imports it anyway."""
+    code = "import sys, companion.runner.cli; print(*{'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr
+
+
+def test_what_the_package_offers_is_found_when_asked_for():
+    for name in backattn.__all__:
+        assert getattr(backattn, name).__name__ == name
+    assert set(backattn.__all__) == set(backattn._HOMES) and set(backattn.__all__) <= {
+        *dir(backattn)
+    }
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        backattn.nothing  # noqa: B018

@@ -4,16 +4,15 @@ import contextlib
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 from tqdm import tqdm
 
-# Bars here are plain text, so tqdm's advice to install its notebook widgets is noise in notebooks.
-warnings.filterwarnings("ignore", message="IProgress not found")
+if TYPE_CHECKING:  # the runner needs this file and not torch, which takes seconds to import
+    import torch
 
 # Environment variables that the runner sets:
 PROFILE = "BACKATTN_PROFILE"  # which profile's folder a notebook writes to
@@ -26,6 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def use_threads() -> None:
     """Use as many CPU threads as BACKATTN_THREADS of the environment says, else one."""
+    import torch
+
     torch.set_num_threads(int(os.environ.get("BACKATTN_THREADS", "1")))
 
 
@@ -37,19 +38,29 @@ def use_terminal() -> None:
             stream.reconfigure(errors="replace")
 
 
-def dtype(given: torch.dtype | str | None = None) -> torch.dtype:
-    """What models are loaded in: the given dtype, BACKATTN_DTYPE of the environment, or fp32.
+def dtype(given: "torch.dtype | str | None" = None) -> "torch.dtype":
+    """What models are loaded in: the given dtype, or that of `dtype_name`, which raises
+    ValueError for another name than float32, bfloat16 and float16."""
+    import torch
+
+    if isinstance(given, torch.dtype):
+        return given
+    return getattr(torch, dtype_name(given))
+
+
+def dtype_name(given: str | None = None) -> str:
+    """The given name, BACKATTN_DTYPE of the environment, or float32.
 
     Raises ValueError for another name than float32, bfloat16 and float16.
     """
-    name = given or os.environ.get(DTYPE, "float32")
-    if isinstance(name, str) and (name := name.removeprefix("torch.")) not in DTYPES:
+    name = (given or os.environ.get(DTYPE, "float32")).removeprefix("torch.")
+    if name not in DTYPES:
         what = "dtype" if given else DTYPE
         raise ValueError(f"{what} is {name!r}: set it to one of {', '.join(DTYPES)}.")
-    return getattr(torch, name) if isinstance(name, str) else name
+    return name
 
 
-def multiplies_bf16(device: str | torch.device = "cpu") -> bool:
+def multiplies_bf16(device: "str | torch.device" = "cpu") -> bool:
     """Whether a device multiplies bf16 matrices itself; processors without AVX-512 do it number by
     number, far more slowly than in fp32.
 
@@ -57,6 +68,8 @@ def multiplies_bf16(device: str | torch.device = "cpu") -> bool:
         >>> multiplies_bf16("cuda")
         True
     """
+    import torch
+
     slow = ("DEFAULT", "AVX2")
     return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() not in slow
 
@@ -64,18 +77,21 @@ def multiplies_bf16(device: str | torch.device = "cpu") -> bool:
 def process_state():
     """The processes that `accelerate launch` started, one without it, as accelerate's PartialState;
     they speak over gloo where there is no GPU."""
+    import torch
     from accelerate import PartialState  # may have to be installed first, see `notebook.setup`
 
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def free_bytes(device: str | torch.device = "cpu") -> int:
+def free_bytes(device: "str | torch.device" = "cpu") -> int:
     """Memory that is free where weights would go: of that GPU, else of the machine.
 
     Example:
         >>> free_bytes() > 0
         True
     """
+    import torch
+
     if torch.device(device).type != "cuda":
         return psutil.virtual_memory().available
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -104,6 +120,8 @@ def say(text: str) -> None:
 
 def hardware() -> str:
     """One line on this machine, for the MANIFEST."""
+    import torch
+
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

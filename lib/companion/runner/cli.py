@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 import nbformat
-import torch
 
 from backattn import runtime
 from backattn.files import atomic_file, one_process
@@ -228,14 +227,16 @@ def prepare(arguments: argparse.Namespace) -> list[Path]:
         if value:
             os.environ[name] = value
     os.environ["BACKATTN_OUTPUT"] = str(paths.OUTPUT)
-    runtime.dtype()
+    dtype = runtime.dtype_name()
     if arguments.device not in (None, "auto"):
+        import torch  # slow to import
+
         torch.empty(0, device=arguments.device)
     if arguments.model:
         from companion.runs.run import located  # slow to import
 
         arguments.model = located(arguments.model, started_in())
-    other = arguments.model or arguments.device or runtime.dtype() != torch.float32
+    other = arguments.model or arguments.device or dtype != "float32"
     if arguments.update and (other or arguments.profile == "smoke"):
         raise ValueError(
             "--update replaces committed results: use it with profile paper or full and the "

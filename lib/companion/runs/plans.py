@@ -86,7 +86,7 @@ def adapter_runs(
     of `Run`. tested_in is that of `load_model` where it is left out, and float32 for a model that
     is packaged with its results."""
     plan, steps = [], sizes.pop("steps", 100)
-    sizes.setdefault("tested_in", str(runtime.dtype()).removeprefix("torch."))
+    sizes.setdefault("tested_in", runtime.dtype_name())
     if model in EMBEDDED:
         sizes["tested_in"] = "float32"
     untrained = {name: value for name, value in sizes.items() if name not in OF_TRAINED}
