@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from backattn.adapters.arms import ARMS, UNTRAINED, Arm
 from backattn.adapters.back_attention import get_back_attention_model
@@ -36,6 +37,22 @@ def llama(run: Run, layers: int, repeats: int = 1, widened: bool = False) -> nn.
     model = LlamaForCausalLM(config).eval()
     model.model.layers = nn.ModuleList([*model.model.layers[:layers]] * repeats)
     return model
+
+
+def half_skipped(run: Run, layers: int) -> nn.Module:
+    """`llama` whose upper half also learns on embeddings: in training every second question of a
+    batch skips the lower half ("Why knowing both hops is not enough")."""
+    model = llama(run, layers)
+    for layer in model.model.layers[: layers // 2]:
+        layer.register_forward_hook(_skip)
+    return model
+
+
+def _skip(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # tested whole
+        return output
+    rows = torch.arange(len(output), device=output.device)
+    return torch.where((rows % 2 == 1)[:, None, None], inputs[0], output)
 
 
 def with_back_attention(run: Run, layers: int, memory: tuple[int, ...] | None = None) -> nn.Module:
@@ -81,6 +98,8 @@ COMPOSING_ARMS = _arms(
      "#cc78bc", "D", False, llama, dict(layers=2, repeats=2)),
     ("4 layers", "as many operations as the layers run twice",
      "#0173b2", "v", False, llama, dict(layers=4)),
+    ("4 layers, half skipped", "every second question of a batch enters at the third layer in "
+     "training", "#56b4e9", "X", False, half_skipped, dict(layers=4)),
 )
 # fmt: on
 SIZED = tuple(arm.name for arm in SCRATCH_ARMS.values() if arm.sized)

@@ -201,12 +201,12 @@ def test_compositions_are_tuned_alike(store):
     """Each arm tries the same decays and rates, and is trained at what does best on ID/ID."""
     plan = composing_runs()
     trials = tried(plan, store)
-    assert {run.arm for run in trials} == set(COMPOSING_ARMS) and len(trials) == 7 * 3 * 3
+    assert {run.arm for run in trials} == set(COMPOSING_ARMS) and len(trials) == 8 * 3 * 3
     for run in trials:
         pretend(store, run, run.weight_decay - abs(np.log(run.learning_rate / 1e-3)))
     assert tried(plan, store) == trials
     runs = found(plan, store)
-    assert len(runs) == 7 * 3
+    assert len(runs) == 8 * 3
     assert {(run.weight_decay, run.learning_rate) for run in runs} == {(1.0, 1e-3)}
     assert {(run.steps, run.test_items) for run in runs} == {(1600, None)}
     assert {run.recipe.weight_decay for run in runs} == {1.0}
