@@ -1,6 +1,8 @@
 """Seeds, threads, dtype, progress: what the process that runs us asks for, by the environment."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import sys
@@ -96,6 +98,14 @@ def free_bytes(device: "str | torch.device" = "cpu") -> int:
         return psutil.virtual_memory().available
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reusable
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where its C library is glibc, which keeps it: else a
+    second model comes on top of what the first one's results took."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def progress(items: Iterable | None = None, description: str = "", **options) -> tqdm:

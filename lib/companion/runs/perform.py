@@ -32,6 +32,7 @@ def base_model(name: str, dtype: str = "float32", device: str = "cpu"):
     key = name, source_of(name), dtype, device
     if key not in _base:
         _base.clear()  # before the other needs its memory
+        runtime.release_memory()
         with quiet_transformers() if name in OWN else contextlib.nullcontext():
             _base[key] = load_model(OWN.get(name, name), dtype=getattr(torch, dtype), device=device)
     return _base[key]
