@@ -19,7 +19,7 @@ from backattn.adapters.call import without_updates
 from backattn.adapters.modules import normed
 from backattn.models.devices import input_device
 from backattn.models.next_token import in_window
-from backattn.runtime import progress
+from backattn.runtime import progress, release_memory
 from backattn.training.batches import Items, Questions, collate
 from backattn.training.evaluation import (
     FirstPasses,
@@ -271,3 +271,4 @@ class MemoryProbes:
             with load_trained(run, self.store, self.device) as (wrapped, tokenizer):
                 items = questions(replace(run, test_items=len(frame)), tokenizer, "test")
                 yield MemoryProbe(wrapped, tokenizer, items, frame, passes)
+            release_memory()
