@@ -109,17 +109,15 @@ def compare(
     sizes = {"model": "smollm2", **every, **sizes}
     frame, judge, dropped = prepared(questions, load_model(sizes["model"])[1], memory)
     name = _register(frame, judge, memory)
+    control = positive_control() if memory else pd.DataFrame()  # before any training
     plan = adapter_runs(names=[name], arms=list(arms), **sizes)
     plan = [dataclasses.replace(one, most=MOST_TRIED) for one in plan]
     runs = complete(plan, store, device=device)
     answered = pd.concat([_with_seen(run, answers([run], store)) for run in runs])
-    exchanged = control = pd.DataFrame()
-    if memory:
-        exchanged, control = _exchanged(runs, store), positive_control()
     return Comparison(
         accuracies=_accuracies(answered),
         differences=difference_table(answered, arms[0], [*arms[1:], *UNTRAINED]),
-        memory=exchanged,
+        memory=_exchanged(runs, store) if memory else pd.DataFrame(),
         control=control,
         dropped=dropped,
         rates=_rates(plan, runs, store),
